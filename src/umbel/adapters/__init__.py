@@ -1,0 +1,6 @@
+"""Adapter banks: which tensors they are, how C of them are mixed into one, how they are trained."""
+
+from umbel.adapters.bank import AdapterPlan, Bank
+from umbel.adapters.mixture import mix, with_paths
+
+__all__ = ["AdapterPlan", "Bank", "mix", "with_paths"]

@@ -1,0 +1,162 @@
+"""Whose data: every client's examples in flat tensors, and a cohort's batches in an order fixed by the seed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from umbel.errors import DataError
+from umbel.seeds import generator
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of all clients; those of client k are the rows start[k] … start[k] + count[k] − 1."""
+
+    x: Tensor  # (N, …)
+    y: Tensor  # (N, …)
+    start: np.ndarray  # (clients,) int64
+    count: np.ndarray  # (clients,) int64
+
+    @staticmethod
+    def of(clients: Sequence[tuple[Tensor, Tensor]]) -> "Examples":
+        """The examples of a list of (x, y), one pair a client.
+
+        Raises:
+            DataError: a client without samples, with NaN in x, or with x and y of different lengths.
+        """
+        for k, (x, y) in enumerate(clients):
+            if len(x) != len(y):
+                raise DataError(f"client {k}: {len(x)} inputs but {len(y)} targets")
+        count = np.array([len(y) for _, y in clients], dtype=np.int64)
+        x, y = torch.cat([x for x, _ in clients]), torch.cat([y for _, y in clients])
+        examples = Examples(x, y, np.concatenate([[0], count.cumsum()[:-1]]), count)
+        examples.check()
+        return examples
+
+    def check(self) -> None:
+        """Raises DataError, naming the client, if one has no samples or holds NaN or infinity."""
+        if len(self.count) == 0:
+            raise DataError("there are no clients")
+        if (self.count == 0).any():
+            raise DataError(
+                f"client {int((self.count == 0).argmax())} has no samples; leave it out or give it some"
+            )
+        for name, values in (("inputs", self.x), ("targets", self.y)):
+            if values.is_floating_point() and not bool(values.isfinite().all()):
+                bad = int(
+                    (~values.isfinite())
+                    .flatten(1 if values.dim() > 1 else 0)
+                    .reshape(len(values), -1)
+                    .any(1)
+                    .int()
+                    .argmax()
+                )
+                owners = np.flatnonzero((self.start <= bad) & (bad < self.start + self.count))
+                who = f"client {int(owners[0])}" if len(owners) else f"row {bad}"
+                raise DataError(f"{who} has NaN or infinite {name}; clean its data first")
+
+    @property
+    def num_clients(self) -> int:
+        return len(self.count)
+
+    def to(self, device: torch.device) -> "Examples":
+        return Examples(self.x.to(device), self.y.to(device), self.start, self.count)
+
+    def of_client(self, client: int) -> tuple[Tensor, Tensor]:
+        """The (x, y) of one client."""
+        rows = slice(int(self.start[client]), int(self.start[client] + self.count[client]))
+        return self.x[rows], self.y[rows]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of each of K clients, padded to a common size B."""
+
+    x: Tensor  # (K, B, …)
+    y: Tensor  # (K, B, …)
+    weight: Tensor | None  # (K, B) 1 for an example, 0 for padding; None when nothing is padded
+    active: Tensor | None  # (K,) bool, False for a client that has no batch here; None when all have one
+
+    def mean(self, values: Tensor) -> Tensor:
+        """(K,) mean over each client's examples of `values` (K, B), the padding left out."""
+        if self.weight is None:
+            return values.mean(1)
+        return (values * self.weight).sum(1) / self.weight.sum(1).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """What K clients train on in one round, and the randomness that is theirs in it."""
+
+    examples: Examples
+    clients: np.ndarray  # (K,) indices into `examples`
+    seed: int
+    round: int
+
+    @property
+    def num_examples(self) -> Tensor:
+        """(K,) float: n_k, on the data's device."""
+        return torch.as_tensor(
+            self.examples.count[self.clients], dtype=torch.float32, device=self.examples.x.device
+        )
+
+    def num_steps(self, size: int, epochs: int = 1) -> int:
+        """The steps of the client with the most of them."""
+        return epochs * -(-int(self.examples.count[self.clients].max()) // size)
+
+    def draw(self, purpose: str, function: Callable[[torch.Generator], Tensor]) -> Tensor:
+        """(K, …) `function` of each client's own generator for this purpose and round."""
+        drawn = [function(generator(self.seed, purpose, self.round, int(k))) for k in self.clients]
+        return torch.stack(drawn).to(self.examples.x.device)
+
+    def batches(self, size: int, epochs: int = 1, shuffle: bool = True) -> Iterator[Batch]:
+        """Local epochs in batches of `size`; the last batch of an epoch may be smaller.
+
+        A client with fewer batches than another sits the last ones out (`active` False).
+        """
+        orders = [self._order(int(k), size, epochs, shuffle) for k in self.clients]
+        return self._gather(orders, size)
+
+    def in_order(self, size: int) -> Iterator[Batch]:
+        """Every example once, as stored, in batches of `size`."""
+        return self._gather([self._order(int(k), size, 1, False) for k in self.clients], size)
+
+    def _order(self, client: int, size: int, epochs: int, shuffle: bool) -> np.ndarray:
+        """Rows of `examples` in training order, each epoch filled up to whole batches with −1."""
+        start, count = int(self.examples.start[client]), int(self.examples.count[client])
+        fill = -count % size
+        draw = generator(self.seed, "batches", self.round, client) if shuffle else None
+        order = np.full((epochs, count + fill), -1, dtype=np.int64)
+        for epoch in range(epochs):
+            order[epoch, :count] = torch.randperm(count, generator=draw).numpy() if shuffle else np.arange(count)
+        order[order >= 0] += start
+        return order.reshape(-1)
+
+    def _gather(self, orders: list[np.ndarray], size: int) -> Iterator[Batch]:
+        device = self.examples.x.device
+        length = max(len(order) for order in orders)
+        index = np.full((len(orders), length), -1, dtype=np.int64)
+        for row, order in zip(index, orders, strict=True):
+            row[: len(order)] = order
+        real = index >= 0
+        # Padding points at a real row of the same client, so that whatever is computed on it stays finite.
+        index = np.where(real, index, self.examples.start[self.clients][:, None])
+        for first in range(0, length, size):
+            here = real[:, first : first + size]
+            width = int(here.sum(1).max())
+            rows = torch.from_numpy(index[:, first : first + width]).to(device)
+            flat = rows.reshape(-1)
+            weight = active = None
+            if not here[:, :width].all():
+                weight = torch.from_numpy(here[:, :width].astype(np.float32)).to(device)
+                if not here[:, 0].all():
+                    active = torch.from_numpy(here[:, 0].copy()).to(device)
+            yield Batch(
+                self.examples.x.index_select(0, flat).unflatten(0, rows.shape),
+                self.examples.y.index_select(0, flat).unflatten(0, rows.shape),
+                weight,
+                active,
+            )

@@ -1,0 +1,25 @@
+"""What can go wrong, said so that the reader knows what to do."""
+
+
+class UmbelError(Exception):
+    """Anything that the user can put right; the message names the key, the file or the client."""
+
+
+class RecipeError(UmbelError):
+    """A recipe that cannot be run as it stands."""
+
+
+class DataError(UmbelError):
+    """A client's data that nothing can be trained on."""
+
+
+class ModelError(UmbelError):
+    """A module that the chosen method cannot adapt."""
+
+
+class RunFolderError(UmbelError):
+    """A run folder that is in the way, damaged, or of another recipe."""
+
+
+class RoundError(UmbelError):
+    """A round of which no client's work could be used."""

@@ -1,0 +1,100 @@
+"""How well, for whom: every client's own model on its own test examples."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from umbel.clients import ClientData, Examples
+from umbel.cohort import Cohort, PrivateStore
+
+BATCH = 1024  # examples of one client in one forward pass
+WORST = 0.1  # the share of clients that "worst decile" speaks of
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One number a client; `accuracy` in % is None where the task is no classification."""
+
+    loss: np.ndarray  # (K,)
+    accuracy: np.ndarray | None  # (K,)
+    mixture: np.ndarray  # (K, C) how each client weighs what it mixes; (K, 0) if nothing
+
+    def summary(self) -> dict[str, float]:
+        """Means over clients, and the mean over the worst tenth of them."""
+        worst = max(1, round(WORST * len(self.loss)))
+        figures = {"loss": float(self.loss.mean())}
+        if self.accuracy is None:
+            return figures | {"worst_decile": float(np.sort(self.loss)[-worst:].mean())}
+        return figures | {
+            "accuracy": float(self.accuracy.mean()),
+            "worst_decile": float(np.sort(self.accuracy)[:worst].mean()),
+        }
+
+
+def evaluate(cohort: Cohort, shared: Any, store: PrivateStore, examples: Examples, clients: np.ndarray) -> Scores:
+    """The scores of these clients' personal models on `examples`, in the order of `clients`."""
+    labels = cohort.loss.name == "cross_entropy"
+    losses, rights, mixtures = [], [], []
+    with torch.no_grad():
+        for first in range(0, len(clients), cohort.chunk):
+            chunk = clients[first : first + cohort.chunk]
+            message = cohort.method.send(shared, torch.from_numpy(chunk.astype(np.int64)).to(examples.x.device))
+            private = store.rows(chunk)
+            params = cohort.method.personalize(message, private)
+            data = ClientData(examples, chunk, cohort.seed, 0)
+            loss = torch.zeros(len(chunk), dtype=torch.float64, device=examples.x.device)
+            right = torch.zeros_like(loss)
+            for batch in data.in_order(BATCH):
+                outputs = cohort.loss.outputs(params, batch.x)
+                weight = 1.0 if batch.weight is None else batch.weight
+                loss += (cohort.loss.per_example(outputs, batch.y) * weight).sum(1)
+                if labels:
+                    right += ((outputs.argmax(-1) == batch.y) * weight).sum(1)
+            count = data.num_examples
+            losses.append(loss / count)
+            rights.append(100 * right / count)
+            mixtures.append(cohort.method.mixture(message, private))
+    return Scores(
+        torch.cat(losses).cpu().numpy(),
+        torch.cat(rights).cpu().numpy() if labels else None,
+        torch.cat(mixtures).cpu().numpy(),
+    )
+
+
+def routing(mixture: np.ndarray, group: np.ndarray | None) -> dict[str, Any]:
+    """What the clients' mixtures (K, C) look like, {} where nothing is mixed.
+
+    Returns:
+        entropy_nats: mean over clients of −Σ_c π log π, between 0 and log C.
+        usage: C shares, the mean of π.
+        dead: how many of the C no client leans on most, with a usage below 1 %.
+        nmi, ari: agreement of the heaviest route with the true groups, where these are known.
+    """
+    if mixture.shape[1] == 0:
+        return {}
+    logs = np.log(np.clip(mixture, 1e-30, None))
+    usage = mixture.mean(0)
+    top = mixture.argmax(1)
+    dead = (usage < 0.01) & ~np.isin(np.arange(len(usage)), top)
+    figures: dict[str, Any] = {
+        "entropy_nats": float(-(mixture * logs).sum(1).mean()),
+        "usage": [round(float(u), 5) for u in usage],
+        "dead": int(dead.sum()),
+    }
+    if group is not None:
+        figures["nmi"], figures["ari"] = _agreement(
+            top.tobytes(), group.astype(top.dtype).tobytes(), str(top.dtype)
+        )
+    return figures
+
+
+@lru_cache(maxsize=64)
+def _agreement(routes: bytes, group: bytes, dtype: str) -> tuple[float, float]:
+    # Routes rarely change from one round to the next, and scikit-learn takes a millisecond.
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    a, b = np.frombuffer(routes, dtype), np.frombuffer(group, dtype)
+    return float(normalized_mutual_info_score(b, a)), float(adjusted_rand_score(b, a))

@@ -1,0 +1,254 @@
+"""The run folder: what is written while a run lasts, so that it can be stopped anywhere and gone on with.
+
+    recipe.toml                   everything that decides the result
+    run.json                      versions, machine, how many clients are stacked
+    metrics.jsonl                 one line a round
+    clients.jsonl                 one line for about every fiftieth of the run: each client's score and mixture
+    checkpoints/000025.safetensors, 000025.json     the state after round 25, and its checksum
+
+A file is written aside and then renamed, so that none is ever half there; a checkpoint counts once its
+.json is there and its checksum holds.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from umbel.errors import RunFolderError
+
+KEPT_CHECKPOINTS = 2
+SNAPSHOTS = 50  # lines of clients.jsonl in a run
+SNAPSHOT_CLIENTS = 2000  # with more clients than this there are none
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after a round, as tensors by path."""
+
+    round: int
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's files. Made by `create`, opened again by `opened`."""
+
+    path: Path
+    identity: str  # a hash of what decides the result; a checkpoint of another is refused
+
+    @staticmethod
+    def create(path: Path, identity: dict[str, Any], recipe: dict[str, Any] | None, num_bytes: int) -> "RunFolder":
+        """A new folder, with room for the checkpoints (`num_bytes` each).
+
+        Raises:
+            RunFolderError: the path is taken, cannot be made, or its disk is too full.
+        """
+        if path.exists():
+            raise RunFolderError(
+                f"{path} exists and is left as it is; go on with it by `umbel resume {path}`, or name another "
+                f"folder with --out"
+            )
+        check_space(path, (KEPT_CHECKPOINTS + 1) * num_bytes)
+        with _told(path):
+            (path / "checkpoints").mkdir(parents=True)
+        folder = RunFolder(path, _hash(identity))
+        if recipe is not None:
+            import tomli_w
+
+            folder._write("recipe.toml", tomli_w.dumps(recipe).encode())
+        return folder
+
+    @staticmethod
+    def opened(path: Path, identity: dict[str, Any]) -> "RunFolder":
+        """An existing run folder.
+
+        Raises:
+            RunFolderError: it is none.
+        """
+        if not (path / "run.json").is_file():
+            raise RunFolderError(f"{path} is no run folder that can be gone on with: it has no run.json")
+        return RunFolder(path, _hash(identity))
+
+    def describe(self, facts: dict[str, Any]) -> None:
+        """Writes run.json: the facts, versions and machine."""
+        here = {
+            "identity": self.identity,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "umbel_commit": _commit(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {_processor()}",
+        }
+        self._write("run.json", json.dumps(here | facts, indent=1).encode())
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json says."""
+        return read_json(self.path / "run.json")
+
+    def append(self, name: str, line: dict[str, Any]) -> None:
+        """Adds a line to a .jsonl file."""
+        with _told(self.path), (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def rewind(self, round: int) -> None:
+        """Takes the lines of later rounds, and a half-written one, off the .jsonl files."""
+        for name in ("metrics.jsonl", "clients.jsonl"):
+            if (self.path / name).exists():
+                kept = [line for line in read_lines(self.path / name) if line["round"] <= round]
+                self._write(name, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Writes the checkpoint, then lets go of all but the last few."""
+        stem = self.path / "checkpoints" / f"{checkpoint.round:06d}"
+        aside = stem.with_suffix(".tmp")
+        with _told(self.path):
+            save_file({name: leaf.contiguous().cpu() for name, leaf in checkpoint.tensors.items()}, aside)
+            digest = _digest(aside)
+            _settle(aside, stem.with_suffix(".safetensors"))
+        facts = {"round": checkpoint.round, "sha256": digest, "identity": self.identity}
+        self._write(f"checkpoints/{checkpoint.round:06d}.json", json.dumps(facts).encode())
+        for old in self._checkpoints()[KEPT_CHECKPOINTS:]:
+            old.unlink()
+            old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+    def latest(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint that is whole (None: the run has none yet), and what is wrong with newer ones.
+
+        Raises:
+            RunFolderError: a checkpoint belongs to another recipe, or there are some and none is whole.
+        """
+        refused: list[str] = []
+        listed = self._checkpoints()
+        for listing in listed:
+            file = listing.with_suffix(".safetensors")
+            try:
+                facts = read_json(listing)
+                identity, digest, round = facts["identity"], facts["sha256"], int(facts["round"])
+            except (RunFolderError, KeyError, TypeError, ValueError):
+                refused.append(f"{listing} is damaged")
+                continue
+            if identity != self.identity:
+                raise RunFolderError(
+                    f"{file} is a checkpoint of another recipe; resume with the recipe.toml it was started with"
+                )
+            if not file.is_file() or _digest(file) != digest:
+                refused.append(f"{file} is damaged: it does not match its checksum")
+                continue
+            with safe_open(file, framework="pt") as opened:
+                return Checkpoint(round, {name: opened.get_tensor(name) for name in opened.keys()}), refused  # noqa: SIM118
+        if listed:
+            raise RunFolderError(f"no checkpoint in {self.path} is whole: {'; '.join(refused)}")
+        return None, refused
+
+    def _checkpoints(self) -> list[Path]:
+        """The checkpoints' .json files, the newest first."""
+        return sorted((self.path / "checkpoints").glob("[0-9]*.json"), reverse=True)
+
+    def _write(self, name: str, content: bytes) -> None:
+        write(self.path / name, content)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file aside and renames it into place."""
+    aside = path.with_name(path.name + ".tmp")
+    with _told(path):
+        aside.write_bytes(content)
+        _settle(aside, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file; RunFolderError if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise RunFolderError(f"{path} holds no JSON object")
+    return found
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file, up to one that was cut short."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def check_space(path: Path, num_bytes: int) -> None:
+    """Raises RunFolderError if the disk that `path` will be on has less room than this."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(above).free
+    if free < num_bytes + 1_000_000:
+        raise RunFolderError(
+            f"{path}: the run's checkpoints need {num_bytes / 1e6:,.0f} MB, but the disk has {free / 1e6:,.0f} MB "
+            f"left; free some, or name a folder on another disk with --out"
+        )
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turns what the file system refuses into an error that says which folder and what is safe."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise RunFolderError(
+                f"{path}: no room left on the disk; what was written before is whole, so free some and resume"
+            ) from error
+        raise RunFolderError(f"{path} cannot be written: {error.strerror}") from error
+    except Exception as error:
+        if "SafetensorError" in type(error).__name__:
+            raise RunFolderError(f"{path}: a checkpoint could not be written ({error})") from error
+        raise
+
+
+def _settle(aside: Path, path: Path) -> None:
+    """Puts the written file on disk, then in its place."""
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _processor() -> str:
+    try:
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0].partition(":")[2].strip() if names else platform.processor()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that umbel runs from, None for an installed copy."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,175 @@
+"""Ensemble: C whole models, their outputs mixed by a private router (the rival in Almansoori et al. 2025).
+
+    output of client k    Σ_c π_kc f(x; w_c)
+    client                SGD on f_k in all w_c (and θ_k) at once
+    server                w_c ← w_c + g_c (Σ_k n_k π_kc w_kc / Σ_k n_k π_kc − w_c) ,  g_c as in FLoRAL
+
+The C models start apart: the first is the given module, the others are its class's own initialization
+drawn anew. Outputs are mixed, not weights: with logits this is neither a mixture of losses nor FLoRAL's
+mixture of weights.
+"""
+
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from umbel import mixing, tree
+from umbel.clients import ClientData
+from umbel.errors import RecipeError
+from umbel.methods.floral import EVALUATION_BATCH
+from umbel.methods.protocol import Population
+from umbel.methods.routing import Router, oracle_logits
+from umbel.model.loss import Loss, running_stats
+from umbel.seeds import seeded
+from umbel.train import Groups, LocalSGD, sgd
+from umbel.tree import Params, state
+
+
+class Mixture(nn.Module):
+    """Σ_c probs_c · models_c(x)."""
+
+    def __init__(self, module: nn.Module, num_models: int) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(deepcopy(module) for _ in range(num_models))
+        self.probs = nn.Parameter(torch.full((num_models,), 1 / num_models))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = sum(p * model(x) for p, model in zip(self.probs.unbind(), self.models, strict=True))
+        return mixed
+
+
+@state
+class Shared:
+    models: Params  # leading axis C; running statistics of BatchNorm layers among them
+    oracle: Tensor  # (clients, C) logits, or (clients, 0) where routes are learned
+
+
+@state
+class Message:
+    models: Params  # (K, C, …)
+    oracle: Tensor
+
+
+@state
+class Private:
+    logits: Tensor  # (K, C) θ
+
+
+@state
+class Upload:
+    models: Params  # (K, C, …)
+    num_examples: Tensor  # (K,) n
+    route_examples: Tensor  # (K, C) n π
+    loss: Tensor  # (K,)
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    num_models: int = 4  # C
+    router: Router = field(default_factory=Router)
+    local: LocalSGD = field(default_factory=LocalSGD)
+    guard: float = 0.01  # τ of g_c = min(1, p_c / τ); 0: no guard
+
+    def __post_init__(self) -> None:
+        if self.num_models < 1 or not 0 <= self.guard <= 1:
+            raise RecipeError(f"ensemble: num_models must be at least 1 and guard in [0, 1], got {self}")
+
+    def adapt(self, module: nn.Module) -> nn.Module:
+        return Mixture(module, self.num_models)
+
+    def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
+        models = [module]
+        for c in range(1, self.num_models):
+            another = deepcopy(module)
+            with seeded(population.seed, "model", c):
+                for layer in another.modules():
+                    if isinstance(reset := getattr(layer, "reset_parameters", None), type(another.train)):
+                        reset()
+            models.append(another)
+        tensors = [dict(model.named_parameters()) | running_stats(model) for model in models]
+        stacked = {name: torch.stack([t[name].detach() for t in tensors]) for name in tensors[0]}
+        oracle = oracle_logits(self.router.kind, population.group, self.num_models, population.num_clients)
+        return Shared(stacked, oracle), tree.broadcast(Private(torch.zeros(self.num_models)), 1)
+
+    def send(self, shared: Shared, clients: Tensor) -> Message:
+        return Message(tree.broadcast(shared.models, len(clients)), shared.oracle[clients])
+
+    def client_update(
+        self, loss: Loss, message: Message, private: Private, data: ClientData
+    ) -> tuple[Upload, Private]:
+        router = self.router
+        logits = router.start(message.oracle, private.logits, lambda: model_losses(loss, message, data), data)
+        noise = router.noise_at(data, self.num_models, data.num_steps(self.local.batch_size, self.local.epochs))
+
+        def objective(groups: Groups, batch: Any, step: int) -> Tensor:
+            theta = groups["router"]["logits"]
+            probs = (theta if noise is None else theta + noise[:, step]).softmax(1)
+            return loss(named(groups["models"] | groups["stats"], probs), batch)
+
+        stats = set(running_stats(loss.module))
+        is_stat = {name: f"models.0.{name}" in stats for name in message.models}
+        trained, mean_loss = sgd(
+            objective,
+            {
+                "models": {n: leaf for n, leaf in message.models.items() if not is_stat[n]},
+                "stats": {n: leaf for n, leaf in message.models.items() if is_stat[n]},
+                "router": {"logits": logits},
+            },
+            data,
+            self.local,
+            {"models": self.local.lr} | ({"router": router.lr} if router.kind == "gradient" else {}),
+        )
+        logits = trained["router"]["logits"]
+        num_examples = data.num_examples
+        upload = Upload(
+            trained["models"] | trained["stats"],
+            num_examples,
+            num_examples.unsqueeze(1) * logits.softmax(1),
+            mean_loss,
+        )
+        return upload, Private(logits)
+
+    def contribution(self, upload: Upload) -> dict[str, Any]:
+        return {
+            "models": mixing.weighted_sum(upload.route_examples, upload.models),
+            "examples": upload.num_examples.sum(),
+            "route_examples": upload.route_examples.sum(0),
+        }
+
+    def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
+        sums = mixing.total(self.contribution(upload) for upload in uploads)
+        models = mixing.mean(sums["models"], sums["route_examples"])
+        share = sums["route_examples"] / sums["examples"]
+        moved = (share / self.guard).clamp(max=1.0) if self.guard else torch.ones_like(share)
+        return Shared(mixing.step_to(shared.models, models, moved), shared.oracle)
+
+    def personalize(self, message: Message, private: Private) -> Params:
+        return named(message.models, self.mixture(message, private))
+
+    def mixture(self, message: Message, private: Private) -> Tensor:
+        """(K, C) π: the client's own, or the oracle's."""
+        return (message.oracle if self.router.kind == "oracle" else private.logits).softmax(1)
+
+
+def named(models: Params, probs: Tensor) -> Params:
+    """The tensors of `Mixture` for K clients: models (K, C, …) by the names of its C copies, and probs."""
+    apart = {f"models.{c}.{name}": leaf[:, c] for name, leaf in models.items() for c in range(leaf.shape[1])}
+    return apart | {"probs": probs}
+
+
+def model_losses(loss: Loss, message: Message, data: ClientData) -> Tensor:
+    """(K, C) each client's mean loss with each model alone, in evaluation mode, without gradients."""
+    num_models = next(iter(message.models.values())).shape[1]
+    single = Loss(loss.module.get_submodule("models.0"), loss.name)
+    sums = torch.zeros(len(data.clients), num_models, device=data.examples.x.device)
+    with torch.no_grad():
+        for batch in data.in_order(EVALUATION_BATCH):
+            for c in range(num_models):
+                params = {name: leaf[:, c] for name, leaf in message.models.items()}
+                values = single.per_example(single.outputs(params, batch.x), batch.y)
+                sums[:, c] += (values if batch.weight is None else values * batch.weight).sum(1)
+    return sums / data.num_examples.unsqueeze(1)

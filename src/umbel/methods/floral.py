@@ -1,0 +1,212 @@
+"""FLoRAL: a shared base, C federated adapters, a private router for each client.
+
+Almansoori, Horváth, Takáč 2025, Algorithm 1, https://arxiv.org/abs/2410.03497
+
+    model of client k     u + Σ_c π_kc a_c ,   π_k = softmax θ_k
+    client                SGD on f_k in u, all a_c (and θ_k) at once, from the server's u and a_c
+    sent                  u_k, a_kc, n_k and n_k π_kc
+    kept                  θ_k, the running statistics of BatchNorm layers
+    server                u   ← Σ_k n_k u_k / Σ_k n_k
+                          a_c ← a_c + g_c (Σ_k n_k π_kc a_kc / Σ_k n_k π_kc − a_c)
+                          g_c = min(1, p_c / τ) ,  p_c = Σ_k n_k π_kc / Σ_k n_k
+
+Factors are averaged, not products. The guard g_c is ours: without it an adapter that nobody uses is
+overwritten by clients it was not made for. All of the server's work is sums over clients.
+Departures and options: docs/methods.md.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from umbel import mixing, tree
+from umbel.adapters import AdapterPlan, Bank, mix, with_paths
+from umbel.adapters.precondition import precondition
+from umbel.clients import ClientData
+from umbel.errors import RecipeError
+from umbel.methods.protocol import Population
+from umbel.methods.routing import Router, oracle_logits
+from umbel.model.loss import Loss, running_stats
+from umbel.seeds import generator
+from umbel.train import Groups, LocalSGD, sgd
+from umbel.tree import Params, state
+
+
+@state
+class Shared:
+    base: Params
+    adapters: Params  # leading axis C
+    stats: Params  # running statistics, used only if they are federated
+    oracle: Tensor  # (clients, C) logits, or (clients, 0) where routes are learned
+    bank: Bank
+
+
+@state
+class Message:
+    base: Params
+    adapters: Params  # (K, C, …)
+    stats: Params
+    oracle: Tensor  # (K, C) or (K, 0)
+    bank: Bank
+
+
+@state
+class Private:
+    logits: Tensor  # (K, C) θ
+    stats: Params  # running statistics, if they are private
+
+
+@state
+class Upload:
+    base: Params
+    adapters: Params  # (K, C, …)
+    stats: Params
+    num_examples: Tensor  # (K,) n
+    route_examples: Tensor  # (K, C) n π
+    loss: Tensor  # (K,)
+
+
+@dataclass(frozen=True)
+class FLoRAL:
+    num_adapters: int = 4  # C
+    adapter: AdapterPlan = field(default_factory=AdapterPlan)
+    router: Router = field(default_factory=Router)
+    local: LocalSGD = field(default_factory=LocalSGD)
+    adapter_lr: float = 1.0  # times local.lr
+    init_std: float = 0.1  # of B at the start; 0 is LoRA's own, at which no router can tell adapters apart
+    precondition: bool = False
+    guard: float = 0.01  # τ, the share of examples below which an adapter moves less; 0: no guard
+    batch_stats: Literal["private", "federated"] = "private"
+
+    def __post_init__(self) -> None:
+        if self.num_adapters < 1:
+            raise RecipeError(
+                f"floral: num_adapters = {self.num_adapters}, but there must be at least one adapter"
+            )
+        if self.adapter_lr <= 0 or self.init_std < 0 or not 0 <= self.guard <= 1:
+            raise RecipeError("floral: adapter_lr must be positive, init_std not negative and guard in [0, 1]")
+
+    def bank(self, module: nn.Module) -> Bank:
+        return self.adapter.bank(module, self.local.batch_size)
+
+    def adapt(self, module: nn.Module) -> nn.Module:
+        return with_paths(module, self.bank(module))
+
+    def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
+        bank = self.bank(module)
+        base = {name: leaf.detach().clone() for name, leaf in module.named_parameters()}
+        dtype = next(iter(base.values())).dtype
+        drawn = bank.init(self.num_adapters, generator(population.seed, "adapters"), self.init_std)
+        stats = {name: leaf.detach().clone() for name, leaf in running_stats(module).items()}
+        oracle = oracle_logits(self.router.kind, population.group, self.num_adapters, population.num_clients)
+        shared = Shared(base, {n: a.to(dtype) for n, a in drawn.items()}, stats, oracle, bank)
+        kept = stats if self.batch_stats == "private" else {}
+        return shared, tree.broadcast(Private(torch.zeros(self.num_adapters), kept), 1)
+
+    def send(self, shared: Shared, clients: Tensor) -> Message:
+        base, adapters, stats = (
+            tree.broadcast(tensors, len(clients)) for tensors in (shared.base, shared.adapters, shared.stats)
+        )
+        return Message(base, adapters, stats, shared.oracle[clients], shared.bank)
+
+    def client_update(
+        self, loss: Loss, message: Message, private: Private, data: ClientData
+    ) -> tuple[Upload, Private]:
+        bank, router = message.bank, self.router
+        stats = message.stats | private.stats
+        logits = router.start(
+            message.oracle, private.logits, lambda: adapter_losses(loss, message, stats, data), data
+        )
+        noise = router.noise_at(data, self.num_adapters, data.num_steps(self.local.batch_size, self.local.epochs))
+
+        def objective(groups: Groups, batch: Any, step: int) -> Tensor:
+            theta = groups["router"]["logits"]
+            probs = (theta if noise is None else theta + noise[:, step]).softmax(1)
+            return loss(mix(bank, groups["base"], groups["adapters"], probs) | groups["stats"], batch)
+
+        lr = {"base": self.local.lr, "adapters": self.local.lr * self.adapter_lr}
+        trained, mean_loss = sgd(
+            objective,
+            {
+                "base": message.base,
+                "adapters": message.adapters,
+                "stats": stats,
+                "router": {"logits": logits},
+            },
+            data,
+            self.local,
+            lr | ({"router": router.lr} if router.kind == "gradient" else {}),
+            self._precondition(bank) if self.precondition else None,
+        )
+        logits = trained["router"]["logits"]
+        num_examples = data.num_examples
+        upload = Upload(
+            trained["base"],
+            trained["adapters"],
+            {} if self.batch_stats == "private" else trained["stats"],
+            num_examples,
+            num_examples.unsqueeze(1) * logits.softmax(1),
+            mean_loss,
+        )
+        return upload, Private(logits, trained["stats"] if self.batch_stats == "private" else {})
+
+    def contribution(self, upload: Upload) -> dict[str, Any]:
+        return {
+            "base": mixing.weighted_sum(upload.num_examples, upload.base | upload.stats),
+            "adapters": mixing.weighted_sum(upload.route_examples, upload.adapters),
+            "examples": upload.num_examples.sum(),
+            "route_examples": upload.route_examples.sum(0),
+        }
+
+    def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
+        sums = mixing.total(self.contribution(upload) for upload in uploads)
+        base = mixing.mean(sums["base"], sums["examples"])
+        adapters = mixing.mean(sums["adapters"], sums["route_examples"])
+        share = sums["route_examples"] / sums["examples"]  # p_c
+        moved = (share / self.guard).clamp(max=1.0) if self.guard else torch.ones_like(share)  # g_c
+        return Shared(
+            {name: base[name] for name in shared.base},
+            mixing.step_to(shared.adapters, adapters, moved),
+            {name: base[name] for name in shared.stats} if self.batch_stats == "federated" else shared.stats,
+            shared.oracle,
+            shared.bank,
+        )
+
+    def personalize(self, message: Message, private: Private) -> Params:
+        probs = self.mixture(message, private)
+        return mix(message.bank, message.base, message.adapters, probs) | message.stats | private.stats
+
+    def mixture(self, message: Message, private: Private) -> Tensor:
+        """(K, C) π: the client's own, or the oracle's."""
+        return (message.oracle if self.router.kind == "oracle" else private.logits).softmax(1)
+
+    def _precondition(self, bank: Bank) -> Any:
+        def conditioned(groups: Groups, grads: Groups) -> Groups:
+            return grads | {"adapters": precondition(bank, groups["adapters"], grads["adapters"])}
+
+        return conditioned
+
+
+def adapter_losses(loss: Loss, message: Message, stats: Params, data: ClientData) -> Tensor:
+    """(K, C) each client's mean loss with each adapter alone, in evaluation mode, without gradients."""
+    num_clients, num_adapters = len(data.clients), next(iter(message.adapters.values())).shape[1]
+    one = torch.ones(1, 1, device=data.examples.x.device)
+    alone = []
+    with torch.no_grad():
+        base = {name: leaf[:1] for name, leaf in message.base.items()}
+        for c in range(num_adapters):
+            adapter = {name: leaf[:1, c : c + 1] for name, leaf in message.adapters.items()}
+            mixed = mix(message.bank, base, adapter, one.to(next(iter(base.values())).dtype))
+            alone.append({name: leaf.expand(num_clients, *leaf.shape[1:]) for name, leaf in mixed.items()})
+        sums = torch.zeros(num_clients, num_adapters, device=one.device)
+        for batch in data.in_order(EVALUATION_BATCH):
+            for c, params in enumerate(alone):
+                values = loss.per_example(loss.outputs(params | stats, batch.x), batch.y)
+                sums[:, c] += (values if batch.weight is None else values * batch.weight).sum(1)
+    return sums / data.num_examples.unsqueeze(1)
+
+
+EVALUATION_BATCH = 256  # examples of one client in one forward pass without gradients

@@ -1,0 +1,64 @@
+"""What a method is: a parameterization, a local objective, and how uploads meet."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from umbel.clients import ClientData
+from umbel.model.loss import Loss
+from umbel.train import LocalSGD
+from umbel.tree import Params
+
+
+@dataclass(frozen=True)
+class Population:
+    """What the server knows of its clients before the first round."""
+
+    num_clients: int
+    seed: int
+    group: Tensor | None = None  # (clients,) the hidden truth of a benchmark; only oracles look at it
+
+
+class Method(Protocol):
+    """A federated method: a frozen dataclass of hyper-parameters with pure functions.
+
+    Four states, frozen dataclasses of tensors, carry everything: `Shared` is what the server holds,
+    `Message` what a client receives, `Private` what it keeps and never sends, `Upload` what it sends back.
+    Message, Private and Upload have a leading client axis K in every tensor; one client is K = 1.
+    """
+
+    @property
+    def local(self) -> LocalSGD:
+        """How a client trains."""
+
+    def adapt(self, module: nn.Module) -> nn.Module:
+        """The module whose tensors `personalize` names: the model itself, or a copy with more parameters."""
+
+    def init(self, module: nn.Module, population: Population) -> tuple[Any, Any]:
+        """The first Shared, and the Private (K = 1) of a client that nobody has seen yet."""
+
+    def send(self, shared: Any, clients: Tensor) -> Any:
+        """The Message of each of the K clients (an index tensor)."""
+
+    def client_update(self, loss: Loss, message: Any, private: Any, data: ClientData) -> tuple[Any, Any]:
+        """What each client uploads and what it keeps, after its local training."""
+
+    def contribution(self, upload: Any) -> dict[str, Any]:
+        """The sums over an upload's K clients that `server_update` needs."""
+
+    def server_update(self, shared: Any, uploads: Iterable[Any]) -> Any:
+        """The next Shared. Uploads come chunk by chunk; none is needed after it has been read."""
+
+    def personalize(self, message: Any, private: Any) -> Params:
+        """The tensors of the model that each client serves; used by evaluation, export and onboarding."""
+
+    def mixture(self, message: Any, private: Any) -> Tensor:
+        """(K, C) how each client weighs what it mixes; (K, 0) where nothing is mixed."""
+
+
+def nothing_mixed(num_clients: int) -> Tensor:
+    """The mixture of a method that mixes nothing."""
+    return torch.empty(num_clients, 0)

@@ -1,0 +1,54 @@
+"""How uploads meet: sums over clients, and the means they give.
+
+A mean Σ_k w_k x_k / Σ_k w_k is kept as its two sums until the last upload is in. Sums add up in any
+order and chunking, and under pairwise masks: a server that needs nothing else can be kept from seeing
+any single upload.
+"""
+
+from collections.abc import Iterable
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from umbel import tree
+from umbel.tree import Params
+
+
+def weighted_sum(weights: Tensor, values: Params) -> Params:
+    """Σ_k w_k x_k for x (K, …) with w (K,), or for each adapter c, Σ_k w_kc x_kc for x (K, C, …) with w (K, C)."""
+    if weights.dim() == 1:
+        return {name: torch.tensordot(weights.to(x.dtype), x, dims=1) for name, x in values.items()}
+    return {name: (_like(weights.to(x.dtype), x) * x).sum(0) for name, x in values.items()}
+
+
+def total(contributions: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The sum of all contributions, each let go as soon as it is added."""
+    return reduce(tree.add, contributions)
+
+
+def mean(sums: Params, weights: Tensor) -> Params:
+    """Σ w x / Σ w; where the weights (a number, or one for each adapter) are 0 the result is 0, not NaN."""
+    return {
+        name: x / _like(weights.clamp(min=torch.finfo(weights.dtype).tiny).to(x.dtype), x)
+        for name, x in sums.items()
+    }
+
+
+def step_to(old: Params, mean: Params, step: Tensor | float) -> Params:
+    """Old + step · (mean − old); step is a number in [0, 1], or one for each adapter (C,).
+
+    At step 1 this is the mean to the last bit.
+    """
+    if isinstance(step, float):
+        return mean if step == 1.0 else {name: torch.lerp(old[name], mean[name], step) for name in old}
+    return {
+        name: torch.lerp(old[name], mean[name], _like(step.to(old[name].dtype), old[name]).expand_as(old[name]))
+        for name in old
+    }
+
+
+def _like(weights: Tensor, values: Tensor) -> Tensor:
+    """The weights with trailing axes, to multiply the leading axes of `values`."""
+    return weights.reshape(*weights.shape, *[1] * (values.dim() - weights.dim()))

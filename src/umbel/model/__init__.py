@@ -1,0 +1,1 @@
+"""The shared model as a pure function of its tensors."""

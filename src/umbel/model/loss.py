@@ -1,0 +1,93 @@
+"""The loss of K clients at once: one module, K sets of tensors, K batches, K numbers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from umbel.clients import Batch
+from umbel.errors import ModelError
+from umbel.tree import Params, is_broadcast
+
+LossName = Literal["cross_entropy", "mse"]
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """(B,) −log p(target), in nats; logits (B, labels) with targets (B,)."""
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """(B,) squared error, averaged over the outputs of one example."""
+    return (outputs - targets).square().flatten(1).mean(1)
+
+
+LOSSES: dict[LossName, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross_entropy": cross_entropy,
+    "mse": squared_error,
+}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`loss(params, batch)` → (K,): each client's mean loss under its own tensors.
+
+    `params` maps names of the module's parameters and buffers to tensors with a leading axis K; what it
+    does not name is the module's own. A tensor whose leading axis is a broadcast (stride 0) enters `vmap`
+    unbatched, so that K clients share one matrix product; K = 1 runs the module as it is.
+    """
+
+    module: nn.Module
+    name: LossName
+
+    def __call__(self, params: Params, batch: Batch, training: bool = True) -> Tensor:
+        return batch.mean(self.per_example(self.outputs(params, batch.x, training), batch.y))
+
+    def per_example(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(K, B) losses for outputs (K, B, …)."""
+        flat = LOSSES[self.name](outputs.flatten(0, 1), targets.flatten(0, 1))
+        return flat.view(targets.shape[:2])
+
+    def outputs(self, params: Params, x: Tensor, training: bool = False) -> Tensor:
+        """(K, B, …) what each client's model answers on x (K, B, …)."""
+        if self.module.training != training:
+            self.module.train(training)
+        if x.shape[0] == 1:
+            return self._forward({name: leaf[0] for name, leaf in params.items()}, x[0]).unsqueeze(0)
+        shared = {name: leaf[0] for name, leaf in params.items() if is_broadcast(leaf)}
+        own = {name: leaf for name, leaf in params.items() if name not in shared}
+        try:
+            stacked: Tensor = vmap(lambda p, x: self._forward(shared | p, x))(own, x)
+        except RuntimeError as error:
+            if "randomness" in str(error):
+                raise ModelError(
+                    "the module draws random numbers inside its forward pass (functional dropout?), which cannot "
+                    "be repeated client by client; use torch.nn.Dropout modules"
+                ) from error
+            raise
+        return stacked
+
+    def _forward(self, params: Params, x: Tensor) -> Tensor:
+        outputs: Tensor = functional_call(self.module, params, (x,))
+        return outputs
+
+
+def running_stats(module: nn.Module) -> Params:
+    """The running means and variances of the BatchNorm layers, by name."""
+    found: Params = {}
+    for path, layer in module.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.running_mean is not None:
+            if layer.momentum is None:
+                raise ModelError(f"{path}: BatchNorm with momentum=None counts batches; give it a momentum")
+            prefix = f"{path}." if path else ""
+            found[f"{prefix}running_mean"] = layer.running_mean
+            found[f"{prefix}running_var"] = layer.running_var  # type: ignore[assignment]
+    return found
+
+
+def mixes_examples(module: nn.Module) -> bool:
+    """Whether one example's output depends on the others of its batch (BatchNorm in training)."""
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules())

@@ -1,0 +1,202 @@
+"""What to run: a TOML file and `--a.b=c` overrides → frozen dataclasses.
+
+A recipe file describes one task and any number of ways to train on it:
+
+    rounds = 150
+    [task]
+    name = "digits"
+    [local]                      # what every method's local training starts from
+    lr = 0.1
+    [method.floral]              # a label; `name` is the method, by default the label itself
+    num_adapters = 4
+    [method.floral-oracle]
+    like = "floral"              # takes over that table's settings
+    router.kind = "oracle"
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import msgspec
+
+from umbel.cohort import Engine
+from umbel.errors import RecipeError
+from umbel.methods import METHODS, Method
+from umbel.schedule import Schedule
+from umbel.tasks import TASKS, TaskRecipe
+
+T = TypeVar("T")
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run's result, and where it runs."""
+
+    label: str  # what the method is called in tables: its name, or a variant's
+    task: TaskRecipe
+    method: Method
+    schedule: Schedule = field(default_factory=Schedule)
+    engine: Engine = field(default_factory=Engine)
+
+    def table(self) -> Table:
+        """The recipe as a TOML table that `read` turns into this recipe again."""
+        return {
+            **asdict(self.schedule),
+            "task": {"name": name_of(self.task, TASKS), **asdict(self.task)},  # type: ignore[call-overload]
+            "engine": asdict(self.engine),
+            "method": {self.label: {"name": name_of(self.method, METHODS), **asdict(self.method)}},  # type: ignore[call-overload]
+        }
+
+    def identity(self) -> Table:
+        """The part of the table that decides the result: all but the engine and how often files are written."""
+        return {k: v for k, v in self.table().items() if k not in ("engine", "checkpoint_every")}
+
+
+def name_of(settings: object, registry: Mapping[str, type]) -> str:
+    """The name under which the settings' class is registered; its class name if it is not."""
+    names = (name for name, cls in registry.items() if type(settings) is cls)
+    return next(names, type(settings).__name__)
+
+
+def find(name: str) -> Path:
+    """The recipe file of that path, or the one of that name that comes with umbel.
+
+    Raises:
+        RecipeError: there is neither.
+    """
+    path = Path(name)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise RecipeError(f"there is no recipe file {path}")
+        return path
+    folder = Path(str(files("umbel"))) / "recipes"
+    known = {found.stem: found for found in sorted(folder.glob("*.toml"))}
+    if name not in known:
+        raise RecipeError(f"there is no recipe {name!r}{_nearest(name, known)}; umbel tasks lists them")
+    return known[name]
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Table:
+    """The file's table with the overrides put in: "a.b=c", where c is TOML or else a plain string.
+
+    Raises:
+        RecipeError: the file or an override is not to be read as TOML.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+    for override in overrides:
+        key, equals, text = override.removeprefix("--").partition("=")
+        if not equals:
+            raise RecipeError(f"{override!r} is no override; write --key.of.setting=value")
+        _put(table, key, _value(text))
+    return table
+
+
+def read(table: Table, label: str) -> Recipe:
+    """The recipe of the method called `label` in the table, every key and type checked.
+
+    Raises:
+        RecipeError: naming the key that is unknown, missing or of the wrong type, and the nearest known one.
+    """
+    schedule_keys = {f.name for f in fields(Schedule)}
+    _no_strangers(table, schedule_keys | {"task", "engine", "method", "local"}, "")
+    method_table = _method_table(table, label)
+    method = _named(method_table, METHODS, f"method.{label}", default=label)
+    task = _named(dict(table.get("task", {})), TASKS, "task", default=None)
+    schedule = build(Schedule, {k: v for k, v in table.items() if k in schedule_keys}, "")
+    return Recipe(label, task, method, schedule, build(Engine, table.get("engine", {}), "engine"))
+
+
+def labels(table: Table) -> list[str]:
+    """The methods that the table describes, in its order."""
+    return list(table.get("method", {}))
+
+
+def build(cls: type[T], table: Any, path: str) -> T:
+    """An instance of the dataclass from the table; nested dataclasses likewise."""
+    if not isinstance(table, dict):
+        raise RecipeError(f"{path}: a table is wanted, got {table!r}")
+    hints = get_type_hints(cls)
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    _no_strangers(table, known, path)
+    values: Table = {}
+    for key, value in table.items():
+        where = f"{path}.{key}" if path else key
+        if is_dataclass(hints[key]):
+            values[key] = build(hints[key], value, where)
+            continue
+        try:
+            values[key] = msgspec.convert(value, hints[key])
+        except msgspec.ValidationError as error:
+            raise RecipeError(f"{where}: {str(error)[0].lower()}{str(error)[1:]} (it is {value!r})") from None
+    try:
+        return cls(**values)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}" if path else str(error)) from None
+
+
+def _method_table(table: Table, label: str) -> Table:
+    """The method's own settings over those it is `like`, over [local]."""
+    methods = table.get("method", {})
+    if label not in methods and label not in METHODS:
+        raise RecipeError(f"there is no method {label!r}{_nearest(label, [*methods, *METHODS])}")
+    own = dict(methods.get(label, {}))
+    like = own.pop("like", None)
+    if like is not None:
+        if like == label or (like not in methods and like not in METHODS):
+            raise RecipeError(f"method.{label}.like: there is no other method {like!r}{_nearest(like, methods)}")
+        return _merged({"name": like} | _method_table(table, like), own)
+    return _merged({"local": table.get("local", {})}, own)
+
+
+def _merged(below: Table, above: Table) -> Table:
+    """Both tables, the upper one's values first, table by table."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _named(table: Table, registry: Mapping[str, type[T]], path: str, default: str | None) -> T:
+    name = table.pop("name", default)
+    if name not in registry:
+        raise RecipeError(f"{path}.name: there is no {name!r}{_nearest(str(name), registry)}")
+    return build(registry[name], table, path)
+
+
+def _no_strangers(table: Table, known: set[str], path: str) -> None:
+    for key in table:
+        if key not in known:
+            where = f"{path}.{key}" if path else key
+            raise RecipeError(f"{where}: there is no such setting{_nearest(key, known)}")
+
+
+def _nearest(name: str, known: Any) -> str:
+    """What the reader may have meant, as the end of a sentence."""
+    near = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f" (there are: {', '.join(sorted(known))})"
+
+
+def _put(table: Table, key: str, value: Any) -> None:
+    *above, last = key.split(".")
+    for part in above:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"--{key}: {part} is a value, not a table")
+    table[last] = value
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

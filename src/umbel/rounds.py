@@ -1,0 +1,75 @@
+"""One round after another."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from umbel import tree
+from umbel.cohort import Cohort, Engine, PrivateStore, Tally, chunk_size
+from umbel.evaluate import Scores, evaluate, routing
+from umbel.methods.protocol import Method, Population
+from umbel.model.loss import Loss
+from umbel.schedule import Schedule
+from umbel.seeds import choose
+from umbel.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after a round."""
+
+    round: int
+    shared: Any
+    store: PrivateStore
+    figures: dict[str, Any]  # the round's metrics, ready for JSON
+    scores: Scores | None  # per client, in rounds that are evaluated
+
+
+def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tuple[Cohort, Progress]:
+    """The engine's view of a task, and the state before round 1."""
+    device = torch.device(engine.device)
+    model = task.model.to(device)
+    group = None if task.group is None else task.group.to(device)
+    shared, fresh = method.init(model, Population(task.num_clients, schedule.seed, group))
+    shared, fresh = (tree.map_tensors(lambda leaf: leaf.to(device), state) for state in (shared, fresh))
+    loss = Loss(method.adapt(model).to(device), task.loss)
+    cohort = Cohort(method, loss, task.train.to(device), schedule.seed, chunk=1)
+    store = PrivateStore(fresh, task.num_clients)
+    everyone = choose(task.num_clients, schedule.clients_per_round or task.num_clients, schedule.seed, "cohort", 1)
+    chunk = chunk_size(engine, cohort, shared, store, everyone)
+    return replace(cohort, chunk=chunk), Progress(0, shared, store, {}, None)
+
+
+def rounds(cohort: Cohort, at: Progress, task: Task, schedule: Schedule) -> Iterator[Progress]:
+    """The run's progress after each of the remaining rounds."""
+    method, shared, store = cohort.method, at.shared, at.store
+    everyone = np.arange(task.num_clients)
+    test = task.test.to(cohort.train.x.device)
+    group = None if task.group is None else task.group.cpu().numpy()
+    for round in range(at.round + 1, schedule.rounds + 1):
+        begin = perf_counter()
+        clients = choose(
+            task.num_clients, schedule.clients_per_round or task.num_clients, schedule.seed, "cohort", round
+        )
+        tally = Tally()
+        download = len(clients) * cohort.download_bytes(shared)
+        shared = method.server_update(shared, cohort.uploads(shared, store, clients, round, tally))
+        figures: dict[str, Any] = {
+            "round": round,
+            "train_loss": tally.mean_loss,
+            "bytes_up": tally.upload_bytes,
+            "bytes_down": download,
+            "train_seconds": perf_counter() - begin,
+        }
+        if tally.dropped:
+            figures["dropped"] = tally.dropped
+        scores = None
+        if round % schedule.evaluate_every == 0 or round == schedule.rounds:
+            scores = evaluate(cohort, shared, store, test, everyone)
+            figures |= scores.summary() | routing(scores.mixture, group)
+        figures["seconds"] = perf_counter() - begin
+        yield Progress(round, shared, store, figures, scores)

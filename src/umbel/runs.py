@@ -1,0 +1,231 @@
+"""A whole run: from a task and a method to every client's personal model, in a folder if one is wanted."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from umbel import tree
+from umbel.cohort import Cohort, Engine, PrivateStore
+from umbel.errors import RunFolderError
+from umbel.folder import SNAPSHOT_CLIENTS, SNAPSHOTS, Checkpoint, RunFolder
+from umbel.methods import METHODS, Method
+from umbel.recipe import Recipe, load, name_of, read
+from umbel.rounds import Progress, rounds, start
+from umbel.schedule import Schedule
+from umbel.tasks import Task
+
+Watcher = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves behind."""
+
+    cohort: Cohort
+    progress: Progress
+    history: list[dict[str, Any]]  # the rounds' figures
+    warnings: list[str]
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The last round's figures."""
+        return self.progress.figures
+
+    def personal_model(self, client: int) -> nn.Module:
+        """The module that this client serves, on the CPU, in evaluation mode."""
+        method, store = self.cohort.method, self.progress.store
+        one = np.array([client])
+        index = torch.from_numpy(one).to(self.cohort.train.x.device)
+        params = method.personalize(method.send(self.progress.shared, index), store.rows(one))
+        module = deepcopy(self.cohort.loss.module).cpu().eval()
+        for name, leaf in params.items():
+            path, _, own_name = name.rpartition(".")
+            owner, value = module.get_submodule(path), leaf[0].detach().clone().cpu()
+            setattr(owner, own_name, nn.Parameter(value) if own_name in owner._parameters else value)
+        return module
+
+
+def run(
+    task: Task,
+    method: Method,
+    rounds: int = 100,
+    seed: int = 0,
+    clients_per_round: int = 0,
+    engine: Engine | None = None,
+    folder: str | Path | None = None,
+    on_round: Watcher | None = None,
+) -> Result:
+    """Trains every client's model and returns them with their scores.
+
+    Args:
+        task: a model and the clients' data; see `task_of`.
+        method: FLoRAL(…), FedAvg(…), …
+        rounds: how many.
+        seed: of everything that is drawn.
+        clients_per_round: 0 for all.
+        engine: device, and how clients are stacked.
+        folder: where to keep recipe, metrics and checkpoints; a new one.
+        on_round: called after every round.
+    """
+    schedule = Schedule(rounds=rounds, seed=seed, clients_per_round=clients_per_round)
+    return _begin(
+        task, method, schedule, engine or Engine(), _identity(task, method, schedule), None, folder, on_round
+    )
+
+
+def run_recipe(recipe: Recipe, folder: str | Path | None = None, on_round: Watcher | None = None) -> Result:
+    """The run that the recipe describes."""
+    task = recipe.task.load(recipe.schedule.seed)
+    return _begin(
+        task, recipe.method, recipe.schedule, recipe.engine, recipe.identity(), recipe.table(), folder, on_round
+    )
+
+
+def resume(
+    folder: str | Path, task: Task | None = None, method: Method | None = None, on_round: Watcher | None = None
+) -> Result:
+    """Goes on with a run from its newest whole checkpoint, to the result of one that was never stopped.
+
+    Args:
+        folder: of the run.
+        task: needed for a run of your own task, as it was given to `run`; likewise `method`.
+        method: see `task`.
+        on_round: called after every round.
+
+    Raises:
+        RunFolderError: no run folder, no whole checkpoint, or one of another recipe.
+    """
+    path = Path(folder)
+    if (path / "recipe.toml").is_file():
+        table = load(path / "recipe.toml")
+        recipe = read(table, next(iter(table["method"])))
+        opened = RunFolder.opened(path, recipe.identity())
+        return _go_on(
+            opened, recipe.task.load(recipe.schedule.seed), recipe.method, recipe.schedule, recipe.engine, on_round
+        )
+    if task is None or method is None:
+        raise RunFolderError(
+            f"{path} has no recipe.toml; a run of your own task is resumed with resume(folder, task, method)"
+        )
+    facts = RunFolder.opened(path, {}).facts()
+    schedule = Schedule(**facts["schedule"])
+    opened = RunFolder.opened(path, _identity(task, method, schedule))
+    return _go_on(opened, task, method, schedule, Engine(**facts["engine"]), on_round)
+
+
+def _begin(
+    task: Task,
+    method: Method,
+    schedule: Schedule,
+    engine: Engine,
+    identity: dict[str, Any],
+    recipe: dict[str, Any] | None,
+    path: str | Path | None,
+    on_round: Watcher | None,
+) -> Result:
+    if path is not None and Path(path).exists():
+        RunFolder.create(Path(path), identity, recipe, 0)  # refuses, before any work is done
+    cohort, at = start(task, method, schedule, engine)
+    folder = None
+    if path is not None:
+        state = tree.tensors(at.shared).values()
+        num_bytes = sum(leaf.numel() * leaf.element_size() for leaf in state)
+        num_bytes += task.num_clients * tree.row_bytes(at.store.rows(np.zeros(1, dtype=np.int64)))
+        folder = RunFolder.create(Path(path), identity, recipe, num_bytes)
+        folder.describe({"chunk": cohort.chunk, "schedule": asdict(schedule), "engine": asdict(engine)})
+    return _finish(folder, cohort, at, task, schedule, on_round, [], [])
+
+
+def _go_on(
+    folder: RunFolder, task: Task, method: Method, schedule: Schedule, engine: Engine, on_round: Watcher | None
+) -> Result:
+    checkpoint, warnings = folder.latest()
+    chunk = int(folder.facts()["chunk"])
+    cohort, at = start(task, method, schedule, replace(engine, mode="stacked", chunk=chunk))
+    cohort = replace(cohort, chunk=chunk)
+    if checkpoint is not None:
+        at = _restored(at, checkpoint)
+    folder.rewind(at.round)
+    history = read_history(folder.path)
+    if at.round == schedule.rounds and history:
+        at = replace(at, figures=history[-1])
+    return _finish(folder, cohort, at, task, schedule, on_round, history, warnings)
+
+
+def _finish(
+    folder: RunFolder | None,
+    cohort: Cohort,
+    at: Progress,
+    task: Task,
+    schedule: Schedule,
+    on_round: Watcher | None,
+    history: list[dict[str, Any]],
+    warnings: list[str],
+) -> Result:
+    for progress in rounds(cohort, at, task, schedule):
+        at = progress
+        history.append(at.figures)
+        if folder is not None:
+            _record(folder, at, task, schedule)
+        if on_round is not None:
+            on_round(at)
+    return Result(cohort, at, history, warnings)
+
+
+def _record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> None:
+    last = at.round == schedule.rounds
+    folder.append("metrics.jsonl", at.figures)
+    due = last or at.round % max(1, schedule.rounds // SNAPSHOTS) == 0
+    if due and at.scores is not None and task.num_clients <= SNAPSHOT_CLIENTS:
+        scores = at.scores
+        line: dict[str, Any] = {"round": at.round, "loss": _rounded(scores.loss)}
+        if scores.accuracy is not None:
+            line["accuracy"] = _rounded(scores.accuracy)
+        if scores.mixture.shape[1]:
+            line["mixture"] = _rounded(scores.mixture)
+        if task.group is not None:
+            line["group"] = task.group.tolist()
+        folder.append("clients.jsonl", line)
+    if last or at.round % schedule.checkpoint_every == 0:
+        seen, private = at.store.state()
+        tensors = {f"shared/{name}": leaf for name, leaf in tree.tensors(at.shared).items()}
+        tensors |= {f"private/{name}": leaf for name, leaf in tree.tensors(private).items()}
+        folder.save(Checkpoint(at.round, tensors | {"seen": torch.from_numpy(seen)}))
+
+
+def _restored(at: Progress, checkpoint: Checkpoint) -> Progress:
+    """The progress at the checkpoint; `at` is the state before round 1, which gives the tensors' places."""
+
+    def part(name: str) -> dict[str, Any]:
+        return {k.removeprefix(name): v for k, v in checkpoint.tensors.items() if k.startswith(name)}
+
+    fresh = at.store.rows(np.zeros(1, dtype=np.int64))
+    store: PrivateStore = at.store
+    seen = checkpoint.tensors["seen"].numpy()
+    if len(seen):
+        store.put(seen, tree.with_tensors(fresh, part("private/")))
+    return Progress(checkpoint.round, tree.with_tensors(at.shared, part("shared/")), store, {}, None)
+
+
+def _identity(task: Task, method: Method, schedule: Schedule) -> dict[str, Any]:
+    """What decides the result of a run without a recipe file."""
+    counts = {"clients": task.num_clients, "examples": int(task.train.count.sum())}
+    settings = {k: v for k, v in asdict(schedule).items() if k != "checkpoint_every"}
+    return {"task": task.name, **counts, "method": name_of(method, METHODS), **asdict(method), **settings}  # type: ignore[call-overload]
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run folder's metrics.jsonl."""
+    from umbel.folder import read_lines
+
+    return read_lines(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
+
+
+def _rounded(values: np.ndarray) -> Any:
+    return np.round(values.astype(float), 4).tolist()

@@ -1,0 +1,23 @@
+"""How long a run lasts, with how many clients, and how often it is looked at."""
+
+from dataclasses import dataclass
+
+from umbel.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, with whom, and how often to look."""
+
+    rounds: int = 100
+    clients_per_round: int = 0  # 0: all of them
+    evaluate_every: int = 1  # rounds; the last one is always evaluated
+    checkpoint_every: int = 25  # rounds; the last one always has a checkpoint
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.evaluate_every < 1 or self.checkpoint_every < 1 or self.clients_per_round < 0:
+            raise RecipeError(
+                "rounds, evaluate_every and checkpoint_every must be at least 1 and clients_per_round at least 0 "
+                f"(all), got {self}"
+            )

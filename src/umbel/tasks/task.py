@@ -1,0 +1,115 @@
+"""Whose data, which model: what every task comes down to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from umbel.clients import Examples
+from umbel.errors import DataError
+from umbel.model.loss import LossName
+from umbel.seeds import generator
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and every client's examples.
+
+    Attributes:
+        group: (clients,) each client's hidden group, where a benchmark knows it. Nothing but oracles and
+            the report look at it.
+    """
+
+    name: str
+    model: nn.Module
+    loss: LossName
+    train: Examples
+    test: Examples
+    group: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.train.num_clients != self.test.num_clients:
+            raise DataError(
+                f"{self.train.num_clients} clients have training data, {self.test.num_clients} test data"
+            )
+        if self.loss == "cross_entropy":
+            self._check_labels()
+
+    def _check_labels(self) -> None:
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            num_labels = self.model(self.train.x[:1]).shape[-1]
+        self.model.train(was_training)
+        for split, examples in (("train", self.train), ("test", self.test)):
+            if examples.y.is_floating_point():
+                raise DataError(f"{split}: cross_entropy needs whole-number labels, got {examples.y.dtype}")
+            wrong = (examples.y < 0) | (examples.y >= num_labels)
+            if bool(wrong.any()):
+                row = int(wrong.flatten(1).any(1).int().argmax()) if wrong.dim() > 1 else int(wrong.int().argmax())
+                owner = int(np.flatnonzero((examples.start <= row) & (row < examples.start + examples.count))[0])
+                raise DataError(
+                    f"{split}, client {owner}: label {int(examples.y[row].max())} is out of range, "
+                    f"for the model has {num_labels} outputs (0 to {num_labels - 1})"
+                )
+
+    @property
+    def num_clients(self) -> int:
+        return self.train.num_clients
+
+    def for_tuning(self, seed: int, fraction: float = 0.25) -> "Task":
+        """The same task with part of each client's training data as its test data.
+
+        Hyper-parameters are chosen on this one, so that the true test data stays unseen.
+        """
+        train, validation = split(self.train, fraction, seed)
+        return replace(self, train=train, test=validation)
+
+
+class TaskRecipe(Protocol):
+    """A task's settings: a frozen dataclass that loads the task for a seed."""
+
+    def load(self, seed: int) -> Task:
+        """The task; the seed decides the split, the partition and the model's first weights."""
+
+
+def split(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
+    """Each client's examples in two parts, the second with `fraction` of them (at least 1), drawn by the seed.
+
+    Raises:
+        DataError: a client with one sample, which cannot be split.
+    """
+    if (examples.count < 2).any():
+        raise DataError(f"client {int((examples.count < 2).argmax())} has one sample, too few to hold any back")
+    kept, held = [], []
+    for client in range(examples.num_clients):
+        x, y = examples.of_client(client)
+        order = torch.randperm(len(y), generator=generator(seed, "split", client)).to(y.device)
+        cut = min(max(1, round(fraction * len(y))), len(y) - 1)
+        held.append((x[order[:cut]], y[order[:cut]]))
+        kept.append((x[order[cut:]], y[order[cut:]]))
+    return Examples.of(kept), Examples.of(held)
+
+
+def task_of(
+    model: nn.Module,
+    clients: Sequence[tuple[Tensor, Tensor]],
+    loss: LossName = "cross_entropy",
+    test: Sequence[tuple[Tensor, Tensor]] | None = None,
+    test_fraction: float = 0.25,
+    seed: int = 0,
+    name: str = "custom",
+) -> Task:
+    """A task of your own: a module and a list of (x, y), one pair a client.
+
+    Args:
+        test: each client's test examples; without it `test_fraction` of its examples are held back.
+    """
+    train = Examples.of(clients)
+    held = Examples.of(test) if test is not None else None
+    if held is None:
+        train, held = split(train, test_fraction, seed)
+    return Task(name, model, loss, train, held)
