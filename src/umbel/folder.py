@@ -52,26 +52,35 @@ class RunFolder:
     identity: str  # a hash of what decides the result; a checkpoint of another is refused
 
     @staticmethod
-    def create(path: Path, identity: dict[str, Any], recipe: dict[str, Any] | None, num_bytes: int) -> "RunFolder":
-        """A new folder, with room for the checkpoints (`num_bytes` each).
+    def create(
+        path: Path, identity: dict[str, Any], recipe: dict[str, Any] | None, facts: dict[str, Any], num_bytes: int
+    ) -> "RunFolder":
+        """A new folder with recipe.toml and run.json (the facts, versions and machine), all there at once.
+
+        Args:
+            path: where; nothing may be there yet.
+            identity: what decides the result.
+            recipe: what recipe.toml shall say, None for a run that has no recipe.
+            facts: for run.json.
+            num_bytes: the size of a checkpoint, for which there must be room.
 
         Raises:
             RunFolderError: the path is taken, cannot be made, or its disk is too full.
         """
-        if path.exists():
-            raise RunFolderError(
-                f"{path} exists and is left as it is; go on with it by `umbel resume {path}`, or name another "
-                f"folder with --out"
-            )
+        check_free(path)
         check_space(path, (KEPT_CHECKPOINTS + 1) * num_bytes)
+        aside = RunFolder(path.with_name(f".{path.name}.{os.getpid()}.tmp"), _hash(identity))
         with _told(path):
-            (path / "checkpoints").mkdir(parents=True)
-        folder = RunFolder(path, _hash(identity))
-        if recipe is not None:
-            import tomli_w
+            (aside.path / "checkpoints").mkdir(parents=True)
+            if recipe is not None:
+                import tomli_w
 
-            folder._write("recipe.toml", tomli_w.dumps(recipe).encode())
-        return folder
+                aside._write("recipe.toml", tomli_w.dumps(recipe).encode())
+            aside._write(
+                "run.json", json.dumps({"identity": aside.identity} | machine() | facts, indent=1).encode()
+            )
+            aside.path.rename(path)
+        return RunFolder(path, aside.identity)
 
     @staticmethod
     def opened(path: Path, identity: dict[str, Any]) -> "RunFolder":
@@ -83,18 +92,6 @@ class RunFolder:
         if not (path / "run.json").is_file():
             raise RunFolderError(f"{path} is no run folder that can be gone on with: it has no run.json")
         return RunFolder(path, _hash(identity))
-
-    def describe(self, facts: dict[str, Any]) -> None:
-        """Writes run.json: the facts, versions and machine."""
-        here = {
-            "identity": self.identity,
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "umbel_commit": _commit(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {_processor()}",
-        }
-        self._write("run.json", json.dumps(here | facts, indent=1).encode())
 
     def facts(self) -> dict[str, Any]:
         """What run.json says."""
@@ -163,6 +160,17 @@ class RunFolder:
         write(self.path / name, content)
 
 
+def machine() -> dict[str, Any]:
+    """When, with what and where something ran: kept beside every figure."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "umbel_commit": _commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {_processor()}",
+    }
+
+
 def write(path: Path, content: bytes) -> None:
     """Writes a file aside and renames it into place."""
     aside = path.with_name(path.name + ".tmp")
@@ -191,6 +199,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
+
+
+def check_free(path: Path) -> None:
+    """Raises RunFolderError if something is at `path`."""
+    if path.exists():
+        raise RunFolderError(
+            f"{path} exists and is left as it is; go on with it by `umbel resume {path}`, or name another "
+            f"folder with --out"
+        )
 
 
 def check_space(path: Path, num_bytes: int) -> None:

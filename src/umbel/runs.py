@@ -13,7 +13,7 @@ from torch import nn
 from umbel import tree
 from umbel.cohort import Cohort, Engine, PrivateStore
 from umbel.errors import RunFolderError
-from umbel.folder import SNAPSHOT_CLIENTS, SNAPSHOTS, Checkpoint, RunFolder
+from umbel.folder import SNAPSHOT_CLIENTS, SNAPSHOTS, Checkpoint, RunFolder, check_free, read_lines
 from umbel.methods import METHODS, Method
 from umbel.recipe import Recipe, load, name_of, read
 from umbel.rounds import Progress, rounds, start
@@ -129,16 +129,16 @@ def _begin(
     path: str | Path | None,
     on_round: Watcher | None,
 ) -> Result:
-    if path is not None and Path(path).exists():
-        RunFolder.create(Path(path), identity, recipe, 0)  # refuses, before any work is done
+    if path is not None:
+        check_free(Path(path))  # before any work is done
     cohort, at = start(task, method, schedule, engine)
     folder = None
     if path is not None:
         state = tree.tensors(at.shared).values()
         num_bytes = sum(leaf.numel() * leaf.element_size() for leaf in state)
         num_bytes += task.num_clients * tree.row_bytes(at.store.rows(np.zeros(1, dtype=np.int64)))
-        folder = RunFolder.create(Path(path), identity, recipe, num_bytes)
-        folder.describe({"chunk": cohort.chunk, "schedule": asdict(schedule), "engine": asdict(engine)})
+        facts = {"chunk": cohort.chunk, "schedule": asdict(schedule), "engine": asdict(engine)}
+        folder = RunFolder.create(Path(path), identity, recipe, facts, num_bytes)
     return _finish(folder, cohort, at, task, schedule, on_round, [], [])
 
 
@@ -222,8 +222,6 @@ def _identity(task: Task, method: Method, schedule: Schedule) -> dict[str, Any]:
 
 def read_history(path: Path) -> list[dict[str, Any]]:
     """The lines of a run folder's metrics.jsonl."""
-    from umbel.folder import read_lines
-
     return read_lines(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
 
 

@@ -99,10 +99,9 @@ def _step(
         grads = velocity
     if active is not None:
         grads = [_where(active, grad, torch.zeros_like(grad)) for grad in grads]
-    if len(set(rates)) == 1:
-        torch._foreach_add_(leaves, grads, alpha=-rates[0])
-    else:
-        torch._foreach_sub_(leaves, torch._foreach_mul(grads, rates))
+    for rate in set(rates):
+        same = [i for i, other in enumerate(rates) if other == rate]
+        torch._foreach_add_([leaves[i] for i in same], [grads[i] for i in same], alpha=-rate)
 
 
 def _where(active: Tensor | None, new: Tensor, old: Tensor) -> Tensor:

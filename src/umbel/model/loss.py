@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from umbel.clients import Batch
-from umbel.errors import ModelError
+from umbel.errors import DataError, ModelError
 from umbel.tree import Params, is_broadcast
 
 LossName = Literal["cross_entropy", "mse"]
@@ -21,8 +21,17 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """(B,) squared error, averaged over the outputs of one example."""
-    return (outputs - targets).square().flatten(1).mean(1)
+    """(B,) squared error, averaged over the outputs of one example.
+
+    Raises:
+        DataError: outputs and targets differ in shape, which would broadcast every example against every other.
+    """
+    if outputs.shape != targets.shape:
+        raise DataError(
+            f"mse: for an example the model answers {tuple(outputs.shape[1:])}, but its target has the shape "
+            f"{tuple(targets.shape[1:])}; reshape the targets"
+        )
+    return (outputs - targets).square().reshape(len(outputs), -1).mean(1)
 
 
 LOSSES: dict[LossName, Callable[[Tensor, Tensor], Tensor]] = {
@@ -56,7 +65,10 @@ class Loss:
         if self.module.training != training:
             self.module.train(training)
         if x.shape[0] == 1:
-            return self._forward({name: leaf[0] for name, leaf in params.items()}, x[0]).unsqueeze(0)
+            # squeeze, not [0]: the gradient of an index would fill a whole tensor with zeros first
+            return self._forward({name: leaf.squeeze(0) for name, leaf in params.items()}, x.squeeze(0)).unsqueeze(
+                0
+            )
         shared = {name: leaf[0] for name, leaf in params.items() if is_broadcast(leaf)}
         own = {name: leaf for name, leaf in params.items() if name not in shared}
         try:

@@ -1,0 +1,158 @@
+"""Runs in folders: killed anywhere and resumed they end as if never stopped; what is damaged is refused."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+import umbel
+from umbel.cohort import Engine
+from umbel.errors import RunFolderError
+from umbel.folder import check_space, read_lines
+from umbel.recipe import find, load, read
+from umbel.runs import resume, run_recipe
+from umbel.schedule import Schedule
+
+
+def small(label="floral", **changes):
+    recipe = read(load(find("digits")), label)
+    schedule = Schedule(rounds=12, checkpoint_every=2, clients_per_round=17)
+    return replace(recipe, schedule=schedule, engine=Engine("stacked", chunk=7), **changes)
+
+
+def outcome(folder):
+    """The last checkpoint's bytes, and the metrics without the times."""
+    metrics = read_lines(folder / "metrics.jsonl")
+    for line in metrics:
+        line.pop("seconds")
+        line.pop("train_seconds")
+    clients = (folder / "clients.jsonl").read_bytes()
+    return (folder / "checkpoints/000012.safetensors").read_bytes(), metrics, clients
+
+
+@pytest.mark.parametrize("label", ["floral", "local", "ensemble"])
+def test_a_run_killed_at_random_moments_and_resumed_ends_bit_identical(tmp_path, label):
+    recipe = small(label)
+    begin = time.perf_counter()
+    run_recipe(recipe, tmp_path / "whole")
+    duration = time.perf_counter() - begin
+    draw = random.Random(label)
+    fork = multiprocessing.get_context("fork")
+    killed = 0
+    while killed < (20 if label == "floral" else 3):
+        folder = tmp_path / f"killed{killed}"
+        child = fork.Process(target=run_recipe, args=(recipe, folder))
+        child.start()
+        time.sleep(draw.uniform(0, duration))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        killed += 1
+        if folder.exists():
+            resume(folder)
+        else:  # killed before there was anything to resume
+            run_recipe(recipe, folder)
+        assert outcome(folder) == outcome(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    recipe = small()
+    run_recipe(recipe, whole)
+    run_recipe(recipe, folder)
+    last = folder / "checkpoints/000012.safetensors"
+    content = bytearray(last.read_bytes())
+    content[-1] ^= 1
+    last.write_bytes(content)
+    result = resume(folder)
+    assert any(str(last) in warning for warning in result.warnings)
+    assert outcome(folder) == outcome(whole)
+    last.write_bytes(content[: len(content) // 2])
+    assert any(str(last) in warning for warning in resume(folder).warnings)
+    assert outcome(folder) == outcome(whole)
+
+
+def test_with_no_whole_checkpoint_the_run_is_refused(tmp_path):
+    run_recipe(small(), tmp_path / "run")
+    for file in (tmp_path / "run/checkpoints").glob("*.safetensors"):
+        file.write_bytes(b"")
+    with pytest.raises(RunFolderError, match=r"000012\.safetensors is damaged"):
+        resume(tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    run_recipe(small(), tmp_path / "run")
+    recipe = tmp_path / "run/recipe.toml"
+    recipe.write_text(recipe.read_text().replace("num_adapters = 4", "num_adapters = 5"))
+    with pytest.raises(RunFolderError, match="another recipe"):
+        resume(tmp_path / "run")
+
+
+def test_an_existing_folder_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/mine.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="exists"):
+        run_recipe(small(), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    run_recipe(small(), tmp_path / "run")
+    (tmp_path / "run/run.json").unlink()
+    with pytest.raises(RunFolderError, match="no run folder"):
+        resume(tmp_path / "run")
+
+
+def test_too_little_room_on_the_disk_is_told_before_any_work(tmp_path):
+    with pytest.raises(RunFolderError, match="MB left"):
+        check_space(tmp_path / "run", 10**18)
+    check_space(tmp_path / "run", 1000)
+
+
+def _run_with_little_room(recipe, folder, answers):
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # a checkpoint is larger than that
+    try:
+        run_recipe(recipe, folder)
+    except umbel.UmbelError as error:
+        answers.put(str(error))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_leaves_none_half_there(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    answers = fork.Queue()
+    child = fork.Process(target=_run_with_little_room, args=(small(), tmp_path / "run", answers))
+    child.start()
+    child.join()
+    assert "checkpoint could not be written" in answers.get() or "no room left" in answers.get()
+    assert not list((tmp_path / "run/checkpoints").glob("*.safetensors"))
+
+
+def test_a_run_of_ones_own_task_is_resumed_with_the_task(tmp_path):
+    clients = [(torch.randn(12, 3), torch.arange(12) % 2) for _ in range(4)]
+    task = umbel.task_of(torch.nn.Linear(3, 2), clients)
+    method = umbel.FedAvg(umbel.LocalSGD(lr=0.1))
+    umbel.run(task, method, rounds=3, folder=tmp_path / "run")
+    assert umbel.resume(tmp_path / "run", task, method).figures["round"] == 3
+    with pytest.raises(RunFolderError, match="task, method"):
+        umbel.resume(tmp_path / "run")
+
+
+def test_the_run_folder_says_where_it_was_made(tmp_path):
+    run_recipe(small(), tmp_path / "run")
+    facts = json.loads((tmp_path / "run/run.json").read_text())
+    assert facts["chunk"] == 7
+    assert {"started", "umbel_commit", "torch", "python", "machine"} <= set(facts)
+
+
+def test_a_recipe_read_back_from_its_folder_is_the_same(tmp_path):
+    recipe = small()
+    run_recipe(recipe, tmp_path / "run")
+    assert read(load(tmp_path / "run/recipe.toml"), "floral") == recipe
