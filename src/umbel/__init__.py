@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from umbel.runs import Result as Result
     from umbel.runs import resume as resume
     from umbel.runs import run as run
+    from umbel.schedule import Schedule as Schedule
     from umbel.tasks import Task as Task
     from umbel.tasks import task_of as task_of
     from umbel.train import LocalSGD as LocalSGD
@@ -34,6 +35,7 @@ _HOMES = {
     "LocalSGD": "umbel.train",
     "Result": "umbel.runs",
     "Router": "umbel.methods.routing",
+    "Schedule": "umbel.schedule",
     "Task": "umbel.tasks",
     "UmbelError": "umbel.errors",
     "resume": "umbel.runs",

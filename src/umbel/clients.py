@@ -27,6 +27,10 @@ class Examples:
         Raises:
             DataError: a client without samples, with NaN in x, or with x and y of different lengths.
         """
+        if not clients:
+            raise DataError("there are no clients")
+        if not clients:
+            raise DataError("there are no clients")
         for k, (x, y) in enumerate(clients):
             if len(x) != len(y):
                 raise DataError(f"client {k}: {len(x)} inputs but {len(y)} targets")
@@ -38,8 +42,6 @@ class Examples:
 
     def check(self) -> None:
         """Raises DataError, naming the client, if one has no samples or holds NaN or infinity."""
-        if len(self.count) == 0:
-            raise DataError("there are no clients")
         if (self.count == 0).any():
             raise DataError(
                 f"client {int((self.count == 0).argmax())} has no samples; leave it out or give it some"

@@ -39,14 +39,31 @@ def mean(sums: Params, weights: Tensor) -> Params:
 def step_to(old: Params, mean: Params, step: Tensor | float) -> Params:
     """Old + step · (mean − old); step is a number in [0, 1], or one for each adapter (C,).
 
-    At step 1 this is the mean to the last bit.
+    At step 1 this is the mean, and at step 0 old, to the last bit.
     """
-    if isinstance(step, float):
-        return mean if step == 1.0 else {name: torch.lerp(old[name], mean[name], step) for name in old}
+    if not isinstance(step, Tensor):
+        return mean if step == 1 else {name: torch.lerp(old[name], mean[name], step) for name in old}
     return {
-        name: torch.lerp(old[name], mean[name], _like(step.to(old[name].dtype), old[name]).expand_as(old[name]))
-        for name in old
+        name: torch.lerp(leaf, mean[name], _like(step.to(leaf.dtype), leaf).expand_as(leaf))
+        for name, leaf in old.items()
     }
+
+
+def momentum(
+    old: Params, mean: Params, velocity: Params, decay: float, step: Tensor | float
+) -> tuple[Params, Params]:
+    """Heavy ball on the server (Hsu et al. 2019, FedAvgM): v ← decay · v + (mean − old), old + step · v, and v.
+
+    Where the step is 0 (nobody used the adapter, its mean means nothing) old stays and v only decays.
+    """
+    pushed = {}
+    for name, leaf in old.items():
+        pull = mean[name] - leaf
+        if isinstance(step, Tensor):
+            pull = torch.where(_like(step > 0, leaf), pull, 0)
+        pushed[name] = decay * velocity[name] + pull
+    reached = {name: leaf + pushed[name] for name, leaf in old.items()}
+    return step_to(old, reached, step), pushed
 
 
 def _like(weights: Tensor, values: Tensor) -> Tensor:

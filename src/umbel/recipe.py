@@ -75,11 +75,16 @@ def find(name: str) -> Path:
         if not path.is_file():
             raise RecipeError(f"there is no recipe file {path}")
         return path
-    folder = Path(str(files("umbel"))) / "recipes"
-    known = {found.stem: found for found in sorted(folder.glob("*.toml"))}
+    known = shipped()
     if name not in known:
         raise RecipeError(f"there is no recipe {name!r}{_nearest(name, known)}; umbel tasks lists them")
     return known[name]
+
+
+def shipped() -> dict[str, Path]:
+    """The recipe files that come with umbel, by name."""
+    folder = Path(str(files("umbel"))) / "recipes"
+    return {found.stem: found for found in sorted(folder.glob("*.toml"))}
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Table:

@@ -1,6 +1,7 @@
 """One round after another."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 
 from umbel import tree
 from umbel.cohort import Cohort, Engine, PrivateStore, Tally, chunk_size
+from umbel.errors import DataError
 from umbel.evaluate import Scores, evaluate, routing
 from umbel.methods.protocol import Method, Population
-from umbel.model.loss import Loss
+from umbel.model.loss import Loss, mixes_examples
 from umbel.schedule import Schedule
 from umbel.seeds import choose
 from umbel.tasks.task import Task
@@ -31,8 +33,9 @@ class Progress:
 
 def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tuple[Cohort, Progress]:
     """The engine's view of a task, and the state before round 1."""
+    _check_batches(task, method)
     device = torch.device(engine.device)
-    model = task.model.to(device)
+    model = deepcopy(task.model).to(device)  # the forward pass changes a module: its mode, BatchNorm's counters
     group = None if task.group is None else task.group.to(device)
     shared, fresh = method.init(model, Population(task.num_clients, schedule.seed, group))
     shared, fresh = (tree.map_tensors(lambda leaf: leaf.to(device), state) for state in (shared, fresh))
@@ -42,6 +45,17 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
     everyone = choose(task.num_clients, schedule.clients_per_round or task.num_clients, schedule.seed, "cohort", 1)
     chunk = chunk_size(engine, cohort, shared, store, everyone)
     return replace(cohort, chunk=chunk), Progress(0, shared, store, {}, None)
+
+
+def _check_batches(task: Task, method: Method) -> None:
+    """Raises DataError if BatchNorm would have to train on a batch of one example."""
+    size = method.local.batch_size
+    alone = np.flatnonzero(task.train.count % size == 1) if size > 1 else np.arange(1)
+    if len(alone) and mixes_examples(task.model):
+        raise DataError(
+            f"client {alone[0]}: its last batch has one example, on which BatchNorm cannot train; "
+            f"choose another local.batch_size than {size}"
+        )
 
 
 def rounds(cohort: Cohort, at: Progress, task: Task, schedule: Schedule) -> Iterator[Progress]:

@@ -56,7 +56,7 @@ def run(
     method: Method,
     rounds: int = 100,
     seed: int = 0,
-    clients_per_round: int = 0,
+    schedule: Schedule | None = None,
     engine: Engine | None = None,
     folder: str | Path | None = None,
     on_round: Watcher | None = None,
@@ -66,17 +66,15 @@ def run(
     Args:
         task: a model and the clients' data; see `task_of`.
         method: FLoRAL(…), FedAvg(…), …
-        rounds: how many.
+        rounds: how many, each with all clients.
         seed: of everything that is drawn.
-        clients_per_round: 0 for all.
+        schedule: in place of `rounds` and `seed`, with clients per round, how often to evaluate, and more.
         engine: device, and how clients are stacked.
         folder: where to keep recipe, metrics and checkpoints; a new one.
         on_round: called after every round.
     """
-    schedule = Schedule(rounds=rounds, seed=seed, clients_per_round=clients_per_round)
-    return _begin(
-        task, method, schedule, engine or Engine(), _identity(task, method, schedule), None, folder, on_round
-    )
+    plan = schedule or Schedule(rounds=rounds, seed=seed)
+    return _begin(task, method, plan, engine or Engine(), _identity(task, method, plan), None, folder, on_round)
 
 
 def run_recipe(recipe: Recipe, folder: str | Path | None = None, on_round: Watcher | None = None) -> Result:
@@ -137,7 +135,8 @@ def _begin(
         state = tree.tensors(at.shared).values()
         num_bytes = sum(leaf.numel() * leaf.element_size() for leaf in state)
         num_bytes += task.num_clients * tree.row_bytes(at.store.rows(np.zeros(1, dtype=np.int64)))
-        facts = {"chunk": cohort.chunk, "schedule": asdict(schedule), "engine": asdict(engine)}
+        facts = {"task": task.name, "num_clients": task.num_clients, "chunk": cohort.chunk}
+        facts |= {"schedule": asdict(schedule), "engine": asdict(engine)}
         folder = RunFolder.create(Path(path), identity, recipe, facts, num_bytes)
     return _finish(folder, cohort, at, task, schedule, on_round, [], [])
 
@@ -184,9 +183,9 @@ def _record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> 
     due = last or at.round % max(1, schedule.rounds // SNAPSHOTS) == 0
     if due and at.scores is not None and task.num_clients <= SNAPSHOT_CLIENTS:
         scores = at.scores
-        line: dict[str, Any] = {"round": at.round, "loss": _rounded(scores.loss)}
+        line: dict[str, Any] = {"round": at.round, "loss": _short(scores.loss)}
         if scores.accuracy is not None:
-            line["accuracy"] = _rounded(scores.accuracy)
+            line["accuracy"] = _short(scores.accuracy)
         if scores.mixture.shape[1]:
             line["mixture"] = _rounded(scores.mixture)
         if task.group is not None:
@@ -227,3 +226,8 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 def _rounded(values: np.ndarray) -> Any:
     return np.round(values.astype(float), 4).tolist()
+
+
+def _short(values: np.ndarray) -> list[float]:
+    """Five digits of each: a small loss is kept as one."""
+    return [float(f"{value:.5g}") for value in values.tolist()]

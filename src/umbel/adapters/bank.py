@@ -12,7 +12,8 @@ all to B. Biases and the weights of norm layers get an additive update of their 
 The formula speaks of the weight alone, so it holds for any stride, padding, dilation and padding mode.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from math import prod
 from typing import Literal
@@ -158,7 +159,13 @@ class AdapterPlan:
                 else:
                     low_rank.append(self._low_rank(name, kind, layer, tensor, batch_size))
         first = dict(module.named_parameters())  # tied tensors appear once, under their first name
-        parts = tuple(part for part in low_rank if part.name in first)
+        names = Counter(id(tensor) for _, tensor in module.named_parameters(remove_duplicate=False))
+        parts = tuple(
+            # A path beside one of the layers that share a tensor would leave the others as they were.
+            replace(part, factored=part.factored and names[id(first[part.name])] == 1)
+            for part in low_rank
+            if part.name in first
+        )
         updates = tuple(update for update in additive if update.name in first)
         if not parts and not updates:
             raise ModelError(
@@ -193,6 +200,8 @@ class AdapterPlan:
         # Only layers whose forward is the plain one can have a path beside them: nn.MultiheadAttention,
         # for one, reads its out_proj's weight without calling it.
         plain = type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+        if isinstance(layer, nn.Embedding):  # these two look at the whole weight, or at its whole gradient
+            plain = plain and layer.max_norm is None and not layer.scale_grad_by_freq
         if self.realization != "auto":
             return plain and self.realization == "factored"
         # Per rank the merged form costs a pass over the weight, the factored one two thin products per

@@ -32,8 +32,9 @@ def mix(bank: Bank, base: Params, adapters: Params, probs: Tensor) -> Params:
     params = dict(base)
     for update in bank.additive:
         delta = adapters[update.name]
-        mixed = torch.bmm(probs.unsqueeze(1), delta.flatten(2)).squeeze(1)
-        params[update.name] = base[update.name] + mixed.unflatten(1, delta.shape[2:])
+        flat = delta.reshape(*probs.shape, -1)  # a scalar too has one number
+        mixed = torch.bmm(probs.to(delta.dtype).unsqueeze(1), flat).squeeze(1)
+        params[update.name] = base[update.name] + mixed.view_as(delta[:, 0])
     for part in bank.low_rank:
         a, b = stack_rank(adapters[part.a_name], adapters[part.b_name], probs * bank.scale)
         if part.factored:
@@ -48,7 +49,7 @@ def stack_rank(a: Tensor, b: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
 
     b's columns are scaled by probs (K, C).
     """
-    scaled = b * probs.reshape(*probs.shape, *[1] * (b.dim() - 2))
+    scaled = b * probs.to(b.dtype).reshape(*probs.shape, *[1] * (b.dim() - 2))
     return a.flatten(1, 2), scaled.transpose(1, 2).flatten(2, 3)
 
 
@@ -87,7 +88,10 @@ def _path(part: LowRank, own_name: str) -> Any:
         a: Tensor = getattr(layer, f"{own_name}_lora_A")
         b: Tensor = getattr(layer, f"{own_name}_lora_B")
         if isinstance(layer, nn.Embedding):
-            return output + F.embedding(inputs[0], b) @ a
+            path = F.embedding(inputs[0], b) @ a
+            if layer.padding_idx is not None:  # its row is used as it is, but never trained
+                path = torch.where((inputs[0] == layer.padding_idx).unsqueeze(-1), path.detach(), path)
+            return output + path
         if isinstance(layer, nn.modules.conv._ConvNd):
             return output + _conv_path(layer, part.on_a, inputs[0], a, b)
         return output + F.linear(F.linear(inputs[0], a), b)

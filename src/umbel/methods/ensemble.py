@@ -108,15 +108,17 @@ class Ensemble:
         def objective(groups: Groups, batch: Any, step: int) -> Tensor:
             theta = groups["router"]["logits"]
             probs = (theta if noise is None else theta + noise[:, step]).softmax(1)
-            return loss(named(groups["models"] | groups["stats"], probs), batch)
+            return loss(named(groups["models"], probs) | groups["stats"], batch)
 
-        stats = set(running_stats(loss.module))
+        stats = running_stats(loss.module)
         is_stat = {name: f"models.0.{name}" in stats for name in message.models}
+        of_copies = named({n: leaf for n, leaf in message.models.items() if is_stat[n]}, logits)
         trained, mean_loss = sgd(
             objective,
             {
                 "models": {n: leaf for n, leaf in message.models.items() if not is_stat[n]},
-                "stats": {n: leaf for n, leaf in message.models.items() if is_stat[n]},
+                # Tensors of their own: batched BatchNorm writes into whole tensors, but not through a view.
+                "stats": {n: leaf for n, leaf in of_copies.items() if n in stats},
                 "router": {"logits": logits},
             },
             data,
@@ -125,8 +127,12 @@ class Ensemble:
         )
         logits = trained["router"]["logits"]
         num_examples = data.num_examples
+        copies = range(self.num_models)
+        moved = {
+            n: torch.stack([trained["stats"][f"models.{c}.{n}"] for c in copies], 1) for n in is_stat if is_stat[n]
+        }
         upload = Upload(
-            trained["models"] | trained["stats"],
+            trained["models"] | moved,
             num_examples,
             num_examples.unsqueeze(1) * logits.softmax(1),
             mean_loss,
@@ -165,6 +171,7 @@ def model_losses(loss: Loss, message: Message, data: ClientData) -> Tensor:
     """(K, C) each client's mean loss with each model alone, in evaluation mode, without gradients."""
     num_models = next(iter(message.models.values())).shape[1]
     single = Loss(loss.module.get_submodule("models.0"), loss.name)
+    loss.module.eval()  # the whole of it: were only its part put into this mode, training would not put it back
     sums = torch.zeros(len(data.clients), num_models, device=data.examples.x.device)
     with torch.no_grad():
         for batch in data.in_order(EVALUATION_BATCH):

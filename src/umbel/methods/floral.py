@@ -16,7 +16,7 @@ Departures and options: docs/methods.md.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -40,6 +40,7 @@ class Shared:
     base: Params
     adapters: Params  # leading axis C
     stats: Params  # running statistics, used only if they are federated
+    velocity: Params  # of base and adapters, only with server momentum
     oracle: Tensor  # (clients, C) logits, or (clients, 0) where routes are learned
     bank: Bank
 
@@ -78,6 +79,7 @@ class FLoRAL:
     adapter_lr: float = 1.0  # times local.lr
     init_std: float = 0.1  # of B at the start; 0 is LoRA's own, at which no router can tell adapters apart
     precondition: bool = False
+    server_momentum: float = 0.0  # 0: Algorithm 1
     guard: float = 0.01  # τ, the share of examples below which an adapter moves less; 0: no guard
     batch_stats: Literal["private", "federated"] = "private"
 
@@ -102,7 +104,12 @@ class FLoRAL:
         drawn = bank.init(self.num_adapters, generator(population.seed, "adapters"), self.init_std)
         stats = {name: leaf.detach().clone() for name, leaf in running_stats(module).items()}
         oracle = oracle_logits(self.router.kind, population.group, self.num_adapters, population.num_clients)
-        shared = Shared(base, {n: a.to(dtype) for n, a in drawn.items()}, stats, oracle, bank)
+        adapters = {name: leaf.to(dtype) for name, leaf in drawn.items()}
+        moving = {"base": base, "adapters": adapters} if self.server_momentum else {}
+        velocity = tree.map_tensors(
+            torch.zeros_like, {f"{g}/{n}": leaf for g, p in moving.items() for n, leaf in p.items()}
+        )
+        shared = Shared(base, adapters, stats, velocity, oracle, bank)
         kept = stats if self.batch_stats == "private" else {}
         return shared, tree.broadcast(Private(torch.zeros(self.num_adapters), kept), 1)
 
@@ -163,16 +170,33 @@ class FLoRAL:
 
     def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
         sums = mixing.total(self.contribution(upload) for upload in uploads)
-        base = mixing.mean(sums["base"], sums["examples"])
+        mean = mixing.mean(sums["base"], sums["examples"])
         adapters = mixing.mean(sums["adapters"], sums["route_examples"])
         share = sums["route_examples"] / sums["examples"]  # p_c
-        moved = (share / self.guard).clamp(max=1.0) if self.guard else torch.ones_like(share)  # g_c
-        return Shared(
-            {name: base[name] for name in shared.base},
-            mixing.step_to(shared.adapters, adapters, moved),
-            {name: base[name] for name in shared.stats} if self.batch_stats == "federated" else shared.stats,
-            shared.oracle,
-            shared.bank,
+        step = (share / self.guard).clamp(max=1.0) if self.guard else torch.ones_like(share)  # g_c
+        if self.server_momentum:
+            return self._with_momentum(shared, mean, adapters, step)
+        return replace(
+            shared,
+            base={name: mean[name] for name in shared.base},
+            adapters=mixing.step_to(shared.adapters, adapters, step),
+            stats={name: mean.get(name, leaf) for name, leaf in shared.stats.items()},
+        )
+
+    def _with_momentum(self, shared: Shared, mean: Params, adapters: Params, step: Tensor) -> Shared:
+        def part(group: str) -> Params:
+            return {n.removeprefix(group): v for n, v in shared.velocity.items() if n.startswith(group)}
+
+        decay = self.server_momentum
+        base, base_velocity = mixing.momentum(shared.base, mean, part("base/"), decay, 1.0)
+        moved, velocity = mixing.momentum(shared.adapters, adapters, part("adapters/"), decay, step)
+        return replace(
+            shared,
+            base=base,
+            adapters=moved,
+            stats={name: mean.get(name, leaf) for name, leaf in shared.stats.items()},
+            velocity={f"base/{n}": v for n, v in base_velocity.items()}
+            | {f"adapters/{n}": v for n, v in velocity.items()},
         )
 
     def personalize(self, message: Message, private: Private) -> Params:

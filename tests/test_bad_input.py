@@ -1,0 +1,158 @@
+"""Bad input: a clear error that names the key, the layer or the client, before any work and any file."""
+
+import pytest
+import torch
+from torch import nn
+
+import umbel
+from umbel.errors import DataError, ModelError, RecipeError, RoundError, UmbelError
+from umbel.folder import RunFolder
+from umbel.recipe import find, load, read
+from umbel.runs import run_recipe
+from umbel.tasks import task_of
+
+
+def recipe(*overrides, label="floral"):
+    return read(load(find("digits"), overrides), label)
+
+
+def clients(num=3, size=8, **changes):
+    draw = torch.Generator().manual_seed(0)
+    data = [(torch.randn(size, 4, generator=draw), torch.arange(size) % 3) for _ in range(num)]
+    for client, pair in changes.items():
+        data[int(client[1:])] = pair
+    return data
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("round=3", "round: there is no such setting; did you mean 'rounds'"),
+        ("method.floral.num_adaptors=3", "method.floral.num_adaptors: .* did you mean 'num_adapters'"),
+        ("method.floral.router.kinds=em", "method.floral.router.kinds: .* did you mean 'kind'"),
+        ("task.variant=rotated", r"task.variant: invalid enum value .*'rotated'"),
+        ("task.name=digit", "task.name: there is no 'digit'; did you mean 'digits'"),
+        ("rounds=many", "rounds: expected `int`.*'many'"),
+        ("rounds=0", "rounds.*at least 1"),
+        ("method.floral.num_adapters=0", "method.floral: .*num_adapters = 0"),
+        ("method.floral.adapter.rank=0", "method.floral.adapter: .*rank = 0"),
+        ("method.floral.adapter.rank=1.5", "whole rank"),
+        ("method.floral.adapter=4", "method.floral.adapter: a table is wanted"),
+        ("method.floral.local.lr=-1", "method.floral.local: .*positive"),
+        ("method.floral.like=florall", "method.floral.like: .*did you mean 'floral'"),
+        ("engine.device=cuda:7", "sees no CUDA device" if not torch.cuda.is_available() else ""),
+        ("engine.chunk=-1", "chunk"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_path(override, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe(override)
+
+
+def test_an_unknown_recipe_or_method_names_the_nearest():
+    with pytest.raises(RecipeError, match="did you mean 'digits'"):
+        find("digit")
+    with pytest.raises(RecipeError, match="did you mean 'floral'"):
+        recipe(label="florals")
+    with pytest.raises(RecipeError, match="no recipe file"):
+        find("nowhere.toml")
+
+
+def test_an_override_that_is_none_is_told():
+    with pytest.raises(RecipeError, match=r"--key.of.setting=value"):
+        recipe("rounds")
+
+
+def test_a_file_that_is_no_toml_is_named(tmp_path):
+    (tmp_path / "broken.toml").write_text("rounds = = 3")
+    with pytest.raises(RecipeError, match=r"broken\.toml"):
+        load(tmp_path / "broken.toml")
+
+
+def test_a_rank_larger_than_the_layer_names_the_layer_before_anything_is_written(tmp_path):
+    with pytest.raises(ModelError, match=r"rank = 11 is larger than 3\.weight \(10, 64\)"):
+        run_recipe(recipe("method.floral.adapter.rank=11"), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_module_with_nothing_to_adapt_is_refused():
+    task = task_of(nn.Sequential(nn.Flatten(), nn.LayerNorm(4)), clients())
+    with pytest.raises(ModelError, match="no parameter of Sequential"):
+        umbel.run(task, umbel.FLoRAL(), rounds=1)
+
+
+def test_a_client_without_samples_is_named():
+    with pytest.raises(DataError, match="client 1 has no samples"):
+        task_of(nn.Linear(4, 3), clients(c1=(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))))
+
+
+def test_no_clients_at_all_are_refused():
+    with pytest.raises(UmbelError):
+        task_of(nn.Linear(4, 3), [])
+
+
+def test_nan_in_a_clients_data_is_named():
+    x, y = clients()[2]
+    x[3, 1] = float("nan")
+    with pytest.raises(DataError, match="client 2 has NaN"):
+        task_of(nn.Linear(4, 3), clients(c2=(x, y)))
+
+
+def test_inputs_and_targets_of_different_lengths_are_named():
+    with pytest.raises(DataError, match="client 0: 8 inputs but 7 targets"):
+        task_of(nn.Linear(4, 3), clients(c0=(torch.zeros(8, 4), torch.zeros(7, dtype=torch.long))))
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_a_label_out_of_range_names_the_client_and_the_range(label):
+    x, y = clients()[1]
+    y[2] = label
+    with pytest.raises(DataError, match=rf"client 1: label {label} is out of range.*0 to 2"):
+        task_of(nn.Linear(4, 3), clients(c1=(x, y)))
+
+
+def test_labels_that_are_no_whole_numbers_are_refused():
+    with pytest.raises(DataError, match="whole-number labels"):
+        task_of(nn.Linear(4, 3), clients(c0=(torch.zeros(8, 4), torch.zeros(8))))
+
+
+def test_a_client_with_one_sample_cannot_hold_any_back():
+    one = (torch.zeros(1, 4), torch.zeros(1, dtype=torch.long))
+    with pytest.raises(DataError, match="client 2 has one sample"):
+        task_of(nn.Linear(4, 3), clients(c2=one))
+
+
+def test_an_oracle_without_known_groups_is_refused():
+    task = task_of(nn.Linear(4, 3), clients())
+    with pytest.raises(RecipeError, match="known groups"):
+        umbel.run(task, umbel.FLoRAL(adapter=umbel.AdapterPlan(1), router=umbel.Router("oracle")), rounds=1)
+
+
+def test_an_oracle_with_fewer_adapters_than_groups_is_refused():
+    with pytest.raises(RecipeError, match="at least 4"):
+        run_recipe(recipe("method.floral.num_adapters=3", "method.floral.router.kind=oracle"))
+
+
+def test_batch_norm_with_a_last_batch_of_one_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    task = task_of(model, clients(size=9), test=clients())
+    with pytest.raises(DataError, match=r"client 0.*one example.*batch_size"):
+        umbel.run(task, umbel.FedAvg(umbel.LocalSGD(batch_size=4)), rounds=1)
+
+
+def test_a_run_folder_in_the_way_is_refused_before_the_task_is_even_started(tmp_path):
+    (tmp_path / "run").mkdir()
+    task = task_of(nn.Linear(4, 3), clients())
+    with pytest.raises(UmbelError, match="exists"):
+        umbel.run(task, umbel.FedAvg(), rounds=1, folder=tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_for_anyone_stops_the_run_with_its_last_checkpoint(tmp_path):
+    # lr 1e18 on a squared error: the first round still gives numbers, later ones overflow float32.
+    data = [(torch.ones(4, 1), torch.ones(4, 1)) for _ in range(2)]
+    task = task_of(nn.Linear(1, 1), data, loss="mse", test=data)
+    method = umbel.FedAvg(umbel.LocalSGD(lr=1e18, batch_size=4))
+    schedule = umbel.Schedule(rounds=10, checkpoint_every=1)
+    with pytest.raises(RoundError, match=r"round \d: .*every client"):
+        umbel.run(task, method, schedule=schedule, folder=tmp_path / "run")
+    assert RunFolder.opened(tmp_path / "run", {})._checkpoints()
