@@ -22,7 +22,7 @@ from umbel.clients import ClientData
 from umbel.errors import RecipeError
 from umbel.methods.floral import EVALUATION_BATCH
 from umbel.methods.protocol import Population
-from umbel.methods.routing import Router, oracle_logits
+from umbel.methods.routing import Router, Routes, Told, route_sums
 from umbel.model.loss import Loss, running_stats
 from umbel.seeds import seeded
 from umbel.train import Groups, LocalSGD, sgd
@@ -45,13 +45,13 @@ class Mixture(nn.Module):
 @state
 class Shared:
     models: Params  # leading axis C; running statistics of BatchNorm layers among them
-    oracle: Tensor  # (clients, C) logits, or (clients, 0) where routes are learned
+    routes: Routes
 
 
 @state
 class Message:
     models: Params  # (K, C, …)
-    oracle: Tensor
+    told: Told
 
 
 @state
@@ -64,6 +64,7 @@ class Upload:
     models: Params  # (K, C, …)
     num_examples: Tensor  # (K,) n
     route_examples: Tensor  # (K, C) n π
+    spread: Tensor  # (K,) how far apart the models' losses are, times n; see routing.py
     loss: Tensor  # (K,)
 
 
@@ -92,17 +93,19 @@ class Ensemble:
             models.append(another)
         tensors = [dict(model.named_parameters()) | running_stats(model) for model in models]
         stacked = {name: torch.stack([t[name].detach() for t in tensors]) for name in tensors[0]}
-        oracle = oracle_logits(self.router.kind, population.group, self.num_models, population.num_clients)
-        return Shared(stacked, oracle), tree.broadcast(Private(torch.zeros(self.num_models)), 1)
+        routes = Routes.init(self.router.kind, self.num_models, population.num_clients, population.group)
+        return Shared(stacked, routes), tree.broadcast(Private(torch.zeros(self.num_models)), 1)
 
     def send(self, shared: Shared, clients: Tensor) -> Message:
-        return Message(tree.broadcast(shared.models, len(clients)), shared.oracle[clients])
+        return Message(tree.broadcast(shared.models, len(clients)), shared.routes.tell(self.router, clients))
 
     def client_update(
         self, loss: Loss, message: Message, private: Private, data: ClientData
     ) -> tuple[Upload, Private]:
         router = self.router
-        logits = router.start(message.oracle, private.logits, lambda: model_losses(loss, message, data), data)
+        logits, spread = router.start(
+            message.told, private.logits, lambda: model_losses(loss, message, data), data
+        )
         noise = router.noise_at(data, self.num_models, data.num_steps(self.local.batch_size, self.local.epochs))
 
         def objective(groups: Groups, batch: Any, step: int) -> Tensor:
@@ -135,6 +138,7 @@ class Ensemble:
             trained["models"] | moved,
             num_examples,
             num_examples.unsqueeze(1) * logits.softmax(1),
+            spread,
             mean_loss,
         )
         return upload, Private(logits)
@@ -142,8 +146,7 @@ class Ensemble:
     def contribution(self, upload: Upload) -> dict[str, Any]:
         return {
             "models": mixing.weighted_sum(upload.route_examples, upload.models),
-            "examples": upload.num_examples.sum(),
-            "route_examples": upload.route_examples.sum(0),
+            **route_sums(upload.num_examples, upload.route_examples, upload.spread),
         }
 
     def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
@@ -151,14 +154,14 @@ class Ensemble:
         models = mixing.mean(sums["models"], sums["route_examples"])
         share = sums["route_examples"] / sums["examples"]
         moved = (share / self.guard).clamp(max=1.0) if self.guard else torch.ones_like(share)
-        return Shared(mixing.step_to(shared.models, models, moved), shared.oracle)
+        return Shared(mixing.step_to(shared.models, models, moved), shared.routes.after(self.router, sums))
 
     def personalize(self, message: Message, private: Private) -> Params:
         return named(message.models, self.mixture(message, private))
 
     def mixture(self, message: Message, private: Private) -> Tensor:
         """(K, C) π: the client's own, or the oracle's."""
-        return (message.oracle if self.router.kind == "oracle" else private.logits).softmax(1)
+        return (message.told.oracle if self.router.kind == "oracle" else private.logits).softmax(1)
 
 
 def named(models: Params, probs: Tensor) -> Params:

@@ -28,7 +28,7 @@ from umbel.adapters.precondition import precondition
 from umbel.clients import ClientData
 from umbel.errors import RecipeError
 from umbel.methods.protocol import Population
-from umbel.methods.routing import Router, oracle_logits
+from umbel.methods.routing import Router, Routes, Told, route_sums
 from umbel.model.loss import Loss, running_stats
 from umbel.seeds import generator
 from umbel.train import Groups, LocalSGD, sgd
@@ -41,7 +41,7 @@ class Shared:
     adapters: Params  # leading axis C
     stats: Params  # running statistics, used only if they are federated
     velocity: Params  # of base and adapters, only with server momentum
-    oracle: Tensor  # (clients, C) logits, or (clients, 0) where routes are learned
+    routes: Routes
     bank: Bank
 
 
@@ -50,7 +50,7 @@ class Message:
     base: Params
     adapters: Params  # (K, C, …)
     stats: Params
-    oracle: Tensor  # (K, C) or (K, 0)
+    told: Told
     bank: Bank
 
 
@@ -67,6 +67,7 @@ class Upload:
     stats: Params
     num_examples: Tensor  # (K,) n
     route_examples: Tensor  # (K, C) n π
+    spread: Tensor  # (K,) how far apart the adapters' losses are, times n; see routing.py
     loss: Tensor  # (K,)
 
 
@@ -103,13 +104,13 @@ class FLoRAL:
         dtype = next(iter(base.values())).dtype
         drawn = bank.init(self.num_adapters, generator(population.seed, "adapters"), self.init_std)
         stats = {name: leaf.detach().clone() for name, leaf in running_stats(module).items()}
-        oracle = oracle_logits(self.router.kind, population.group, self.num_adapters, population.num_clients)
+        routes = Routes.init(self.router.kind, self.num_adapters, population.num_clients, population.group)
         adapters = {name: leaf.to(dtype) for name, leaf in drawn.items()}
         moving = {"base": base, "adapters": adapters} if self.server_momentum else {}
         velocity = tree.map_tensors(
             torch.zeros_like, {f"{g}/{n}": leaf for g, p in moving.items() for n, leaf in p.items()}
         )
-        shared = Shared(base, adapters, stats, velocity, oracle, bank)
+        shared = Shared(base, adapters, stats, velocity, routes, bank)
         kept = stats if self.batch_stats == "private" else {}
         return shared, tree.broadcast(Private(torch.zeros(self.num_adapters), kept), 1)
 
@@ -117,15 +118,15 @@ class FLoRAL:
         base, adapters, stats = (
             tree.broadcast(tensors, len(clients)) for tensors in (shared.base, shared.adapters, shared.stats)
         )
-        return Message(base, adapters, stats, shared.oracle[clients], shared.bank)
+        return Message(base, adapters, stats, shared.routes.tell(self.router, clients), shared.bank)
 
     def client_update(
         self, loss: Loss, message: Message, private: Private, data: ClientData
     ) -> tuple[Upload, Private]:
         bank, router = message.bank, self.router
         stats = message.stats | private.stats
-        logits = router.start(
-            message.oracle, private.logits, lambda: adapter_losses(loss, message, stats, data), data
+        logits, spread = router.start(
+            message.told, private.logits, lambda: adapter_losses(loss, message, stats, data), data
         )
         noise = router.noise_at(data, self.num_adapters, data.num_steps(self.local.batch_size, self.local.epochs))
 
@@ -156,6 +157,7 @@ class FLoRAL:
             {} if self.batch_stats == "private" else trained["stats"],
             num_examples,
             num_examples.unsqueeze(1) * logits.softmax(1),
+            spread,
             mean_loss,
         )
         return upload, Private(logits, trained["stats"] if self.batch_stats == "private" else {})
@@ -164,8 +166,7 @@ class FLoRAL:
         return {
             "base": mixing.weighted_sum(upload.num_examples, upload.base | upload.stats),
             "adapters": mixing.weighted_sum(upload.route_examples, upload.adapters),
-            "examples": upload.num_examples.sum(),
-            "route_examples": upload.route_examples.sum(0),
+            **route_sums(upload.num_examples, upload.route_examples, upload.spread),
         }
 
     def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
@@ -174,6 +175,7 @@ class FLoRAL:
         adapters = mixing.mean(sums["adapters"], sums["route_examples"])
         share = sums["route_examples"] / sums["examples"]  # p_c
         step = (share / self.guard).clamp(max=1.0) if self.guard else torch.ones_like(share)  # g_c
+        shared = replace(shared, routes=shared.routes.after(self.router, sums))
         if self.server_momentum:
             return self._with_momentum(shared, mean, adapters, step)
         return replace(
@@ -205,7 +207,7 @@ class FLoRAL:
 
     def mixture(self, message: Message, private: Private) -> Tensor:
         """(K, C) π: the client's own, or the oracle's."""
-        return (message.oracle if self.router.kind == "oracle" else private.logits).softmax(1)
+        return (message.told.oracle if self.router.kind == "oracle" else private.logits).softmax(1)
 
     def _precondition(self, bank: Bank) -> Any:
         def conditioned(groups: Groups, grads: Groups) -> Groups:

@@ -1,19 +1,37 @@
-"""How a client finds its mixture: C logits of its own, learned by gradient, by its losses, or given.
+"""How a client finds its mixture: C logits of its own, learned from its losses, by gradient, or given.
 
 Shared by every method that mixes C things (adapters, whole models); what is mixed is theirs.
+
+The default, "em", is expectation-maximization with two additions that make it find the groups. Client k
+measures ℓ_kc, its mean training loss with each of the C alone, on what the server sent, and takes
+
+    π_kc ∝ exp(−ℓ_kc / T + b_c) ,   T = τ D ,   D = Σ_k n_k (mean_c ℓ_kc − min_c ℓ_kc) / Σ_k n_k
+
+so the temperature T is a fraction τ of how far the C are apart, whatever the unit of the loss. The bias b
+comes from the server and depends on p_c, the share of all examples routed to c:
+
+    balance   b = −β for the first rounds, β_c ← β_c + log(C p_c): none is idle, none overfull, so that
+              no group falls into the lap of another one's adapter; then b fades to 0
+    prior     b = log p from then on: of two that serve a group equally well the one with more examples
+              wins, so that spare ones die out instead of splitting a group (component annihilation, as
+              in Figueiredo & Jain 2002) and C may be larger than the number of groups
+
+The server needs Σ n_k π_kc, Σ n_k (mean − min) and Σ n_k: sums over clients, never one client's router.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from umbel.clients import ClientData
 from umbel.errors import RecipeError
+from umbel.tree import broadcast, state
 
 ONE_HOT_LOGIT = 100.0  # softmax over logits this far apart is one-hot in float32
+SMALLEST_SHARE = 1e-6  # p_c below this count as this much, so that log p stays finite
 
 
 @dataclass(frozen=True)
@@ -21,31 +39,39 @@ class Router:
     """Private logits θ → probs π = softmax(θ) on the simplex.
 
     kind:
-        "em"        θ_c = −β · n · ℓ_c: how well each of the C alone explains the client's n examples
-                    (ℓ_c nats per example), measured on what the server sent, before training on it.
+        "em"        θ_c = −ℓ_c / T + b_c, as above.
         "gradient"  θ by SGD on the loss of the mixture, together with everything else, as in
                     Almansoori et al. 2025 §3, with U[0, noise) added to θ in training.
-        "oracle"    θ one-hot on the client's true group: the bound of what routing can give.
+        "oracle"    θ one-hot on the client's true group: what routing is measured against.
     """
 
     kind: Literal["em", "gradient", "oracle"] = "em"
-    sharpness: float = 1.0  # β of "em", the inverse temperature
-    lr: float = 0.1  # of θ, "gradient" only
-    noise: float = 1.0  # "gradient" only
-    noise_rounds: int = 100  # the noise falls linearly to 0 over so many rounds; 0: it never falls, as published
+    temperature: float = 0.15  # τ, "em"
+    balance_rounds: int = 50  # "em": held for the first half, then fading
+    lr: float = 0.1  # of θ, "gradient"
+    noise: float = 1.0  # "gradient"
+    noise_rounds: int = 100  # "gradient": over so many rounds the noise falls to 0; 0: never, as published
 
     def __post_init__(self) -> None:
-        if self.sharpness <= 0 or self.lr <= 0 or self.noise < 0 or self.noise_rounds < 0:
-            raise RecipeError(f"router: sharpness and lr must be positive, noise not negative, got {self}")
+        if self.temperature <= 0 or self.lr <= 0:
+            raise RecipeError(f"router: temperature and lr must be positive, got {self}")
+        if self.noise < 0 or self.noise_rounds < 0 or self.balance_rounds < 0:
+            raise RecipeError(f"router: noise, noise_rounds and balance_rounds must not be negative, got {self}")
 
-    def start(self, given: Tensor, private: Tensor, losses: Callable[[], Tensor], data: ClientData) -> Tensor:
-        """(K, C) logits that the clients train with."""
+    def start(
+        self, told: "Told", private: Tensor, losses: Callable[[], Tensor], data: ClientData
+    ) -> tuple[Tensor, Tensor]:
+        """(K, C) logits that the clients train with, and (K,) what they add to Σ n D."""
+        nothing = torch.zeros_like(private[:, 0])
         if self.kind == "oracle":
-            return given
+            return told.oracle, nothing
         if self.kind == "gradient":
-            return private
-        scores = -self.sharpness * data.num_examples.unsqueeze(1) * losses()
-        return scores - scores.mean(1, keepdim=True)
+            return private, nothing
+        apart = losses()
+        spread = data.num_examples * (apart.mean(1) - apart.min(1).values)
+        known = told.temperature.unsqueeze(1) > 0  # nothing is known of T in the first round
+        logits = torch.where(known, told.bias - apart / told.temperature.unsqueeze(1), 0.0)
+        return logits, spread
 
     def noise_at(self, data: ClientData, num_routes: int, num_steps: int) -> Tensor | None:
         """(K, steps, C) noise for the training logits, None when there is none."""
@@ -57,18 +83,76 @@ class Router:
         return level * data.draw("router", lambda own: torch.rand(num_steps, num_routes, generator=own))
 
 
-def oracle_logits(kind: str, group: Tensor | None, num_routes: int, num_clients: int) -> Tensor:
-    """(clients, C) one-hot logits of the true groups for the oracle, (clients, 0) for routers that learn.
+@state
+class Told:
+    """What a client is told about routes."""
 
-    Raises:
-        RecipeError: an oracle without known groups, or with fewer routes than groups.
-    """
-    if kind != "oracle":
-        return torch.empty(num_clients, 0)
-    if group is None:
-        raise RecipeError("router.kind = 'oracle' needs a task with known groups; this one has none")
-    if int(group.max()) >= num_routes:
-        raise RecipeError(
-            f"the oracle needs at least {int(group.max()) + 1} routes for the task's groups, got {num_routes}"
-        )
-    return ONE_HOT_LOGIT * torch.nn.functional.one_hot(group, num_routes).float()
+    oracle: Tensor  # (K, C) logits, or (K, 0) where routes are learned
+    bias: Tensor  # (K, C) b
+    temperature: Tensor  # (K,) T; 0 before the first round is over
+
+
+@state
+class Routes:
+    """What the server knows of all routes together."""
+
+    oracle: Tensor  # (clients, C) logits, or (clients, 0)
+    round: Tensor  # () rounds done
+    balance: Tensor  # (C,) β
+    share: Tensor  # (C,) p
+    spread: Tensor  # () D
+
+    @staticmethod
+    def init(kind: str, num_routes: int, num_clients: int, group: Tensor | None) -> "Routes":
+        """Nothing known but, for an oracle, the groups.
+
+        Raises:
+            RecipeError: an oracle without known groups, or with fewer routes than groups.
+        """
+        oracle = torch.empty(num_clients, 0)
+        if kind == "oracle":
+            if group is None:
+                raise RecipeError("router.kind = 'oracle' needs a task with known groups; this one has none")
+            if int(group.max()) >= num_routes:
+                raise RecipeError(
+                    f"the oracle needs at least {int(group.max()) + 1} to route to for the task's groups, "
+                    f"got {num_routes}"
+                )
+            oracle = ONE_HOT_LOGIT * torch.nn.functional.one_hot(group, num_routes).float()
+        even = torch.full((num_routes,), 1 / num_routes)
+        return Routes(oracle, torch.zeros(()), torch.zeros(num_routes), even, torch.zeros(()))
+
+    def tell(self, router: Router, clients: Tensor) -> Told:
+        """What these clients are told before they train."""
+        past = self.round / max(1, router.balance_rounds)
+        if past < 1:
+            bias = -self.balance * torch.clamp(2 * (1 - past), max=1)
+        else:
+            bias = self.share.clamp(min=SMALLEST_SHARE).log()
+        bias, temperature = (broadcast(leaf, len(clients)) for leaf in (bias, router.temperature * self.spread))
+        return Told(self.oracle[clients], bias, temperature)
+
+    def after(self, router: Router, sums: dict[str, Any]) -> "Routes":
+        """What is known after a round with these sums over its clients (`route_sums`).
+
+        A round with a part of the clients tells as much less: means move by that part of the way.
+        """
+        part = sums["clients"] / self.oracle.shape[0]
+        share = self.share + part * (sums["route_examples"] / sums["examples"] - self.share)
+        spread = sums["spread"] / sums["examples"]
+        spread = torch.where(self.round == 0, spread, self.spread + part * (spread - self.spread))
+        balance = self.balance
+        if self.round < router.balance_rounds:
+            balance = balance + part * (len(share) * share).clamp(min=1e-3).log()
+            balance = balance - balance.mean()
+        return Routes(self.oracle, self.round + 1, balance, share, spread)
+
+
+def route_sums(num_examples: Tensor, route_examples: Tensor, spread: Tensor) -> dict[str, Tensor]:
+    """The sums over clients that `Routes.after` needs, from (K,) n, (K, C) n π and (K,) n (mean − min)."""
+    return {
+        "examples": num_examples.sum(),
+        "route_examples": route_examples.sum(0),
+        "spread": spread.sum(),
+        "clients": torch.ones_like(num_examples).sum(),
+    }

@@ -1,0 +1,328 @@
+"""What every registered method keeps to. A new method is one line in `CASES` and one in `EXACT`."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.testing import assert_close
+
+from simulate import simulate
+from umbel import tree
+from umbel.adapters import AdapterPlan
+from umbel.clients import ClientData, Examples
+from umbel.cohort import Cohort, Engine, PrivateStore, Tally
+from umbel.errors import RoundError
+from umbel.methods import METHODS, Ensemble, FedAvg, FLoRAL, Local, Population
+from umbel.methods.routing import Router
+from umbel.model.loss import Loss
+from umbel.rounds import rounds, start
+from umbel.schedule import Schedule
+from umbel.seeds import seeded
+from umbel.tasks import Task
+from umbel.train import LocalSGD
+
+STEPS = LocalSGD(lr=0.05, batch_size=4, epochs=2)
+HEAVY = LocalSGD(lr=0.05, batch_size=4, epochs=2, momentum=0.9, weight_decay=0.01)
+EM, GRADIENT, ORACLE = Router(kind="em"), Router(kind="gradient"), Router(kind="oracle")
+PLAN = AdapterPlan(2, ("linear", "bias", "norm"))
+
+# Routes by losses are as sharp as adapters are alike, and sharpen rounding with them: hence the large init_std.
+CASES = {
+    "local": {"": Local(STEPS), "momentum": Local(HEAVY)},
+    "fedavg": {"": FedAvg(STEPS), "momentum": FedAvg(HEAVY, server_lr=0.5)},
+    "floral": {
+        "em": FLoRAL(3, replace(PLAN, realization="merged"), EM, STEPS, init_std=1.0),
+        "gradient": FLoRAL(3, replace(PLAN, realization="factored"), GRADIENT, STEPS),
+        "gradient, momentum": FLoRAL(3, PLAN, GRADIENT, HEAVY, batch_stats="federated"),
+        "oracle, preconditioned": FLoRAL(3, PLAN, ORACLE, STEPS, precondition=True, init_std=0.5),
+    },
+    "ensemble": {
+        "em": Ensemble(3, EM, STEPS),
+        "gradient, momentum": Ensemble(3, GRADIENT, HEAVY),
+        "oracle": Ensemble(3, ORACLE, STEPS),
+    },
+}
+
+# Settings whose arithmetic on dyadic numbers is exact: no product of two trained tensors, and probs of 0, ½ or 1.
+HALVES = LocalSGD(lr=0.5, batch_size=4)
+BIASES = AdapterPlan(layers=("bias",))
+EXACT = {
+    "local": {"": Local(HALVES)},
+    "fedavg": {"": FedAvg(HALVES)},
+    "floral": {"one": FLoRAL(1, BIASES, EM, HALVES), "oracle": FLoRAL(2, BIASES, ORACLE, HALVES)},
+    "ensemble": {"one": Ensemble(1, EM, HALVES)},
+}
+
+COUNTS = [5, 8, 1, 13, 8]
+GROUP = torch.tensor([0, 1, 2, 0, 1])
+
+
+def every(cases):
+    return pytest.mark.parametrize(
+        "method",
+        [pytest.param(m, id=f"{name} {label}") for name, own in cases.items() for label, m in own.items()],
+    )
+
+
+def net(norm=False):
+    with seeded(0, "test"):
+        middle = nn.BatchNorm1d(6) if norm else nn.LayerNorm(6)
+        return nn.Sequential(nn.Linear(4, 6), middle, nn.Tanh(), nn.Linear(6, 3))
+
+
+def labelled(counts=COUNTS, dtype=torch.float32):
+    draw = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(n, 4, generator=draw).to(dtype), torch.randint(0, 3, (n,), generator=draw)) for n in counts
+    ]
+
+
+def prepared(method, module, clients, num_rounds=0, loss="cross_entropy"):
+    """The arguments of `client_update` after so many rounds, and the server's state."""
+    shared, store = simulate(method, module, clients, num_rounds, loss, group=GROUP[: len(clients)])
+    everyone = np.arange(len(clients))
+    data = ClientData(Examples.of(clients), everyone, 0, num_rounds + 1)
+    message = method.send(shared, torch.from_numpy(everyone))
+    return Loss(method.adapt(module), loss), message, store.rows(everyone), data, shared
+
+
+def outcome(shared, store, num_clients):
+    return tree.tensors(shared), tree.tensors(store.rows(np.arange(num_clients)))
+
+
+def equal(one, other):
+    assert list(one) == list(other)
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("cases", [CASES, EXACT])
+def test_every_registered_method_is_tested(cases):
+    assert {name: type(m) for name, own in cases.items() for m in own.values()} == METHODS
+
+
+@every(CASES)
+@pytest.mark.parametrize("counts", [[6, 6, 6], [6]])
+def test_arguments_are_not_changed(method, counts):
+    module, clients = net(norm=True), labelled(counts)
+    loss, message, private, data, shared = prepared(method, module, clients, num_rounds=1)
+    given = (shared, message, private, {"x": data.examples.x, "y": data.examples.y})
+    before = [tree.map_tensors(torch.clone, state) for state in given]
+    upload, _ = method.client_update(loss, message, private, data)
+    sent = tree.map_tensors(torch.clone, upload)
+    method.server_update(shared, iter([upload]))
+    method.personalize(message, private)
+    method.mixture(message, private)
+    for now, then in zip((*given, upload), (*before, sent), strict=True):
+        assert equal(tree.tensors(now), tree.tensors(then))
+
+
+@every(CASES)
+def test_a_run_repeats_bit_for_bit(method):
+    runs = [outcome(*simulate(method, net(), labelled(), 3, "cross_entropy", group=GROUP), 5) for _ in range(2)]
+    assert equal(runs[0][0], runs[1][0])
+    assert equal(runs[0][1], runs[1][1])
+
+
+@every(CASES)
+def test_another_seed_gives_another_run(method):
+    one, other = (
+        outcome(*simulate(method, net(), labelled(), 1, "cross_entropy", group=GROUP, seed=seed), 5)
+        for seed in (0, 1)
+    )
+    assert not (equal(one[0], other[0]) and equal(one[1], other[1]))
+
+
+LAYOUTS = [(1, [0, 1, 2, 3, 4]), (3, [0, 1, 2, 3, 4]), (5, [4, 2, 0, 3, 1]), (2, [3, 4, 1, 0, 2])]
+
+
+@every(CASES)
+@pytest.mark.parametrize("norm", [False, True])
+def test_chunks_and_order_change_nothing_beyond_rounding(method, norm):
+    # One example is no batch to normalize: with BatchNorm the last batch of every client has 4.
+    counts = [8, 4, 8, 12, 8] if norm else COUNTS
+    expected = outcome(*simulate(method, net(norm), labelled(counts), 2, "cross_entropy", group=GROUP), 5)
+    for chunk, order in LAYOUTS:
+        settings = {"group": GROUP, "chunk": chunk, "order": np.array(order)}
+        found = outcome(*simulate(method, net(norm), labelled(counts), 2, "cross_entropy", **settings), 5)
+        assert_close(found, expected)
+
+
+@every(EXACT)
+def test_chunks_and_order_change_nothing_where_arithmetic_is_exact(method):
+    # Means over 4 or 2 examples and 2 outputs, rate ½, 16 examples in all and 8 in each group: every number is a
+    # short binary fraction.
+    counts, group = [2, 4, 6, 4], torch.tensor([0, 1, 0, 1])
+    draw = torch.Generator().manual_seed(0)
+    clients = [tuple(torch.randint(-2, 3, (n, 2), generator=draw).double() / 2 for _ in range(2)) for n in counts]
+    module = nn.Linear(2, 2).double()
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([[0.5, -0.25], [1.0, 0.75]]))
+        module.bias.copy_(torch.tensor([0.125, -0.5]))
+    expected = outcome(*simulate(method, module, clients, 3, group=group), 4)
+    for chunk, order in ((1, [0, 1, 2, 3]), (3, [0, 1, 2, 3]), (4, [2, 0, 3, 1]), (2, [3, 1, 0, 2])):
+        found = outcome(*simulate(method, module, clients, 3, group=group, chunk=chunk, order=np.array(order)), 4)
+        assert equal(found[0], expected[0])
+        assert equal(found[1], expected[1])
+
+
+@every(CASES)
+def test_a_masked_step_changes_nothing_bit_for_bit(method):
+    # Client 0 has 2 examples, one step an epoch. Beside a client of 4 it has no step to sit out, beside one of
+    # 16 it has three; the programs' shapes are the same.
+    method = replace(method, local=replace(method.local, epochs=1))
+    (x, y), (wide_x, wide_y) = labelled([2, 16])
+    found = []
+    for count in (4, 16):
+        clients = [(x, y), (wide_x[:count], wide_y[:count])]
+        loss, message, private, data, _ = prepared(method, net(), clients)
+        assert data.num_steps(4) == count // 4
+        upload, kept = method.client_update(loss, message, private, data)
+        first = torch.tensor([0])
+        found.append(tree.tensors(tree.rows(upload, first)) | tree.tensors(tree.rows(kept, first)))
+    assert equal(*found)
+
+
+@every(CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_states_keep_their_names_shapes_and_types(method, dtype):
+    def form(state):
+        return {name: (leaf.shape, leaf.dtype) for name, leaf in tree.tensors(state).items()}
+
+    module, clients = net(norm=True).to(dtype), labelled([4, 8], dtype)
+    loss, message, private, data, shared = prepared(method, module, clients)
+    upload, kept = method.client_update(loss, message, private, data)
+    assert form(kept) == form(private)
+    assert form(method.server_update(shared, iter([upload]))) == form(shared)
+    for state in (message, private, upload, kept):
+        assert all(leaf.shape[0] == 2 for leaf in tree.tensors(state).values())
+    assert method.mixture(message, private).shape[0] == 2
+    names = dict(loss.module.named_parameters()) | dict(loss.module.named_buffers())
+    served = method.personalize(message, private)
+    assert set(served) <= set(names)
+    assert {leaf.dtype for name, leaf in served.items() if name != "probs"} == {dtype}
+
+
+@every(CASES)
+def test_states_survive_a_file_bit_for_bit(method, tmp_path):
+    clients = labelled([4, 8, 8])
+    loss, message, private, data, shared = prepared(method, net(norm=True), clients, num_rounds=1)
+    upload, kept = method.client_update(loss, message, private, data)
+    for i, state in enumerate((shared, message, kept, upload)):
+        file = tmp_path / f"{i}.safetensors"
+        save_file({name: leaf.contiguous().clone() for name, leaf in tree.tensors(state).items()}, file)
+        blank = tree.map_tensors(torch.zeros_like, state)
+        assert equal(tree.tensors(tree.with_tensors(blank, load_file(file))), tree.tensors(state))
+
+
+def memory(state):
+    return {leaf.untyped_storage().data_ptr() for leaf in tree.tensors(state).values() if leaf.numel()}
+
+
+@every(CASES)
+def test_nothing_private_is_uploaded(method):
+    loss, message, private, data, _ = prepared(method, net(norm=True), labelled([4, 8, 8]), num_rounds=1)
+    upload, kept = method.client_update(loss, message, private, data)
+    sent = tree.tensors(upload).values()
+    for own in (private, kept):
+        assert not memory(own) & memory(upload)
+        for leaf in tree.tensors(own).values():
+            for row in leaf:
+                assert not any(
+                    row.shape == other.shape and torch.equal(row, other) for tensor in sent for other in tensor
+                )
+    federated = isinstance(method, FLoRAL) and method.batch_stats == "federated"
+    if isinstance(method, FLoRAL) and not federated:
+        assert not [name for name in tree.tensors(upload) if "running" in name]
+        assert [name for name in tree.tensors(kept) if "running" in name]
+
+
+def task(clients, module):
+    return Task(
+        "test", module, "cross_entropy", Examples.of(clients), Examples.of(labelled([2] * len(clients))), GROUP
+    )
+
+
+def progress(method, task, mode, num_rounds=2):
+    schedule = Schedule(rounds=num_rounds)
+    cohort, at = start(task, method, schedule, Engine(mode=mode, chunk=3))
+    return list(rounds(cohort, at, task, schedule))
+
+
+@every(CASES)
+@pytest.mark.parametrize("training", [False, True])
+def test_the_users_model_is_left_alone(method, training):
+    module = net(norm=True).train(training)
+    before = {name: leaf.clone() for name, leaf in module.state_dict().items()}
+    progress(method, task(labelled([8, 4, 8, 12, 8]), module), "stacked")
+    assert equal(dict(module.state_dict()), before)
+    assert module.training == training
+    assert all(leaf.requires_grad and leaf.grad is None for leaf in module.parameters())
+    assert not any(layer._forward_hooks for layer in module.modules())
+
+
+@every(CASES)
+@pytest.mark.parametrize("mode", ["stacked", "looped"])
+def test_a_client_whose_work_is_not_finite_is_left_out(method, mode):
+    # The inputs are finite, but their sums are not.
+    clients = labelled()
+    clients[1] = (torch.full_like(clients[1][0], 1e38), clients[1][1])
+    for at in progress(method, task(clients, net()[0]), mode):
+        assert at.figures["dropped"] == [1]
+        assert at.store.seen.tolist() == [0, 2, 3, 4]
+        assert all(bool(leaf.isfinite().all()) for leaf in tree.tensors(at.shared).values())
+    assert np.isfinite(at.scores.loss).all()
+
+
+@every(CASES)
+def test_a_round_with_a_lost_client_is_one_without_it(method):
+    module = net()[0]
+    clients = labelled()
+    clients[1] = (torch.full_like(clients[1][0], 1e38), clients[1][1])
+    tally = Tally()
+    found = outcome(*simulate(method, module, clients, 2, "cross_entropy", group=GROUP, tally=tally), 5)
+    assert tally.dropped == [1, 1]
+    rest = np.array([0, 2, 3, 4])
+    expected = outcome(*simulate(method, module, clients, 2, "cross_entropy", group=GROUP, order=rest), 5)
+    assert_close(found, expected)
+
+
+@every(CASES)
+def test_a_round_that_everyone_is_lost_in_is_an_error(method):
+    clients = [(torch.full((2, 4), 1e38), torch.tensor([0, 1])) for _ in range(5)]
+    with pytest.raises(RoundError, match=r"round 1: .* lower local\.lr"):
+        progress(method, task(clients, net()[0]), "stacked")
+
+
+@every(CASES)
+def test_clients_of_unequal_sizes_are_not_stacked_under_batch_norm(method):
+    examples = Examples.of(labelled([4, 8, 4, 8, 6, 8, 8]))
+    everyone = np.arange(7)
+    for norm in (True, False):
+        cohort = Cohort(method, Loss(method.adapt(net(norm)), "cross_entropy"), examples, 0, chunk=3)
+        chunks = cohort.chunks(everyone)
+        assert sorted(np.concatenate(chunks)) == everyone.tolist()
+        assert max(map(len, chunks)) == 3
+        mixed = [len(set(examples.count[chunk])) > 1 for chunk in chunks]
+        assert any(mixed) == (not norm)
+
+
+@every(CASES)
+def test_training_lowers_the_loss(method):
+    # Ten rounds on random labels: less than what the start has, for every client on its own examples.
+    tally, last = Tally(), Tally()
+    simulate(method, net(), labelled(), 1, "cross_entropy", group=GROUP, tally=tally)
+    shared, store = simulate(method, net(), labelled(), 9, "cross_entropy", group=GROUP)
+    cohort = Cohort(method, Loss(method.adapt(net()), "cross_entropy"), Examples.of(labelled()), 0, 5)
+    list(cohort.uploads(shared, store, np.arange(5), 10, last))
+    assert last.mean_loss < tally.mean_loss
+
+
+def test_a_store_of_nothing_costs_nothing():
+    method = FedAvg(STEPS)
+    _, fresh = method.init(net(), Population(3, 0))
+    store = PrivateStore(fresh, 3)
+    store.put(np.array([1]), fresh)
+    assert tree.tensors(store.rows(np.array([0, 1]))) == {}
