@@ -74,7 +74,7 @@ def test_batches_of_equal_clients_have_no_padding():
 
 def test_the_mean_of_a_batch_leaves_padding_out():
     weight = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    batch = Batch(torch.zeros(2, 3, 1), torch.zeros(2, 3), weight, torch.tensor([True, False]))
+    batch = Batch(torch.zeros(2, 3, 1), torch.zeros(2, 3), weight, torch.tensor([True, False]), torch.arange(2))
     # (2 + 4) / 2, and 0 for a client without a batch
     assert batch.mean(torch.tensor([[2.0, 4.0, 100.0], [7.0, 8.0, 9.0]])).tolist() == [3.0, 0.0]
 

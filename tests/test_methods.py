@@ -17,9 +17,8 @@ from umbel.adapters import AdapterPlan
 from umbel.clients import ClientData, Examples
 from umbel.errors import RecipeError
 from umbel.methods import Ensemble, FedAvg, FLoRAL, Local, Population
-from umbel.methods.ensemble import model_losses
-from umbel.methods.floral import adapter_losses
-from umbel.methods.routing import Router
+from umbel.methods.floral import each_alone
+from umbel.methods.routing import Router, losses_of
 from umbel.model.loss import Loss
 from umbel.seeds import generator
 from umbel.train import LocalSGD, sgd
@@ -509,10 +508,10 @@ def test_a_client_measures_its_loss_with_each_alone(method, num_clients):
     loss = Loss(method.adapt(net), "mse")
     data = ClientData(Examples.of(clients), np.arange(num_clients), 0, 1)
     if isinstance(method, FLoRAL):
-        measured = adapter_losses(loss, message, {}, data)
+        measured = losses_of(loss, each_alone(message, {}), data)
         base, mixed, answer = shared.base, shared.adapters, merged_answer
     else:
-        measured = model_losses(loss, message, data)
+        measured = method._losses(loss, message, data)
         base, mixed, answer = {}, shared.models, mixed_answer
     parts = [{name: leaf[c] for name, leaf in mixed.items()} for c in range(3)]
     one = torch.ones(1).double()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from umbel.errors import DataError
-from umbel.seeds import generator
+from umbel.seeds import generator, seed_of
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Batch:
     y: Tensor  # (K, B, …)
     weight: Tensor | None  # (K, B) 1 for an example, 0 for padding; None when nothing is padded
     active: Tensor | None  # (K,) bool, False for a client that has no batch here; None when all have one
+    key: Tensor  # (K,) int64, each client's own random key for this step
 
     def mean(self, values: Tensor) -> Tensor:
         """(K,) mean over each client's examples of `values` (K, B), the padding left out."""
@@ -139,6 +140,7 @@ class ClientData:
 
     def _gather(self, orders: list[np.ndarray], size: int) -> Iterator[Batch]:
         device = self.examples.x.device
+        keys = torch.tensor([seed_of(self.seed, "step", self.round, int(k)) for k in self.clients])
         length = max(len(order) for order in orders)
         index = np.full((len(orders), length), -1, dtype=np.int64)
         for row, order in zip(index, orders, strict=True):
@@ -161,4 +163,5 @@ class ClientData:
                 self.examples.y.index_select(0, flat).unflatten(0, rows.shape),
                 weight,
                 active,
+                (keys + first // size).to(device),
             )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from umbel import tree
 from umbel.clients import ClientData, Examples
-from umbel.errors import RecipeError, RoundError
+from umbel.errors import ModelError, RecipeError, RoundError
 from umbel.methods.protocol import Method
 from umbel.model.loss import Loss, mixes_examples
 
@@ -183,7 +183,7 @@ def chunk_size(engine: Engine, cohort: Cohort, shared: Any, store: PrivateStore,
     if engine.mode == "looped" or len(clients) == 1:
         return 1
     chunk = engine.chunk or _fitting(engine, cohort, shared, store, clients)
-    if engine.mode == "stacked":
+    if engine.mode == "stacked" or chunk == 1:
         return chunk
     trial = clients[: min(PROBED_CLIENTS, chunk)]
 
@@ -198,7 +198,11 @@ def chunk_size(engine: Engine, cohort: Cohort, shared: Any, store: PrivateStore,
             best = min(best, perf_counter() - begin)
         return best
 
-    return chunk if seconds(len(trial)) <= seconds(1) else 1
+    looped = seconds(1)
+    try:
+        return chunk if seconds(len(trial)) <= looped else 1
+    except ModelError:  # a layer that cannot be stacked
+        return 1
 
 
 def _fitting(engine: Engine, cohort: Cohort, shared: Any, store: PrivateStore, clients: np.ndarray) -> int:

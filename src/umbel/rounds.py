@@ -14,7 +14,8 @@ from umbel.cohort import Cohort, Engine, PrivateStore, Tally, chunk_size
 from umbel.errors import DataError
 from umbel.evaluate import Scores, evaluate, routing
 from umbel.methods.protocol import Method, Population
-from umbel.model.loss import Loss, mixes_examples
+from umbel.model.dropout import seed_dropout
+from umbel.model.loss import Loss, check_repeatable, mixes_examples
 from umbel.schedule import Schedule
 from umbel.seeds import choose
 from umbel.tasks.task import Task
@@ -35,7 +36,9 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
     """The engine's view of a task, and the state before round 1."""
     _check_batches(task, method)
     device = torch.device(engine.device)
-    model = deepcopy(task.model).to(device)  # the forward pass changes a module: its mode, BatchNorm's counters
+    # A copy: the forward pass changes a module, its mode and BatchNorm's counters.
+    model = seed_dropout(deepcopy(task.model)).to(device)
+    check_repeatable(model, task.train.x[:2].to(device))
     group = None if task.group is None else task.group.to(device)
     shared, fresh = method.init(model, Population(task.num_clients, schedule.seed, group))
     shared, fresh = (tree.map_tensors(lambda leaf: leaf.to(device), state) for state in (shared, fresh))

@@ -42,6 +42,7 @@ def sgd(
     local: LocalSGD,
     lr: Mapping[str, float],
     precondition: Callable[[Groups, Groups], Groups] | None = None,
+    plain: frozenset[str] = frozenset(),
 ) -> tuple[Groups, Tensor]:
     """The tensors after the clients' local epochs, and each client's mean training loss (K,).
 
@@ -56,11 +57,13 @@ def sgd(
         lr: the learning rate of each trained group; a group without one is passed on, copied, and only
             what the forward pass itself changes in it (running statistics) comes back changed.
         precondition: (tensors, gradients) of the trained groups → gradients to step along.
+        plain: groups that are stepped without momentum and weight decay (routers).
     """
     groups: Groups = {g: {n: leaf.clone() for n, leaf in params.items()} for g, params in start.items()}
     trained: Groups = {g: groups[g] for g in lr}
     leaves = [leaf.requires_grad_(True) for params in trained.values() for leaf in params.values()]
     rates = [lr[g] for g, params in trained.items() for _ in params]
+    eased = [g not in plain for g, params in trained.items() for _ in params]
     velocity = [torch.zeros_like(leaf) for leaf in leaves] if local.momentum else None
     total = torch.zeros(len(data.clients), device=data.examples.x.device)
     steps = torch.zeros_like(total)
@@ -72,7 +75,7 @@ def sgd(
                 flat = iter(grads)
                 conditioned = precondition(trained, {g: {n: next(flat) for n in p} for g, p in trained.items()})
                 grads = [grad for params in conditioned.values() for grad in params.values()]
-            _step(leaves, grads, velocity, rates, local, batch.active)
+            _step(leaves, grads, velocity, rates, eased, local, batch.active)
             present = 1.0 if batch.active is None else batch.active
             total += torch.where(batch.active, losses, 0.0) if batch.active is not None else losses
             steps += present
@@ -86,14 +89,17 @@ def _step(
     grads: list[Tensor],
     velocity: list[Tensor] | None,
     rates: list[float],
+    eased: list[bool],
     local: LocalSGD,
     active: Tensor | None,
 ) -> None:
     """One step of SGD in place; clients that are not `active` stay as they are."""
     if local.weight_decay:
-        grads = list(torch._foreach_add(grads, leaves, alpha=local.weight_decay))
+        decays = [local.weight_decay * ease for ease in eased]
+        grads = list(torch._foreach_add(grads, torch._foreach_mul(leaves, decays)))
     if velocity is not None:
-        moved = torch._foreach_add(torch._foreach_mul(velocity, local.momentum), grads)
+        kept = [local.momentum * ease for ease in eased]
+        moved = torch._foreach_add(torch._foreach_mul(velocity, kept), grads)
         for old, new in zip(velocity, moved, strict=True):
             old.copy_(_where(active, new, old))
         grads = velocity

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from umbel import mixing, tree
 from umbel.clients import ClientData
 from umbel.errors import RecipeError
-from umbel.methods.floral import EVALUATION_BATCH
 from umbel.methods.protocol import Population
-from umbel.methods.routing import Router, Routes, Told, route_sums
+from umbel.methods.routing import Router, Routes, Told, losses_of, moved_share, route_sums
 from umbel.model.loss import Loss, running_stats
 from umbel.seeds import seeded
 from umbel.train import Groups, LocalSGD, sgd
@@ -104,7 +103,7 @@ class Ensemble:
     ) -> tuple[Upload, Private]:
         router = self.router
         logits, spread = router.start(
-            message.told, private.logits, lambda: model_losses(loss, message, data), data
+            message.told, private.logits, lambda: self._losses(loss, message, data), data
         )
         noise = router.noise_at(data, self.num_models, data.num_steps(self.local.batch_size, self.local.epochs))
 
@@ -127,6 +126,7 @@ class Ensemble:
             data,
             self.local,
             {"models": self.local.lr} | ({"router": router.lr} if router.kind == "gradient" else {}),
+            plain=frozenset({"router"}),
         )
         logits = trained["router"]["logits"]
         num_examples = data.num_examples
@@ -152,9 +152,8 @@ class Ensemble:
     def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
         sums = mixing.total(self.contribution(upload) for upload in uploads)
         models = mixing.mean(sums["models"], sums["route_examples"])
-        share = sums["route_examples"] / sums["examples"]
-        moved = (share / self.guard).clamp(max=1.0) if self.guard else torch.ones_like(share)
-        return Shared(mixing.step_to(shared.models, models, moved), shared.routes.after(self.router, sums))
+        step = moved_share(sums, self.guard)
+        return Shared(mixing.step_to(shared.models, models, step), shared.routes.after(self.router, sums))
 
     def personalize(self, message: Message, private: Private) -> Params:
         return named(message.models, self.mixture(message, private))
@@ -163,23 +162,14 @@ class Ensemble:
         """(K, C) π: the client's own, or the oracle's."""
         return (message.told.oracle if self.router.kind == "oracle" else private.logits).softmax(1)
 
+    def _losses(self, loss: Loss, message: Message, data: ClientData) -> Tensor:
+        loss.module.eval()  # the whole of it: were only a copy put into this mode, training would not put it back
+        one = Loss(loss.module.get_submodule("models.0"), loss.name)
+        alone = [{name: leaf[:, c] for name, leaf in message.models.items()} for c in range(self.num_models)]
+        return losses_of(one, alone, data)
+
 
 def named(models: Params, probs: Tensor) -> Params:
     """The tensors of `Mixture` for K clients: models (K, C, …) by the names of its C copies, and probs."""
     apart = {f"models.{c}.{name}": leaf[:, c] for name, leaf in models.items() for c in range(leaf.shape[1])}
     return apart | {"probs": probs}
-
-
-def model_losses(loss: Loss, message: Message, data: ClientData) -> Tensor:
-    """(K, C) each client's mean loss with each model alone, in evaluation mode, without gradients."""
-    num_models = next(iter(message.models.values())).shape[1]
-    single = Loss(loss.module.get_submodule("models.0"), loss.name)
-    loss.module.eval()  # the whole of it: were only its part put into this mode, training would not put it back
-    sums = torch.zeros(len(data.clients), num_models, device=data.examples.x.device)
-    with torch.no_grad():
-        for batch in data.in_order(EVALUATION_BATCH):
-            for c in range(num_models):
-                params = {name: leaf[:, c] for name, leaf in message.models.items()}
-                values = single.per_example(single.outputs(params, batch.x), batch.y)
-                sums[:, c] += (values if batch.weight is None else values * batch.weight).sum(1)
-    return sums / data.num_examples.unsqueeze(1)

@@ -28,7 +28,7 @@ from umbel.adapters.precondition import precondition
 from umbel.clients import ClientData
 from umbel.errors import RecipeError
 from umbel.methods.protocol import Population
-from umbel.methods.routing import Router, Routes, Told, route_sums
+from umbel.methods.routing import Router, Routes, Told, losses_of, moved_share, route_sums
 from umbel.model.loss import Loss, running_stats
 from umbel.seeds import generator
 from umbel.train import Groups, LocalSGD, sgd
@@ -126,7 +126,7 @@ class FLoRAL:
         bank, router = message.bank, self.router
         stats = message.stats | private.stats
         logits, spread = router.start(
-            message.told, private.logits, lambda: adapter_losses(loss, message, stats, data), data
+            message.told, private.logits, lambda: losses_of(loss, each_alone(message, stats), data), data
         )
         noise = router.noise_at(data, self.num_adapters, data.num_steps(self.local.batch_size, self.local.epochs))
 
@@ -148,6 +148,7 @@ class FLoRAL:
             self.local,
             lr | ({"router": router.lr} if router.kind == "gradient" else {}),
             self._precondition(bank) if self.precondition else None,
+            plain=frozenset({"router"}),
         )
         logits = trained["router"]["logits"]
         num_examples = data.num_examples
@@ -173,8 +174,7 @@ class FLoRAL:
         sums = mixing.total(self.contribution(upload) for upload in uploads)
         mean = mixing.mean(sums["base"], sums["examples"])
         adapters = mixing.mean(sums["adapters"], sums["route_examples"])
-        share = sums["route_examples"] / sums["examples"]  # p_c
-        step = (share / self.guard).clamp(max=1.0) if self.guard else torch.ones_like(share)  # g_c
+        step = moved_share(sums, self.guard)
         shared = replace(shared, routes=shared.routes.after(self.router, sums))
         if self.server_momentum:
             return self._with_momentum(shared, mean, adapters, step)
@@ -216,23 +216,14 @@ class FLoRAL:
         return conditioned
 
 
-def adapter_losses(loss: Loss, message: Message, stats: Params, data: ClientData) -> Tensor:
-    """(K, C) each client's mean loss with each adapter alone, in evaluation mode, without gradients."""
-    num_clients, num_adapters = len(data.clients), next(iter(message.adapters.values())).shape[1]
-    one = torch.ones(1, 1, device=data.examples.x.device)
-    alone = []
-    with torch.no_grad():
-        base = {name: leaf[:1] for name, leaf in message.base.items()}
-        for c in range(num_adapters):
-            adapter = {name: leaf[:1, c : c + 1] for name, leaf in message.adapters.items()}
-            mixed = mix(message.bank, base, adapter, one.to(next(iter(base.values())).dtype))
-            alone.append({name: leaf.expand(num_clients, *leaf.shape[1:]) for name, leaf in mixed.items()})
-        sums = torch.zeros(num_clients, num_adapters, device=one.device)
-        for batch in data.in_order(EVALUATION_BATCH):
-            for c, params in enumerate(alone):
-                values = loss.per_example(loss.outputs(params | stats, batch.x), batch.y)
-                sums[:, c] += (values if batch.weight is None else values * batch.weight).sum(1)
-    return sums / data.num_examples.unsqueeze(1)
-
-
-EVALUATION_BATCH = 256  # examples of one client in one forward pass without gradients
+def each_alone(message: Message, stats: Params) -> list[Params]:
+    """For each adapter the models of K clients that use nothing else."""
+    num_clients, num_adapters = next(iter(message.adapters.values())).shape[:2]
+    base = {name: leaf[:1] for name, leaf in message.base.items()}
+    one = next(iter(base.values())).new_ones(1, 1)
+    models = []
+    for c in range(num_adapters):
+        adapter = {name: leaf[:1, c : c + 1] for name, leaf in message.adapters.items()}
+        mixed = mix(message.bank, base, adapter, one)
+        models.append({name: leaf.expand(num_clients, *leaf.shape[1:]) for name, leaf in mixed.items()} | stats)
+    return models

@@ -28,9 +28,11 @@ from torch import Tensor
 
 from umbel.clients import ClientData
 from umbel.errors import RecipeError
-from umbel.tree import broadcast, state
+from umbel.model.loss import Loss
+from umbel.tree import Params, broadcast, state
 
-ONE_HOT_LOGIT = 100.0  # softmax over logits this far apart is one-hot in float32
+ONE_HOT_LOGIT = 1000.0  # softmax over logits this far apart is one-hot, to the last bit
+EVALUATION_BATCH = 256  # examples of one client in one forward pass without gradients
 SMALLEST_SHARE = 1e-6  # p_c below this count as this much, so that log p stays finite
 
 
@@ -71,7 +73,7 @@ class Router:
         spread = data.num_examples * (apart.mean(1) - apart.min(1).values)
         known = told.temperature.unsqueeze(1) > 0  # nothing is known of T in the first round
         logits = torch.where(known, told.bias - apart / told.temperature.unsqueeze(1), 0.0)
-        return logits, spread
+        return logits.to(private.dtype), spread.to(private.dtype)
 
     def noise_at(self, data: ClientData, num_routes: int, num_steps: int) -> Tensor | None:
         """(K, steps, C) noise for the training logits, None when there is none."""
@@ -146,6 +148,28 @@ class Routes:
             balance = balance + part * (len(share) * share).clamp(min=1e-3).log()
             balance = balance - balance.mean()
         return Routes(self.oracle, self.round + 1, balance, share, spread)
+
+
+def losses_of(loss: Loss, candidates: list[Params], data: ClientData) -> Tensor:
+    """(K, C) each client's mean loss with each of C models, in evaluation mode, without gradients.
+
+    A candidate's tensors have the leading axis K; a broadcast one is shared by all clients.
+    """
+    dtype = next(iter(candidates[0].values())).dtype
+    sums = torch.zeros(len(data.clients), len(candidates), dtype=dtype, device=data.examples.x.device)
+    with torch.no_grad():
+        for batch in data.in_order(EVALUATION_BATCH):
+            for c, params in enumerate(candidates):
+                values = loss.per_example(loss.outputs(params, batch.x), batch.y)
+                sums[:, c] += (values if batch.weight is None else values * batch.weight).sum(1)
+    return sums / data.num_examples.unsqueeze(1)
+
+
+def moved_share(sums: dict[str, Any], guard: float) -> Tensor:
+    """(C,) g_c = min(1, p_c / τ), how far towards its new mean each of the C moves; 0 where nobody used it."""
+    share = sums["route_examples"] / sums["examples"]
+    step: Tensor = (share / guard).clamp(max=1.0) if guard else (share > 0).to(share.dtype)
+    return step
 
 
 def route_sums(num_examples: Tensor, route_examples: Tensor, spread: Tensor) -> dict[str, Tensor]:

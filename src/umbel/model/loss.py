@@ -1,15 +1,19 @@
 """The loss of K clients at once: one module, K sets of tensors, K batches, K numbers."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from umbel.clients import Batch
 from umbel.errors import DataError, ModelError
+from umbel.model.dropout import dropout_keys
 from umbel.tree import Params, is_broadcast
 
 LossName = Literal["cross_entropy", "mse"]
@@ -53,34 +57,41 @@ class Loss:
     name: LossName
 
     def __call__(self, params: Params, batch: Batch, training: bool = True) -> Tensor:
-        return batch.mean(self.per_example(self.outputs(params, batch.x, training), batch.y))
+        return batch.mean(self.per_example(self.outputs(params, batch.x, training, batch.key), batch.y))
 
     def per_example(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """(K, B) losses for outputs (K, B, …)."""
         flat = LOSSES[self.name](outputs.flatten(0, 1), targets.flatten(0, 1))
         return flat.view(targets.shape[:2])
 
-    def outputs(self, params: Params, x: Tensor, training: bool = False) -> Tensor:
-        """(K, B, …) what each client's model answers on x (K, B, …)."""
+    def outputs(self, params: Params, x: Tensor, training: bool = False, key: Tensor | None = None) -> Tensor:
+        """(K, B, …) what each client's model answers on x (K, B, …); `key` (K,) seeds dropout in training.
+
+        Raises:
+            ModelError: K > 1 and PyTorch cannot stack a layer of the module.
+        """
         if self.module.training != training:
             self.module.train(training)
+        if training and key is not None:
+            params = params | dict.fromkeys(self.dropouts, key)
         if x.shape[0] == 1:
             # squeeze, not [0]: the gradient of an index would fill a whole tensor with zeros first
-            return self._forward({name: leaf.squeeze(0) for name, leaf in params.items()}, x.squeeze(0)).unsqueeze(
-                0
-            )
+            one = {name: leaf.squeeze(0) for name, leaf in params.items()}
+            return self._forward(one, x.squeeze(0)).unsqueeze(0)
         shared = {name: leaf[0] for name, leaf in params.items() if is_broadcast(leaf)}
         own = {name: leaf for name, leaf in params.items() if name not in shared}
         try:
             stacked: Tensor = vmap(lambda p, x: self._forward(shared | p, x))(own, x)
         except RuntimeError as error:
-            if "randomness" in str(error):
-                raise ModelError(
-                    "the module draws random numbers inside its forward pass (functional dropout?), which cannot "
-                    "be repeated client by client; use torch.nn.Dropout modules"
-                ) from error
-            raise
+            raise ModelError(
+                f"clients cannot be stacked on this module, use --engine.mode=looped; PyTorch says: {error}"
+            ) from error
         return stacked
+
+    @cached_property
+    def dropouts(self) -> tuple[str, ...]:
+        """The names of the module's dropout keys."""
+        return dropout_keys(self.module)
 
     def _forward(self, params: Params, x: Tensor) -> Tensor:
         outputs: Tensor = functional_call(self.module, params, (x,))
@@ -103,3 +114,15 @@ def running_stats(module: nn.Module) -> Params:
 def mixes_examples(module: nn.Module) -> bool:
     """Whether one example's output depends on the others of its batch (BatchNorm in training)."""
     return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules())
+
+
+def check_repeatable(module: nn.Module, x: Tensor) -> None:
+    """Raises ModelError if a training pass draws from PyTorch's global generator, as functional dropout does."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        before = torch.get_rng_state()
+        deepcopy(module).train()(x)
+        if not torch.equal(before, torch.get_rng_state()):
+            raise ModelError(
+                "the module draws random numbers of its own in training (functional dropout, or dropout inside "
+                "nn.LSTM or nn.MultiheadAttention?), which cannot be repeated client by client; use nn.Dropout"
+            )
