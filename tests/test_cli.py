@@ -169,7 +169,8 @@ def test_an_existing_folder_is_refused_and_untouched():
 
 def test_a_comparison_gives_means_over_seeds_and_a_report():
     args = ["compare", "digits", "--methods", "fedavg,floral", "--seeds", "0,1", "--rounds=2"]
-    result = umbel(*args, "--method.floral.num_adapters=2", "--json", "--out", "both")
+    # One worker: what several say goes to the process's own stderr, past this test.
+    result = umbel(*args, "--method.floral.num_adapters=2", "--json", "--out", "both", "--workers=1")
     document = json.loads(result.stdout)
     assert [row["label"] for row in document["methods"]] == ["fedavg", "floral"]
     assert document["failed"] == []
@@ -184,6 +185,15 @@ def test_a_comparison_gives_means_over_seeds_and_a_report():
     assert "floral" in text
     assert not re.search(r"https?://", text)
     assert "4/4 floral seed 1" in result.stderr
+
+
+def test_the_number_of_workers_changes_nothing():
+    args = ["compare", "digits", "--methods", "local,floral", "--seeds", "0", "--rounds=2", "-q"]
+    for workers in ("1", "2"):
+        umbel(*args, "--out", f"by{workers}", "--workers", workers)
+    for run in ("local-seed0", "floral-seed0"):
+        one, two = (Path(f"by{n}") / run / "checkpoints/000002.safetensors" for n in (1, 2))
+        assert one.read_bytes() == two.read_bytes()
 
 
 def test_a_stopped_comparison_goes_on():

@@ -508,7 +508,7 @@ def test_a_client_measures_its_loss_with_each_alone(method, num_clients):
     loss = Loss(method.adapt(net), "mse")
     data = ClientData(Examples.of(clients), np.arange(num_clients), 0, 1)
     if isinstance(method, FLoRAL):
-        measured = losses_of(loss, each_alone(message, {}), data)
+        measured = losses_of(loss, each_alone(message), data)
         base, mixed, answer = shared.base, shared.adapters, merged_answer
     else:
         measured = method._losses(loss, message, data)

@@ -5,6 +5,7 @@ exit code 2, Ctrl-C with the command that goes on and 130.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -58,6 +59,9 @@ RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe's name (umbel tasks lists them) or a .toml file.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Workers = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Runs at the same time, each on one thread; by default one a core.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
 
 
@@ -167,6 +171,7 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="A new folder; by default runs/compare-RECIPE.", metavar="FOLDER")
     ] = None,
+    workers: Workers = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -193,6 +198,7 @@ def compare(
             raise RecipeError(f"{path} has no [method.…] table; name methods with --methods")
         _check_reach(ctx.args, load(path), chosen)
         table = load(path, ctx.args)
+        table.setdefault("engine", {}).setdefault("threads", 1)  # however many runs share the machine
         asked = {"recipe": _recipe_name(path), "labels": chosen, "seeds": _seeds(seeds), "table": table}
         for label in chosen:
             read(table, label)  # what is wrong with the last method is said before the first one runs
@@ -203,12 +209,13 @@ def compare(
         except OSError as error:
             raise RunFolderError(f"{folder} cannot be made: {error.strerror}") from error
         write(folder / COMPARISON, tomli_w.dumps(asked).encode())
-    _compare(folder, asked, as_json, quiet)
+    _compare(folder, asked, workers, as_json, quiet)
 
 
 @app.command()
 def resume(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of a run or of a comparison.")],
+    workers: Workers = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -233,7 +240,7 @@ def resume(
             asked = tomllib.loads(comparison.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunFolderError(f"{comparison} cannot be read: {error}") from None
-    _compare(folder, asked, as_json, quiet)
+    _compare(folder, asked, workers, as_json, quiet)
 
 
 @app.command()
@@ -398,25 +405,21 @@ def _warned(result: "Result") -> "Result":
     return result
 
 
-def _compare(folder: Path, asked: dict[str, Any], as_json: bool, quiet: bool) -> None:
+def _compare(folder: Path, asked: dict[str, Any], workers: int, as_json: bool, quiet: bool) -> None:
     """Runs, or goes on with, every (seed, label) that was asked for; then the table and the report."""
     with told(folder):
-        from umbel.recipe import read
         from umbel.report import write_report
-        from umbel.tables import find_runs, grouped, run_name
+        from umbel.tables import find_runs, grouped
 
         wanted = [(label, seed) for seed in asked["seeds"] for label in asked["labels"]]
-        failed: list[dict[str, Any]] = []
-        for position, (label, seed) in enumerate(wanted, 1):
-            path = folder / run_name(label, seed)
-            title = f"{position}/{len(wanted)} {label} seed {seed}"
-            try:
-                if path.exists():
-                    _resumed(path, title, quiet)
-                else:
-                    _trained(read(asked["table"] | {"seed": seed}, label), path, title, quiet)
-            except UmbelError as error:  # the other runs are worth having all the same
-                failed.append({"label": label, "seed": seed, "error": str(error)})
+        jobs = [
+            (asked["table"], label, seed, folder, f"{position}/{len(wanted)} {label} seed {seed}", quiet)
+            for position, (label, seed) in enumerate(wanted, 1)
+        ]
+        failed = []
+        for (label, seed), error in zip(wanted, _errors_of(jobs, workers), strict=True):
+            if error is not None:  # the other runs are worth having all the same
+                failed.append({"label": label, "seed": seed, "error": error})
                 _say(f"error: {label}, seed {seed}: {error}")
         if len(failed) == len(wanted):
             raise typer.Exit(2)
@@ -429,6 +432,39 @@ def _compare(folder: Path, asked: dict[str, Any], as_json: bool, quiet: bool) ->
             print(f"report: {page}")
         if failed:
             raise typer.Exit(2)
+
+
+def _errors_of(jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[str | None]:
+    """What went wrong in each job, in order; the jobs are shared out to so many processes."""
+    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    if workers == 1:
+        yield from (_job(*job) for job in jobs)
+        return
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        try:
+            yield from pool.map(_job, *zip(*jobs, strict=True))
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _job(table: dict[str, Any], label: str, seed: int, folder: Path, title: str, quiet: bool) -> str | None:
+    """Does one run of a comparison, or goes on with it; the error if it has one."""
+    from umbel.recipe import read
+    from umbel.tables import run_name
+
+    path = folder / run_name(label, seed)
+    try:
+        if path.exists():
+            _resumed(path, title, quiet)
+        else:
+            _trained(read(table | {"seed": seed}, label), path, title, quiet)
+    except UmbelError as error:
+        return str(error)
+    return None
 
 
 def _show_run(folder: Path, label: str, seed: int, result: "Result", as_json: bool) -> None:
@@ -524,6 +560,7 @@ def _comparison_table(asked: dict[str, Any], groups: Sequence["Group"]) -> "Tabl
 def _comparison_document(
     folder: Path, page: Path, asked: dict[str, Any], groups: Sequence["Group"], failed: list[dict[str, Any]]
 ) -> dict[str, Any]:
+    from umbel.folder import machine
     from umbel.tables import columns, dropped, spread
 
     shown = columns(groups)
@@ -547,7 +584,8 @@ def _comparison_document(
                 ],
             }
         )
-    about = {"recipe": asked["recipe"], "folder": str(folder), "report": str(page), "seeds": asked["seeds"]}
+    about = {"command": " ".join(["umbel", *sys.argv[1:]]), **machine()}
+    about |= {"recipe": asked["recipe"], "folder": str(folder), "report": str(page), "seeds": asked["seeds"]}
     return about | {"methods": rows, "failed": failed}
 
 

@@ -28,16 +28,20 @@ class Engine:
         "auto"     times both before the first round and keeps the faster; the choice is kept on resume.
     chunk: clients stacked at once; 0 takes as many as fit into `memory_gb`.
     device: "cpu", "cuda", "cuda:1", …
+    threads: PyTorch's threads on the CPU; 0 leaves them as they are.
     """
 
     mode: Literal["auto", "stacked", "looped"] = "auto"
     chunk: int = 0
     memory_gb: float = 2.0
     device: str = "cpu"
+    threads: int = 0
 
     def __post_init__(self) -> None:
-        if self.chunk < 0 or self.memory_gb <= 0:
-            raise RecipeError(f"engine: chunk must not be negative and memory_gb must be positive, got {self}")
+        if self.chunk < 0 or self.threads < 0 or self.memory_gb <= 0:
+            raise RecipeError(
+                f"engine: chunk and threads must not be negative and memory_gb must be positive, got {self}"
+            )
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise RecipeError(f"engine.device = {self.device!r}, but PyTorch sees no CUDA device here; use 'cpu'")
 

@@ -35,6 +35,8 @@ class Progress:
 def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tuple[Cohort, Progress]:
     """The engine's view of a task, and the state before round 1."""
     _check_batches(task, method)
+    if engine.threads:
+        torch.set_num_threads(engine.threads)
     device = torch.device(engine.device)
     # A copy: the forward pass changes a module, its mode and BatchNorm's counters.
     model = seed_dropout(deepcopy(task.model)).to(device)

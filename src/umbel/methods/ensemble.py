@@ -110,17 +110,17 @@ class Ensemble:
         def objective(groups: Groups, batch: Any, step: int) -> Tensor:
             theta = groups["router"]["logits"]
             probs = (theta if noise is None else theta + noise[:, step]).softmax(1)
-            return loss(named(groups["models"], probs) | groups["stats"], batch)
+            return loss(groups["models"] | groups["stats"] | {"probs": probs}, batch)
 
+        # Each copy's tensors are leaves of their own: gradients need no slicing, and batched BatchNorm
+        # writes into whole tensors but not through a view.
         stats = running_stats(loss.module)
-        is_stat = {name: f"models.0.{name}" in stats for name in message.models}
-        of_copies = named({n: leaf for n, leaf in message.models.items() if is_stat[n]}, logits)
+        copies = named(message.models)
         trained, mean_loss = sgd(
             objective,
             {
-                "models": {n: leaf for n, leaf in message.models.items() if not is_stat[n]},
-                # Tensors of their own: batched BatchNorm writes into whole tensors, but not through a view.
-                "stats": {n: leaf for n, leaf in of_copies.items() if n in stats},
+                "models": {name: leaf for name, leaf in copies.items() if name not in stats},
+                "stats": {name: leaf for name, leaf in copies.items() if name in stats},
                 "router": {"logits": logits},
             },
             data,
@@ -130,12 +130,8 @@ class Ensemble:
         )
         logits = trained["router"]["logits"]
         num_examples = data.num_examples
-        copies = range(self.num_models)
-        moved = {
-            n: torch.stack([trained["stats"][f"models.{c}.{n}"] for c in copies], 1) for n in is_stat if is_stat[n]
-        }
         upload = Upload(
-            trained["models"] | moved,
+            stacked(trained["models"] | trained["stats"], message.models, self.num_models),
             num_examples,
             num_examples.unsqueeze(1) * logits.softmax(1),
             spread,
@@ -156,7 +152,7 @@ class Ensemble:
         return Shared(mixing.step_to(shared.models, models, step), shared.routes.after(self.router, sums))
 
     def personalize(self, message: Message, private: Private) -> Params:
-        return named(message.models, self.mixture(message, private))
+        return named(message.models) | {"probs": self.mixture(message, private)}
 
     def mixture(self, message: Message, private: Private) -> Tensor:
         """(K, C) π: the client's own, or the oracle's."""
@@ -165,11 +161,14 @@ class Ensemble:
     def _losses(self, loss: Loss, message: Message, data: ClientData) -> Tensor:
         loss.module.eval()  # the whole of it: were only a copy put into this mode, training would not put it back
         one = Loss(loss.module.get_submodule("models.0"), loss.name)
-        alone = [{name: leaf[:, c] for name, leaf in message.models.items()} for c in range(self.num_models)]
-        return losses_of(one, alone, data)
+        return losses_of(one, {name: leaf[0] for name, leaf in message.models.items()}, data)
 
 
-def named(models: Params, probs: Tensor) -> Params:
-    """The tensors of `Mixture` for K clients: models (K, C, …) by the names of its C copies, and probs."""
-    apart = {f"models.{c}.{name}": leaf[:, c] for name, leaf in models.items() for c in range(leaf.shape[1])}
-    return apart | {"probs": probs}
+def named(models: Params) -> Params:
+    """The tensors of `Mixture`'s C copies for K clients, by name, from models (K, C, …)."""
+    return {f"models.{c}.{name}": own for name, leaf in models.items() for c, own in enumerate(leaf.unbind(1))}
+
+
+def stacked(copies: Params, like: Params, num_models: int) -> Params:
+    """The inverse of `named`: tensors (K, C, …) by `like`'s names."""
+    return {name: torch.stack([copies[f"models.{c}.{name}"] for c in range(num_models)], 1) for name in like}

@@ -126,7 +126,7 @@ class FLoRAL:
         bank, router = message.bank, self.router
         stats = message.stats | private.stats
         logits, spread = router.start(
-            message.told, private.logits, lambda: losses_of(loss, each_alone(message, stats), data), data
+            message.told, private.logits, lambda: losses_of(loss, each_alone(message), data, stats), data
         )
         noise = router.noise_at(data, self.num_adapters, data.num_steps(self.local.batch_size, self.local.epochs))
 
@@ -216,14 +216,9 @@ class FLoRAL:
         return conditioned
 
 
-def each_alone(message: Message, stats: Params) -> list[Params]:
-    """For each adapter the models of K clients that use nothing else."""
-    num_clients, num_adapters = next(iter(message.adapters.values())).shape[:2]
-    base = {name: leaf[:1] for name, leaf in message.base.items()}
-    one = next(iter(base.values())).new_ones(1, 1)
-    models = []
-    for c in range(num_adapters):
-        adapter = {name: leaf[:1, c : c + 1] for name, leaf in message.adapters.items()}
-        mixed = mix(message.bank, base, adapter, one)
-        models.append({name: leaf.expand(num_clients, *leaf.shape[1:]) for name, leaf in mixed.items()} | stats)
-    return models
+def each_alone(message: Message) -> Params:
+    """The C models that use one adapter and nothing else, leading axis C."""
+    adapters = {name: leaf[0].unsqueeze(1) for name, leaf in message.adapters.items()}  # (C, 1, …)
+    num_adapters = next(iter(adapters.values())).shape[0]
+    base = {name: leaf[0].expand(num_adapters, *leaf.shape[1:]) for name, leaf in message.base.items()}
+    return mix(message.bank, base, adapters, next(iter(base.values())).new_ones(num_adapters, 1))

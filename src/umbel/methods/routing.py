@@ -7,7 +7,8 @@ measures ℓ_kc, its mean training loss with each of the C alone, on what the se
 
     π_kc ∝ exp(−ℓ_kc / T + b_c) ,   T = τ D ,   D = Σ_k n_k (mean_c ℓ_kc − min_c ℓ_kc) / Σ_k n_k
 
-so the temperature T is a fraction τ of how far the C are apart, whatever the unit of the loss. The bias b
+so the temperature T is a fraction τ of how far the C are apart, whatever the unit of the loss; once twice
+the balance rounds are over it falls as 1 / round, for what is left of softness is an error floor. The bias b
 comes from the server and depends on p_c, the share of all examples routed to c:
 
     balance   b = −β for the first rounds, β_c ← β_c + log(C p_c): none is idle, none overfull, so that
@@ -49,7 +50,7 @@ class Router:
 
     kind: Literal["em", "gradient", "oracle"] = "em"
     temperature: float = 0.15  # τ, "em"
-    balance_rounds: int = 50  # "em": held for the first half, then fading
+    balance_rounds: int = 50  # "em": held for the first half, then fading; 0: no balance and no cooling
     lr: float = 0.1  # of θ, "gradient"
     noise: float = 1.0  # "gradient"
     noise_rounds: int = 100  # "gradient": over so many rounds the noise falls to 0; 0: never, as published
@@ -131,8 +132,9 @@ class Routes:
             bias = -self.balance * torch.clamp(2 * (1 - past), max=1)
         else:
             bias = self.share.clamp(min=SMALLEST_SHARE).log()
-        bias, temperature = (broadcast(leaf, len(clients)) for leaf in (bias, router.temperature * self.spread))
-        return Told(self.oracle[clients], bias, temperature)
+        cooled = torch.clamp(past / 2, min=1) if router.balance_rounds else 1
+        temperature = router.temperature * self.spread / cooled
+        return Told(self.oracle[clients], *(broadcast(leaf, len(clients)) for leaf in (bias, temperature)))
 
     def after(self, router: Router, sums: dict[str, Any]) -> "Routes":
         """What is known after a round with these sums over its clients (`route_sums`).
@@ -150,18 +152,32 @@ class Routes:
         return Routes(self.oracle, self.round + 1, balance, share, spread)
 
 
-def losses_of(loss: Loss, candidates: list[Params], data: ClientData) -> Tensor:
+def losses_of(loss: Loss, candidates: Params, data: ClientData, private: Params | None = None) -> Tensor:
     """(K, C) each client's mean loss with each of C models, in evaluation mode, without gradients.
 
-    A candidate's tensors have the leading axis K; a broadcast one is shared by all clients.
+    Args:
+        loss: the module and its loss.
+        candidates: the C models' tensors, leading axis C.
+        data: the K clients' examples.
+        private: tensors that are each client's own in all C models, leading axis K.
     """
-    dtype = next(iter(candidates[0].values())).dtype
-    sums = torch.zeros(len(data.clients), len(candidates), dtype=dtype, device=data.examples.x.device)
+    num_clients, num_candidates = len(data.clients), next(iter(candidates.values())).shape[0]
+    dtype = next(iter(candidates.values())).dtype
+    sums = torch.zeros(num_clients, num_candidates, dtype=dtype, device=data.examples.x.device)
+    one_by_one = num_clients == 1 or private
     with torch.no_grad():
         for batch in data.in_order(EVALUATION_BATCH):
-            for c, params in enumerate(candidates):
-                values = loss.per_example(loss.outputs(params, batch.x), batch.y)
-                sums[:, c] += (values if batch.weight is None else values * batch.weight).sum(1)
+            weight = 1 if batch.weight is None else batch.weight
+            if one_by_one:
+                for c in range(num_candidates):
+                    own = {n: leaf[c].expand(num_clients, *leaf.shape[1:]) for n, leaf in candidates.items()}
+                    values = loss.per_example(loss.outputs(own | (private or {}), batch.x), batch.y)
+                    sums[:, c] += (values * weight).sum(1)
+                continue
+            # All candidates see the same examples, those of all clients in a row.
+            x, y = (part.flatten(0, 1).expand(num_candidates, -1, *part.shape[2:]) for part in (batch.x, batch.y))
+            values = loss.per_example(loss.outputs(candidates, x), y).unflatten(1, batch.y.shape[:2])
+            sums += (values * weight).sum(2).T
     return sums / data.num_examples.unsqueeze(1)
 
 

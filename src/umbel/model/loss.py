@@ -80,8 +80,10 @@ class Loss:
             return self._forward(one, x.squeeze(0)).unsqueeze(0)
         shared = {name: leaf[0] for name, leaf in params.items() if is_broadcast(leaf)}
         own = {name: leaf for name, leaf in params.items() if name not in shared}
+        x_dim = None if is_broadcast(x) and own else 0
         try:
-            stacked: Tensor = vmap(lambda p, x: self._forward(shared | p, x))(own, x)
+            forward = vmap(lambda p, x: self._forward(shared | p, x), in_dims=(0, x_dim))
+            stacked: Tensor = forward(own, x[0] if x_dim is None else x)
         except RuntimeError as error:
             raise ModelError(
                 f"clients cannot be stacked on this module, use --engine.mode=looped; PyTorch says: {error}"

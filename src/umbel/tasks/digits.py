@@ -26,7 +26,7 @@ class Digits:
     num_clients: int = 40
     num_groups: int = 4
     test_fraction: float = 0.3
-    hidden: int = 128
+    hidden: int = 64
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_groups <= 4 or not 1 <= self.num_clients <= 400:
