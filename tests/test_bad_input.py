@@ -140,6 +140,13 @@ def test_batch_norm_with_a_last_batch_of_one_is_refused():
         umbel.run(task, umbel.FedAvg(umbel.LocalSGD(batch_size=4)), rounds=1)
 
 
+def test_a_frozen_parameter_is_named():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    model[0].bias.requires_grad_(False)
+    with pytest.raises(ModelError, match=r"0\.bias has requires_grad=False"):
+        umbel.run(task_of(model, clients()), umbel.FedAvg(), rounds=1)
+
+
 def test_a_run_folder_in_the_way_is_refused_before_the_task_is_even_started(tmp_path):
     (tmp_path / "run").mkdir()
     task = task_of(nn.Linear(4, 3), clients())

@@ -91,7 +91,7 @@ def test_local_clients_do_not_meet():
 
 
 # FLoRAL and Ensemble by hand. Clients 0 (n = 1, target 8) and 1 (n = 3, target 0) are group 0, client 2
-# (n = 4, target 16) is group 1. One-hot routes are so to 4e-44.
+# (n = 4, target 16) is group 1. One-hot routes are exact.
 
 GROUPED = [(1, 8.0), (3, 0.0), (4, 16.0)]
 GROUP = torch.tensor([0, 0, 1])
@@ -157,7 +157,7 @@ def test_florals_server_weighs_uploads_by_examples_times_route():
 
 @pytest.mark.parametrize("method", [FLoRAL, Ensemble])
 def test_what_nobody_uses_stays_as_it_is_bit_for_bit(method):
-    # The oracle's one-hot routes are so to 4e-44; only linear layers, for a bias at 0 would move by as much.
+    # Only linear layers: there is a bias to compare otherwise.
     settings = {"router": ORACLE, "local": LocalSGD(lr=0.1, batch_size=2)}
     made = FLoRAL(3, AdapterPlan(1, ("linear",)), **settings) if method is FLoRAL else Ensemble(3, **settings)
     net = seeded_net(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))

@@ -662,7 +662,10 @@ def _listing(title: str, lines: dict[str, str]) -> None:
 
 
 def _first_line(cls: type) -> str:
-    """What the class's module says of itself in its first line, without the names before the colon."""
+    """What the class, or else its module, says of itself in a line, without the names before the colon."""
+    own = cls.__doc__ or ""
+    if own and not own.startswith(f"{cls.__name__}("):  # that one is made by dataclass
+        return own.strip().partition("\n")[0]
     first = (sys.modules[cls.__module__].__doc__ or "").strip().partition("\n")[0]
     _, colon, what = first.partition(": ")
     return what if colon else first

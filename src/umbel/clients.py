@@ -29,8 +29,6 @@ class Examples:
         """
         if not clients:
             raise DataError("there are no clients")
-        if not clients:
-            raise DataError("there are no clients")
         for k, (x, y) in enumerate(clients):
             if len(x) != len(y):
                 raise DataError(f"client {k}: {len(x)} inputs but {len(y)} targets")
@@ -120,34 +118,43 @@ class ClientData:
 
         A client with fewer batches than another sits the last ones out (`active` False).
         """
-        orders = [self._order(int(k), size, epochs, shuffle) for k in self.clients]
-        return self._gather(orders, size)
-
-    def in_order(self, size: int) -> Iterator[Batch]:
-        """Every example once, as stored, in batches of `size`."""
-        return self._gather([self._order(int(k), size, 1, False) for k in self.clients], size)
-
-    def _order(self, client: int, size: int, epochs: int, shuffle: bool) -> np.ndarray:
-        """Rows of `examples` in training order, each epoch filled up to whole batches with −1."""
-        start, count = int(self.examples.start[client]), int(self.examples.count[client])
-        fill = -count % size
-        draw = generator(self.seed, "batches", self.round, client) if shuffle else None
-        order = np.full((epochs, count + fill), -1, dtype=np.int64)
-        for epoch in range(epochs):
-            order[epoch, :count] = torch.randperm(count, generator=draw).numpy() if shuffle else np.arange(count)
-        order[order >= 0] += start
-        return order.reshape(-1)
-
-    def _gather(self, orders: list[np.ndarray], size: int) -> Iterator[Batch]:
-        device = self.examples.x.device
         keys = torch.tensor([seed_of(self.seed, "step", self.round, int(k)) for k in self.clients])
-        length = max(len(order) for order in orders)
-        index = np.full((len(orders), length), -1, dtype=np.int64)
+        if not shuffle:
+            return self._gather(self._stored(size, epochs), size, keys)
+        orders = [self._shuffled(int(k), size, epochs) for k in self.clients]
+        index = np.full((len(orders), max(map(len, orders))), -1, dtype=np.int64)
         for row, order in zip(index, orders, strict=True):
             row[: len(order)] = order
+        return self._gather(index, size, keys)
+
+    def in_order(self, size: int) -> Iterator[Batch]:
+        """Every example once, as stored, in batches of `size`; nothing in them is random."""
+        return self._gather(self._stored(size, 1), size, torch.zeros(len(self.clients), dtype=torch.long))
+
+    def _shuffled(self, client: int, size: int, epochs: int) -> np.ndarray:
+        """Rows of `examples` in training order, each epoch filled up to whole batches with −1."""
+        start, count = int(self.examples.start[client]), int(self.examples.count[client])
+        draw = generator(self.seed, "batches", self.round, client)
+        order = np.full((epochs, count + -count % size), -1, dtype=np.int64)
+        for epoch in range(epochs):
+            order[epoch, :count] = torch.randperm(count, generator=draw).numpy() + start
+        return order.reshape(-1)
+
+    def _stored(self, size: int, epochs: int) -> np.ndarray:
+        """(K, steps · size) rows of `examples` as stored, filled up with −1 where a client has no more."""
+        start, count = self.examples.start[self.clients, None], self.examples.count[self.clients, None]
+        own_length = count + -count % size  # of an epoch
+        place = np.arange(epochs * int(own_length.max()))[None]
+        within = place % own_length
+        return np.where((within < count) & (place < epochs * own_length), start + within, -1)
+
+    def _gather(self, index: np.ndarray, size: int, keys: Tensor) -> Iterator[Batch]:
+        """The batches of rows `index` (K, steps · size), −1 for padding."""
+        device = self.examples.x.device
+        length = index.shape[1]
         real = index >= 0
         # Padding points at a real row of the same client, so that whatever is computed on it stays finite.
-        index = np.where(real, index, self.examples.start[self.clients][:, None])
+        index = np.where(real, index, self.examples.start[self.clients, None])
         for first in range(0, length, size):
             here = real[:, first : first + size]
             width = int(here.sum(1).max())

@@ -52,18 +52,17 @@ def step_to(old: Params, mean: Params, step: Tensor | float) -> Params:
 def momentum(
     old: Params, mean: Params, velocity: Params, decay: float, step: Tensor | float
 ) -> tuple[Params, Params]:
-    """Heavy ball on the server (Hsu et al. 2019, FedAvgM): v ← decay · v + (mean − old), old + step · v, and v.
+    """Heavy ball on the server (Hsu et al. 2019, FedAvgM): v ← decay · v + step · (mean − old), old + v, and v.
 
     Where the step is 0 (nobody used the adapter, its mean means nothing) old stays and v only decays.
     """
-    pushed = {}
+    pushed, reached = {}, {}
     for name, leaf in old.items():
-        pull = mean[name] - leaf
-        if isinstance(step, Tensor):
-            pull = torch.where(_like(step > 0, leaf), pull, 0)
-        pushed[name] = decay * velocity[name] + pull
-    reached = {name: leaf + pushed[name] for name, leaf in old.items()}
-    return step_to(old, reached, step), pushed
+        towards = step_to({name: leaf}, {name: mean[name]}, step)[name]
+        pushed[name] = decay * velocity[name] + (towards - leaf)
+        moving = torch.as_tensor(step, device=leaf.device) > 0
+        reached[name] = torch.where(_like(moving, leaf), leaf + pushed[name], leaf)
+    return reached, pushed
 
 
 def _like(weights: Tensor, values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from umbel import tree
 from umbel.cohort import Cohort, Engine, PrivateStore, Tally, chunk_size
-from umbel.errors import DataError
+from umbel.errors import DataError, ModelError
 from umbel.evaluate import Scores, evaluate, routing
 from umbel.methods.protocol import Method, Population
 from umbel.model.dropout import seed_dropout
@@ -35,6 +35,7 @@ class Progress:
 def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tuple[Cohort, Progress]:
     """The engine's view of a task, and the state before round 1."""
     _check_batches(task, method)
+    _check_trainable(task)
     if engine.threads:
         torch.set_num_threads(engine.threads)
     device = torch.device(engine.device)
@@ -63,25 +64,35 @@ def _check_batches(task: Task, method: Method) -> None:
         )
 
 
+def _check_trainable(task: Task) -> None:
+    """Raises ModelError if part of the model is frozen, which no method here would respect."""
+    frozen = [name for name, leaf in task.model.named_parameters() if not leaf.requires_grad]
+    if frozen:
+        raise ModelError(
+            f"{frozen[0]} has requires_grad=False, but every parameter of the module is trained; "
+            f"make it a buffer if it is a constant"
+        )
+
+
 def rounds(cohort: Cohort, at: Progress, task: Task, schedule: Schedule) -> Iterator[Progress]:
     """The run's progress after each of the remaining rounds."""
     method, shared, store = cohort.method, at.shared, at.store
     everyone = np.arange(task.num_clients)
     test = task.test.to(cohort.train.x.device)
     group = None if task.group is None else task.group.cpu().numpy()
+    download_bytes = cohort.download_bytes(shared)  # of one client; shapes do not change
     for round in range(at.round + 1, schedule.rounds + 1):
         begin = perf_counter()
         clients = choose(
             task.num_clients, schedule.clients_per_round or task.num_clients, schedule.seed, "cohort", round
         )
         tally = Tally()
-        download = len(clients) * cohort.download_bytes(shared)
         shared = method.server_update(shared, cohort.uploads(shared, store, clients, round, tally))
         figures: dict[str, Any] = {
             "round": round,
             "train_loss": tally.mean_loss,
             "bytes_up": tally.upload_bytes,
-            "bytes_down": download,
+            "bytes_down": len(clients) * download_bytes,
             "train_seconds": perf_counter() - begin,
         }
         if tally.dropped:

@@ -33,6 +33,7 @@ from umbel.model.loss import Loss
 from umbel.tree import Params, broadcast, state
 
 ONE_HOT_LOGIT = 1000.0  # softmax over logits this far apart is one-hot, to the last bit
+UNUSED_SHARE = 1e-30  # p_c below this is nobody: a mean of so little is rounding error
 EVALUATION_BATCH = 256  # examples of one client in one forward pass without gradients
 SMALLEST_SHARE = 1e-6  # p_c below this count as this much, so that log p stays finite
 
@@ -184,8 +185,8 @@ def losses_of(loss: Loss, candidates: Params, data: ClientData, private: Params 
 def moved_share(sums: dict[str, Any], guard: float) -> Tensor:
     """(C,) g_c = min(1, p_c / τ), how far towards its new mean each of the C moves; 0 where nobody used it."""
     share = sums["route_examples"] / sums["examples"]
-    step: Tensor = (share / guard).clamp(max=1.0) if guard else (share > 0).to(share.dtype)
-    return step
+    step = (share / guard).clamp(max=1.0) if guard else torch.ones_like(share)
+    return torch.where(share > UNUSED_SHARE, step, 0.0)
 
 
 def route_sums(num_examples: Tensor, route_examples: Tensor, spread: Tensor) -> dict[str, Tensor]:

@@ -22,6 +22,8 @@ from umbel.tasks.task import Task, split
 
 @dataclass(frozen=True)
 class Digits:
+    """1,797 real handwritten digits on 40 clients that belong to 4 hidden groups."""
+
     variant: Literal["rotate", "label_shift", "both"] = "label_shift"
     num_clients: int = 40
     num_groups: int = 4

@@ -28,12 +28,17 @@ SPREAD = 2.0  # how far groups are apart: the factor of U_c V_c
 
 @dataclass(frozen=True)
 class SyntheticLinear:
+    """Linear regression, 10 inputs and 3 outputs: 10 clients in 2 groups with 7 examples each."""
+
     num_clients: int = 10
     num_groups: int = 2
     samples_per_client: int = 8  # a quarter of the model's 33 parameters
     train_fraction: float = 0.8
     test: Literal["population", "held_out"] = "population"
     num_test: int = 1000  # fresh draws a client, for "population"
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     def load(self, seed: int) -> Task:
         def model() -> nn.Module:
@@ -45,12 +50,17 @@ class SyntheticLinear:
 
 @dataclass(frozen=True)
 class SyntheticMLP:
+    """Regression on a ReLU network, 10-10-1: 20 clients in 4 groups with 96 examples each."""
+
     num_clients: int = 20
     num_groups: int = 4
     samples_per_client: int = 120  # half of the model's 241 parameters
     train_fraction: float = 0.8
     test: Literal["population", "held_out"] = "population"
     num_test: int = 1000  # fresh draws a client, for "population"
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     def load(self, seed: int) -> Task:
         def model() -> nn.Module:
@@ -80,6 +90,15 @@ class Truth:
         return Truth(w + SPREAD * u @ v, bias, w_out)
 
 
+def _check(recipe: "SyntheticLinear | SyntheticMLP") -> None:
+    """Raises RecipeError if the settings make no task."""
+    if recipe.num_groups < 1 or recipe.num_clients < 1 or recipe.num_clients % recipe.num_groups:
+        raise RecipeError("num_clients must be a multiple of num_groups, and both at least 1")
+    held_out = recipe.samples_per_client * (1 - recipe.train_fraction)
+    if recipe.samples_per_client < 2 or not 0 < recipe.train_fraction < 1 or held_out < 1 or recipe.num_test < 1:
+        raise RecipeError("train_fraction must be between 0 and 1 and leave a client examples on both sides")
+
+
 def _task(
     name: str,
     recipe: SyntheticLinear | SyntheticMLP,
@@ -88,8 +107,6 @@ def _task(
     new_model: Callable[[], nn.Module],
     seed: int,
 ) -> Task:
-    if recipe.num_clients % recipe.num_groups or recipe.samples_per_client < 2:
-        raise RecipeError("task: num_clients must be a multiple of num_groups, samples_per_client at least 2")
     num_clients, samples = recipe.num_clients, recipe.samples_per_client
     group = torch.arange(num_clients) % recipe.num_groups
     w = truth.w[group]
