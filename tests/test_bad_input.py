@@ -42,6 +42,11 @@ def clients(num=3, size=8, **changes):
         ("method.floral.like=florall", "method.floral.like: .*did you mean 'floral'"),
         ("engine.device=cuda:7", "sees no CUDA device" if not torch.cuda.is_available() else ""),
         ("engine.chunk=-1", "chunk"),
+        ("engine.device=gpu", "no such device"),
+        ("task=digits", "task: a table is wanted"),
+        ("method.floral.like=floral-oracle", "goes round in a circle"),
+        ("method.floral.server_momentum=1.5", "server_momentum"),
+        ("method.floral.local.lr=nan", "positive"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_path(override, message):
@@ -114,6 +119,13 @@ def test_a_label_out_of_range_names_the_client_and_the_range(label):
 def test_labels_that_are_no_whole_numbers_are_refused():
     with pytest.raises(DataError, match="whole-number labels"):
         task_of(nn.Linear(4, 3), clients(c0=(torch.zeros(8, 4), torch.zeros(8))))
+
+
+def test_inputs_of_another_type_than_the_model_are_refused():
+    with pytest.raises(DataError, match=r"inputs are torch\.float64, the model torch\.float32"):
+        task_of(nn.Linear(4, 3), [(x.double(), y) for x, y in clients()])
+    with pytest.raises(DataError, match=r"labels are torch\.int32"):
+        task_of(nn.Linear(4, 3), [(x, y.int()) for x, y in clients()])
 
 
 def test_a_client_with_one_sample_cannot_hold_any_back():

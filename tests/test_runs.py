@@ -145,6 +145,39 @@ def test_a_run_of_ones_own_task_is_resumed_with_the_task(tmp_path):
         umbel.resume(tmp_path / "run")
 
 
+def test_another_model_does_not_go_on_with_the_run(tmp_path):
+    clients = [(torch.randn(12, 8), torch.arange(12) % 3) for _ in range(3)]
+    umbel.run(umbel.task_of(torch.nn.Linear(8, 3), clients), umbel.FedAvg(), rounds=1, folder=tmp_path / "run")
+    with pytest.raises(RunFolderError, match="another recipe"):
+        umbel.resume(tmp_path / "run", umbel.task_of(torch.nn.Linear(8, 5), clients), umbel.FedAvg())
+
+
+def test_lost_metrics_are_told(tmp_path):
+    run_recipe(small(), tmp_path / "run")
+    metrics = tmp_path / "run/metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:5]))
+    assert any("lost 7 of 12 rounds" in warning for warning in resume(tmp_path / "run").warnings)
+
+
+def test_a_personal_model_keeps_tied_weights_tied():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x).relu())
+
+    draw = torch.Generator().manual_seed(0)
+    clients = [(torch.randn(12, 3, generator=draw), torch.arange(12) % 3) for _ in range(3)]
+    result = umbel.run(umbel.task_of(Tied(), clients, test=clients), umbel.FLoRAL(2), rounds=5)
+    with torch.no_grad():
+        answers = [(result.personal_model(k)(x), y) for k, (x, y) in enumerate(clients)]
+        losses = [float(torch.nn.functional.cross_entropy(*pair)) for pair in answers]
+    torch.testing.assert_close(sum(losses) / 3, result.figures["loss"], rtol=1e-5, atol=1e-6)
+
+
 def test_the_run_folder_says_where_it_was_made(tmp_path):
     run_recipe(small(), tmp_path / "run")
     facts = json.loads((tmp_path / "run/run.json").read_text())

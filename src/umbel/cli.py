@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
+from multiprocessing import parent_process
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -339,7 +340,8 @@ class Watch:
         self._bar: Bar | None = None
 
     def __enter__(self) -> "Watch":
-        if not self._quiet and sys.stderr.isatty():
+        alone = parent_process() is None  # workers of a comparison would draw their bars over each other
+        if alone and not self._quiet and sys.stderr.isatty():
             self._bar, self._every = _new_bar(len(self._title)), DRAW_EVERY
             self._bar.add_task(self._title, total=self._rounds, text="")
             self._bar.start()
@@ -464,6 +466,8 @@ def _job(table: dict[str, Any], label: str, seed: int, folder: Path, title: str,
             _trained(read(table | {"seed": seed}, label), path, title, quiet)
     except UmbelError as error:
         return str(error)
+    except Exception as error:  # whatever it is (no memory left, say), the other runs are worth having
+        return f"{type(error).__name__}: {error}"
     return None
 
 

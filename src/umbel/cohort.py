@@ -42,6 +42,12 @@ class Engine:
             raise RecipeError(
                 f"engine: chunk and threads must not be negative and memory_gb must be positive, got {self}"
             )
+        try:
+            torch.device(self.device)
+        except RuntimeError:
+            raise RecipeError(
+                f"engine.device = {self.device!r}: there is no such device; use 'cpu' or 'cuda'"
+            ) from None
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise RecipeError(f"engine.device = {self.device!r}, but PyTorch sees no CUDA device here; use 'cpu'")
 

@@ -10,7 +10,7 @@ import torch
 from umbel.clients import ClientData, Examples
 from umbel.cohort import Cohort, PrivateStore
 
-BATCH = 1024  # examples of one client in one forward pass
+BATCH = 16384  # examples in one forward pass, of all stacked clients together
 WORST = 0.1  # the share of clients that "worst decile" speaks of
 
 
@@ -47,7 +47,7 @@ def evaluate(cohort: Cohort, shared: Any, store: PrivateStore, examples: Example
             data = ClientData(examples, chunk, cohort.seed, 0)
             loss = torch.zeros(len(chunk), dtype=torch.float64, device=examples.x.device)
             right = torch.zeros_like(loss)
-            for batch in data.in_order(BATCH):
+            for batch in data.in_order(max(1, BATCH // len(chunk))):
                 outputs = cohort.loss.outputs(params, batch.x)
                 weight = 1.0 if batch.weight is None else batch.weight
                 loss += (cohort.loss.per_example(outputs, batch.y) * weight).sum(1)

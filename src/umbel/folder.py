@@ -32,6 +32,7 @@ from torch import Tensor
 from umbel.errors import RunFolderError
 
 KEPT_CHECKPOINTS = 2
+LINES = ("metrics.jsonl", "clients.jsonl")
 SNAPSHOTS = 50  # lines of clients.jsonl in a run
 SNAPSHOT_CLIENTS = 2000  # with more clients than this there are none
 
@@ -102,9 +103,16 @@ class RunFolder:
         with _told(self.path), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def settle(self) -> None:
+        """Puts the .jsonl files on disk, before a checkpoint says that their rounds are over."""
+        for name in LINES:
+            if (self.path / name).exists():
+                with (self.path / name).open("rb") as file:
+                    os.fsync(file.fileno())
+
     def rewind(self, round: int) -> None:
         """Takes the lines of later rounds, and a half-written one, off the .jsonl files."""
-        for name in ("metrics.jsonl", "clients.jsonl"):
+        for name in LINES:
             if (self.path / name).exists():
                 kept = [line for line in read_lines(self.path / name) if line["round"] <= round]
                 self._write(name, "".join(json.dumps(line) + "\n" for line in kept).encode())

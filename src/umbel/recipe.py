@@ -113,6 +113,9 @@ def read(table: Table, label: str) -> Recipe:
     """
     schedule_keys = {f.name for f in fields(Schedule)}
     _no_strangers(table, schedule_keys | {"task", "engine", "method", "local"}, "")
+    for key in ("task", "method", "local", "engine"):
+        if not isinstance(table.get(key, {}), dict):
+            raise RecipeError(f"{key}: a table is wanted, such as [{key}], got {table[key]!r}")
     method_table = _method_table(table, label)
     method = _named(method_table, METHODS, f"method.{label}", default=label)
     task = _named(dict(table.get("task", {})), TASKS, "task", default=None)
@@ -122,7 +125,8 @@ def read(table: Table, label: str) -> Recipe:
 
 def labels(table: Table) -> list[str]:
     """The methods that the table describes, in its order."""
-    return list(table.get("method", {}))
+    methods = table.get("method", {})
+    return list(methods) if isinstance(methods, dict) else []
 
 
 def build(cls: type[T], table: Any, path: str) -> T:
@@ -156,6 +160,12 @@ def _method_table(table: Table, label: str) -> Table:
     own = dict(methods.get(label, {}))
     like = own.pop("like", None)
     if like is not None:
+        chain, above = [label], like
+        while isinstance(above, str) and above not in chain:
+            chain.append(above)
+            above = dict(methods.get(above, {})).get("like")
+        if above is not None:
+            raise RecipeError(f"method.{label}.like: {' → '.join([*chain, str(above)])} goes round in a circle")
         if like == label or (like not in methods and like not in METHODS):
             raise RecipeError(f"method.{label}.like: there is no other method {like!r}{_nearest(like, methods)}")
         return _merged({"name": like} | _method_table(table, like), own)

@@ -39,17 +39,18 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
     if engine.threads:
         torch.set_num_threads(engine.threads)
     device = torch.device(engine.device)
-    # A copy: the forward pass changes a module, its mode and BatchNorm's counters.
-    model = seed_dropout(deepcopy(task.model)).to(device)
-    check_repeatable(model, task.train.x[:2].to(device))
-    group = None if task.group is None else task.group.to(device)
+    # A copy: the forward pass changes a module, its mode and BatchNorm's counters. What is drawn at the
+    # start is drawn on the CPU, whatever the device.
+    model = seed_dropout(deepcopy(task.model)).cpu()
+    check_repeatable(model, task.train.x[:2].cpu())
+    group = None if task.group is None else task.group.cpu()
     shared, fresh = method.init(model, Population(task.num_clients, schedule.seed, group))
     shared, fresh = (tree.map_tensors(lambda leaf: leaf.to(device), state) for state in (shared, fresh))
     loss = Loss(method.adapt(model).to(device), task.loss)
     cohort = Cohort(method, loss, task.train.to(device), schedule.seed, chunk=1)
     store = PrivateStore(fresh, task.num_clients)
-    everyone = choose(task.num_clients, schedule.clients_per_round or task.num_clients, schedule.seed, "cohort", 1)
-    chunk = chunk_size(engine, cohort, shared, store, everyone)
+    first = choose(task.num_clients, schedule.clients_per_round or task.num_clients, schedule.seed, "cohort", 1)
+    chunk = chunk_size(engine, cohort, shared, store, first)
     return replace(cohort, chunk=chunk), Progress(0, shared, store, {}, None)
 
 

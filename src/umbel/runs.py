@@ -47,7 +47,10 @@ class Result:
         for name, leaf in params.items():
             path, _, own_name = name.rpartition(".")
             owner, value = module.get_submodule(path), leaf[0].detach().clone().cpu()
-            setattr(owner, own_name, nn.Parameter(value) if own_name in owner._parameters else value)
+            if own_name in owner._parameters:
+                owner.get_parameter(own_name).data = value  # in place, so that a tied name follows
+            else:
+                setattr(owner, own_name, value)
         return module
 
 
@@ -152,6 +155,8 @@ def _go_on(
         at = _restored(at, checkpoint)
     folder.rewind(at.round)
     history = read_history(folder.path)
+    if len(history) != at.round:
+        warnings.append(f"{folder.path / 'metrics.jsonl'} has lost {at.round - len(history)} of {at.round} rounds")
     if at.round == schedule.rounds and history:
         at = replace(at, figures=history[-1])
     return _finish(folder, cohort, at, task, schedule, on_round, history, warnings)
@@ -195,6 +200,7 @@ def _record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> 
         seen, private = at.store.state()
         tensors = {f"shared/{name}": leaf for name, leaf in tree.tensors(at.shared).items()}
         tensors |= {f"private/{name}": leaf for name, leaf in tree.tensors(private).items()}
+        folder.settle()
         folder.save(Checkpoint(at.round, tensors | {"seen": torch.from_numpy(seen)}))
 
 
@@ -214,8 +220,9 @@ def _restored(at: Progress, checkpoint: Checkpoint) -> Progress:
 
 def _identity(task: Task, method: Method, schedule: Schedule) -> dict[str, Any]:
     """What decides the result of a run without a recipe file."""
-    counts = {"clients": task.num_clients, "examples": int(task.train.count.sum())}
+    counts: dict[str, Any] = {"clients": task.num_clients, "examples": int(task.train.count.sum())}
     settings = {k: v for k, v in asdict(schedule).items() if k != "checkpoint_every"}
+    counts |= {"model": {name: list(leaf.shape) for name, leaf in task.model.named_parameters()}}
     return {"task": task.name, **counts, "method": name_of(method, METHODS), **asdict(method), **settings}  # type: ignore[call-overload]
 
 

@@ -38,5 +38,5 @@ def seeded(seed: int, *path: str | int) -> Iterator[None]:
     For code that draws from the global generator and offers nothing else: a module's own initialisation.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(seed, *path))
+        torch.default_generator.manual_seed(seed_of(seed, *path))
         yield

@@ -29,7 +29,7 @@ class LocalSGD:
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.batch_size < 1 or self.epochs < 1:
+        if not 0 < self.lr < float("inf") or self.batch_size < 1 or self.epochs < 1:
             raise RecipeError(f"local: lr, batch_size and epochs must be positive, got {self}")
         if not 0 <= self.momentum < 1 or self.weight_decay < 0:
             raise RecipeError(f"local: momentum must be in [0, 1) and weight_decay at least 0, got {self}")

@@ -64,7 +64,7 @@ def with_tensors(state: S, values: Mapping[str, Tensor]) -> S:
 
     Raises:
         KeyError: a tensor of the state is missing from `values`.
-        ValueError: one has another shape or type.
+        ValueError: one has another type, or another shape beyond the leading axis.
     """
     names = iter(tensors(state))
 

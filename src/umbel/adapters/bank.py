@@ -127,7 +127,7 @@ class AdapterPlan:
             the low-rank path beside it, "auto" takes the cheaper of the two, layer by layer.
     """
 
-    rank: int | float = 4
+    rank: int | float = 0.1
     layers: tuple[Kind, ...] = ("linear", "conv", "bias")
     targets: tuple[str, ...] = ("*",)
     conv: ConvSplit = "balanced"

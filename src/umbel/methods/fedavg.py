@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from umbel import mixing, tree
 from umbel.clients import ClientData
+from umbel.errors import RecipeError
 from umbel.methods.protocol import Population, nothing_mixed
 from umbel.model.loss import Loss, running_stats
 from umbel.train import LocalSGD, sgd
@@ -49,6 +50,10 @@ class Upload:
 class FedAvg:
     local: LocalSGD = field(default_factory=LocalSGD)
     server_lr: float = 1.0  # η
+
+    def __post_init__(self) -> None:
+        if self.server_lr <= 0:
+            raise RecipeError(f"fedavg: server_lr must be positive, got {self.server_lr}")
 
     def adapt(self, module: nn.Module) -> nn.Module:
         return module

@@ -89,6 +89,8 @@ class FLoRAL:
             raise RecipeError(
                 f"floral: num_adapters = {self.num_adapters}, but there must be at least one adapter"
             )
+        if not 0 <= self.server_momentum < 1:
+            raise RecipeError(f"floral: server_momentum must be in [0, 1), got {self.server_momentum}")
         if self.adapter_lr <= 0 or self.init_std < 0 or not 0 <= self.guard <= 1:
             raise RecipeError("floral: adapter_lr must be positive, init_std not negative and guard in [0, 1]")
 

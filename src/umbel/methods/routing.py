@@ -34,7 +34,7 @@ from umbel.tree import Params, broadcast, state
 
 ONE_HOT_LOGIT = 1000.0  # softmax over logits this far apart is one-hot, to the last bit
 UNUSED_SHARE = 1e-30  # p_c below this is nobody: a mean of so little is rounding error
-EVALUATION_BATCH = 256  # examples of one client in one forward pass without gradients
+EVALUATION_BATCH = 8192  # examples in one forward pass without gradients, of all stacked clients together
 SMALLEST_SHARE = 1e-6  # p_c below this count as this much, so that log p stays finite
 
 
@@ -167,7 +167,7 @@ def losses_of(loss: Loss, candidates: Params, data: ClientData, private: Params 
     sums = torch.zeros(num_clients, num_candidates, dtype=dtype, device=data.examples.x.device)
     one_by_one = num_clients == 1 or private
     with torch.no_grad():
-        for batch in data.in_order(EVALUATION_BATCH):
+        for batch in data.in_order(max(1, EVALUATION_BATCH // num_clients)):
             weight = 1 if batch.weight is None else batch.weight
             if one_by_one:
                 for c in range(num_candidates):

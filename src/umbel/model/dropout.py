@@ -28,7 +28,7 @@ class SeededDropout(nn.Module):
             return x
         key: Tensor = self.get_buffer(KEY)
         element = torch.arange(x.numel(), device=x.device).view(x.shape)
-        uniform = (_hash(_hash(key + self.place) + element) & (2**53 - 1)) / 2**53
+        uniform = (_hash(_hash(_hash(key) + self.place) + element) & (2**53 - 1)) / 2**53
         return torch.where(uniform >= self.p, x / (1 - self.p), 0)
 
 

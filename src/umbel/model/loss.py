@@ -114,8 +114,12 @@ def running_stats(module: nn.Module) -> Params:
 
 
 def mixes_examples(module: nn.Module) -> bool:
-    """Whether one example's output depends on the others of its batch (BatchNorm in training)."""
-    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules())
+    """Whether examples of a batch meet in training: BatchNorm's outputs, any norm layer's running statistics."""
+    return any(
+        isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        or (isinstance(layer, nn.modules.batchnorm._NormBase) and layer.track_running_stats)
+        for layer in module.modules()
+    )
 
 
 def check_repeatable(module: nn.Module, x: Tensor) -> None:

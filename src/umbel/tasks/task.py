@@ -35,8 +35,24 @@ class Task:
             raise DataError(
                 f"{self.train.num_clients} clients have training data, {self.test.num_clients} test data"
             )
+        self._check_types()
         if self.loss == "cross_entropy":
             self._check_labels()
+
+    def _check_types(self) -> None:
+        wanted = next((leaf.dtype for leaf in self.model.parameters() if leaf.is_floating_point()), torch.float32)
+        for split, examples in (("train", self.train), ("test", self.test)):
+            for name, values in (("inputs", examples.x), ("targets", examples.y)):
+                if values.is_floating_point() and values.dtype != wanted:
+                    raise DataError(f"{split}: {name} are {values.dtype}, the model {wanted}; convert them first")
+            if (
+                self.loss == "cross_entropy"
+                and not examples.y.is_floating_point()
+                and examples.y.dtype != torch.long
+            ):
+                raise DataError(
+                    f"{split}: labels are {examples.y.dtype}; cross_entropy needs torch.long, y.long()"
+                )
 
     def _check_labels(self) -> None:
         was_training = self.model.training
