@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from umbel import tree
 from umbel.cohort import Cohort, Engine, PrivateStore, Tally, chunk_size
@@ -15,7 +16,7 @@ from umbel.errors import DataError, ModelError
 from umbel.evaluate import Scores, evaluate, routing
 from umbel.methods.protocol import Method, Population
 from umbel.model.dropout import seed_dropout
-from umbel.model.loss import Loss, check_repeatable, mixes_examples
+from umbel.model.loss import Loss, check_repeatable
 from umbel.schedule import Schedule
 from umbel.seeds import choose
 from umbel.tasks.task import Task
@@ -58,7 +59,8 @@ def _check_batches(task: Task, method: Method) -> None:
     """Raises DataError if BatchNorm would have to train on a batch of one example."""
     size = method.local.batch_size
     alone = np.flatnonzero(task.train.count % size == 1) if size > 1 else np.arange(1)
-    if len(alone) and mixes_examples(task.model):
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    if len(alone) and any(isinstance(layer, batch_norm) for layer in task.model.modules()):
         raise DataError(
             f"client {alone[0]}: its last batch has one example, on which BatchNorm cannot train; "
             f"choose another local.batch_size than {size}"

@@ -4,7 +4,7 @@ Almansoori, Horváth, Takáč 2025, Algorithm 1, https://arxiv.org/abs/2410.0349
 
     model of client k     u + Σ_c π_kc a_c ,   π_k = softmax θ_k
     client                SGD on f_k in u, all a_c (and θ_k) at once, from the server's u and a_c
-    sent                  u_k, a_kc, n_k and n_k π_kc
+    sent                  u_k, a_kc, n_k, n_k π_kc and, for the em router, how far apart its losses are
     kept                  θ_k, the running statistics of BatchNorm layers
     server                u   ← Σ_k n_k u_k / Σ_k n_k
                           a_c ← a_c + g_c (Σ_k n_k π_kc a_kc / Σ_k n_k π_kc − a_c)
