@@ -84,7 +84,7 @@ class Loss:
         if x.shape[0] == 1:
             # squeeze, not [0]: the gradient of an index would fill a whole tensor with zeros first
             one = {name: leaf.squeeze(0) for name, leaf in params.items()}
-            return self._forward(one, x.squeeze(0)).unsqueeze(0)
+            return self._alone(one, x.squeeze(0)).unsqueeze(0)
         shared = {name: leaf[0] for name, leaf in params.items() if is_broadcast(leaf)}
         own = {name: leaf for name, leaf in params.items() if name not in shared}
         x_dim = None if is_broadcast(x) and own else 0
@@ -112,6 +112,11 @@ class Loss:
     def dropouts(self) -> tuple[str, ...]:
         """The names of the module's dropout keys."""
         return dropout_keys(self.module)
+
+    def _alone(self, params: Params, x: Tensor) -> Tensor:
+        if x.dim() == 4:  # convolutions and pooling are about twice as fast with the channels last
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self._forward(params, x)
 
     def _forward(self, params: Params, x: Tensor) -> Tensor:
         outputs: Tensor = functional_call(self.module, params, (x,))

@@ -2,6 +2,7 @@
 
 None of them writes to a tensor in place or keeps a state of its own, so that `vmap` can stack clients.
 Images are (B, channels, height, width), texts (B, T) int64; answers are logits, the last axis the labels.
+Pooling comes before ReLU: the maximum of ReLUs is the ReLU of the maximum, at a quarter of the work.
 """
 
 from math import sqrt
@@ -20,11 +21,11 @@ def cifar10_cnn(num_labels: int = 10) -> nn.Module:
     """Two convolutions and two linear layers on 3 × 32 × 32: 87,178 parameters (Almansoori et al. 2025)."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 5),
-        nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3),
         nn.ReLU(),
+        nn.Conv2d(32, 64, 3),
         nn.MaxPool2d(3),
+        nn.ReLU(),
         nn.Flatten(),
         nn.Linear(1024, 64),
         nn.ReLU(),
@@ -36,11 +37,11 @@ def small_cnn(num_labels: int = 10) -> nn.Module:
     """Two convolutions and two linear layers on 1 × 28 × 28: 63,786 parameters for 10 labels."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 5, padding=2),
-        nn.ReLU(),
         nn.MaxPool2d(2),
+        nn.ReLU(),
         nn.Conv2d(16, 32, 5, padding=2),
-        nn.ReLU(),
         nn.MaxPool2d(2),
+        nn.ReLU(),
         nn.Flatten(),
         nn.Linear(1568, 32),
         nn.ReLU(),
@@ -67,7 +68,7 @@ def vgg8(num_labels: int = 100, dropout: float = 0.5, batch_norm: bool = False) 
     for width in (16, 32, 64, 128, 512):
         conv = _NormalConv2d(channels, width, 3, padding=1)
         norm = [nn.BatchNorm2d(width)] if batch_norm else []
-        layers += [conv, *norm, nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [conv, *norm, nn.MaxPool2d(2), nn.ReLU()]
         channels = width
     head = [nn.Dropout(dropout), nn.Linear(512, 512), nn.ReLU(), nn.Dropout(dropout), nn.Linear(512, 512)]
     return nn.Sequential(*layers, nn.Flatten(), *head, nn.ReLU(), nn.Linear(512, num_labels))
