@@ -22,7 +22,7 @@ from umbel.recipe import find, load, read
 from umbel.rounds import rounds, start
 from umbel.seeds import generator
 from umbel.tasks import task_of
-from umbel.train import LocalSGD
+from umbel.train import LocalTraining
 
 
 def vgg8_step(num_clients: int = 4, num_examples: int = 256) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def vgg8_step(num_clients: int = 4, num_examples: int = 256) -> dict[str, Any]:
         (torch.randn(num_examples, 3, 32, 32, generator=draw), torch.randint(100, (num_examples,), generator=draw))
         for _ in range(num_clients)
     ]
-    task, local = task_of(vgg8(), clients), LocalSGD(0.01, 64)
+    task, local = task_of(vgg8(), clients), LocalTraining(0.01, 64)
     gradient = Router("gradient")
     rivals: dict[str, Method] = {
         "fedavg": FedAvg(local),

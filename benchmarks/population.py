@@ -21,7 +21,7 @@ from umbel.rounds import rounds, start
 from umbel.schedule import Schedule
 from umbel.seeds import generator
 from umbel.tasks import Task
-from umbel.train import LocalSGD
+from umbel.train import LocalTraining
 
 SAMPLED, BLOCKS, EXAMPLES = 100, 1000, 32
 ROUNDS = 40
@@ -52,7 +52,7 @@ def private_state_mb(num_clients: int) -> float:
 def main() -> dict[str, Any]:
     private_mb = private_state_mb(10**6)  # first, for it is read off the process's peak
     sizes = (10**3, 10**5, 10**6)
-    method = FLoRAL(num_adapters=10, local=LocalSGD(0.1, 16))
+    method = FLoRAL(num_adapters=10, local=LocalTraining(0.1, 16))
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
     running = {}
     for size in sizes:

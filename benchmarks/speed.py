@@ -22,7 +22,7 @@ from umbel.rounds import rounds, start
 from umbel.schedule import Schedule
 from umbel.seeds import generator
 from umbel.tasks import Task, task_of
-from umbel.train import LocalSGD
+from umbel.train import LocalTraining
 
 
 def synthetic_rounds(num_rounds: int = 300) -> dict[str, Any]:
@@ -70,7 +70,11 @@ def stacking() -> dict[str, Any]:
     digits = read(load(find("digits")), "floral")
     cases = {
         "digits_mlp": (digits.task.load(0), digits.method, 40),
-        "two_conv_cnn": (images(cnn(), num_clients=8), FLoRAL(4, AdapterPlan(0.01), local=LocalSGD(0.01, 32)), 8),
+        "two_conv_cnn": (
+            images(cnn(), num_clients=8),
+            FLoRAL(4, AdapterPlan(0.01), local=LocalTraining(0.01, 32)),
+            8,
+        ),
     }
     figures = {}
     for name, (task, method, num_clients) in cases.items():
@@ -86,7 +90,7 @@ def stacking() -> dict[str, Any]:
 
 def adapter_step() -> dict[str, Any]:
     """A local step of FLoRAL with C = 10 adapters at ρ = 1 % over one of FedAvg, batch 32."""
-    local = LocalSGD(0.01, 32)
+    local = LocalTraining(0.01, 32)
     floral = FLoRAL(10, AdapterPlan(0.01), Router("gradient"), local)
     figures = {}
     for name, model, num_clients in (("mlp_784_200_10", mlp(), 30), ("two_conv_cnn", cnn(), 8)):

@@ -34,7 +34,7 @@ from umbel.recipe import find, load, read
 from umbel.rounds import Progress
 from umbel.runs import run
 from umbel.seeds import generator
-from umbel.train import LocalSGD
+from umbel.train import LocalTraining
 
 SEED = 0
 DIM, CLUSTERS, LOCAL_STEPS = 10, 2, 5  # d, C, H
@@ -332,7 +332,7 @@ def aggregate_variance(num_clients: int, num_groups: int, repeats: int, seed: in
         num_adapters=num_groups,
         adapter=AdapterPlan(rank=2),
         router=Router(kind="oracle"),
-        local=LocalSGD(lr, batch, shuffle=False),
+        local=LocalTraining(lr, batch, shuffle=False),
         init_std=0.5,
     )
     model = nn.Linear(DIM, 3)

@@ -149,7 +149,7 @@ def test_batch_norm_with_a_last_batch_of_one_is_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     task = task_of(model, clients(size=9), test=clients())
     with pytest.raises(DataError, match=r"client 0.*one example.*batch_size"):
-        umbel.run(task, umbel.FedAvg(umbel.LocalSGD(batch_size=4)), rounds=1)
+        umbel.run(task, umbel.FedAvg(umbel.LocalTraining(batch_size=4)), rounds=1)
 
 
 def test_a_model_with_nothing_to_train_is_named():
@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_finite_for_anyone_stops_the_run_with_its_last_checkp
     # lr 1e18 on a squared error: the first round still gives numbers, later ones overflow float32.
     data = [(torch.ones(4, 1), torch.ones(4, 1)) for _ in range(2)]
     task = task_of(nn.Linear(1, 1), data, loss="mse", test=data)
-    method = umbel.FedAvg(umbel.LocalSGD(lr=1e18, batch_size=4))
+    method = umbel.FedAvg(umbel.LocalTraining(lr=1e18, batch_size=4))
     schedule = umbel.Schedule(rounds=10, checkpoint_every=1)
     with pytest.raises(RoundError, match=r"round \d: .*every client"):
         umbel.run(task, method, schedule=schedule, folder=tmp_path / "run")

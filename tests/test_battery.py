@@ -46,10 +46,10 @@ from umbel.rounds import rounds, start
 from umbel.schedule import Schedule
 from umbel.seeds import seeded
 from umbel.tasks import Task
-from umbel.train import LocalSGD
+from umbel.train import LocalTraining
 
-STEPS = LocalSGD(lr=0.05, batch_size=4, epochs=2)
-HEAVY = LocalSGD(lr=0.05, batch_size=4, epochs=2, momentum=0.9, weight_decay=0.01)
+STEPS = LocalTraining(lr=0.05, batch_size=4, epochs=2)
+HEAVY = LocalTraining(lr=0.05, batch_size=4, epochs=2, momentum=0.9, weight_decay=0.01)
 EM, GRADIENT, ORACLE = Router(kind="em"), Router(kind="gradient"), Router(kind="oracle")
 PLAN = AdapterPlan(2, ("linear", "bias", "norm"))
 
@@ -115,7 +115,7 @@ CASES = {
 }
 
 # Settings whose arithmetic on dyadic numbers is exact: no product of two trained tensors, and probs of 0, ½ or 1.
-HALVES = LocalSGD(lr=0.5, batch_size=4)
+HALVES = LocalTraining(lr=0.5, batch_size=4)
 BIASES = AdapterPlan(layers=("bias",))
 EXACT = {
     "local": {"": Local(HALVES)},

@@ -20,7 +20,7 @@ from umbel.schedule import Schedule
 from umbel.tables import read_run, totals
 from umbel.train import counted_steps
 
-LOCAL = umbel.LocalSGD(lr=0.1, batch_size=4, epochs=2)
+LOCAL = umbel.LocalTraining(lr=0.1, batch_size=4, epochs=2)
 SIZES = (3, 4, 9, 17, 30)
 
 

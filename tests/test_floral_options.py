@@ -28,10 +28,10 @@ from umbel.runs import opened, resume, run
 from umbel.schedule import Schedule
 from umbel.seeds import seeded
 from umbel.tasks import Task
-from umbel.train import LocalSGD
+from umbel.train import LocalTraining
 
 EM, GRADIENT, ORACLE = Router(kind="em"), Router(kind="gradient", noise=0.0, lr=0.5), Router(kind="oracle")
-STEPS = LocalSGD(lr=0.05, batch_size=4, epochs=2)
+STEPS = LocalTraining(lr=0.05, batch_size=4, epochs=2)
 SIZES = [3, 8, 1, 5]
 EVERYONE = np.arange(4)
 PLAN = AdapterPlan(2, ("linear", "conv", "embedding", "norm", "bias"))
@@ -339,7 +339,7 @@ def test_clients_of_unequal_ranks_are_routed_by_what_they_have(norm):
 
 def test_the_layers_logits_take_steps_that_sum_to_that_of_one_router_for_all():
     # From equal logits the gradient of one router for all layers is the sum of the layers' gradients.
-    one_step = LocalSGD(lr=0.05, batch_size=8)
+    one_step = LocalTraining(lr=0.05, batch_size=8)
     method = FLoRAL(4, PLAN, GRADIENT, one_step)
     _, _, _, kept = worked(method)
     _, _, _, by_layer = worked(replace(method, layer_routers=True))
@@ -443,7 +443,7 @@ def opposite(num_clients=8):
     return Task("opposite", module, "mse", examples(12), examples(20), group)
 
 
-PRUNING = FLoRAL(4, AdapterPlan(1), EM, LocalSGD(lr=0.1, batch_size=6), prune_below=0.1)
+PRUNING = FLoRAL(4, AdapterPlan(1), EM, LocalTraining(lr=0.1, batch_size=6), prune_below=0.1)
 STACKED = Engine(mode="stacked", chunk=3)
 
 

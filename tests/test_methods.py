@@ -22,10 +22,10 @@ from umbel.methods.routing import Router, losses_of
 from umbel.methods.server import ServerOptimizer
 from umbel.model.loss import Loss
 from umbel.seeds import generator
-from umbel.train import LocalSGD, sgd
+from umbel.train import LocalTraining, local_train
 
 # With x = 1 a line's answer is its weight w, its loss (w − t)²; a step of rate ¼ goes half the way to t.
-HALFWAY = LocalSGD(lr=0.25, batch_size=8)
+HALFWAY = LocalTraining(lr=0.25, batch_size=8)
 GRADIENT = Router(kind="gradient", noise=0.0)
 ORACLE = Router(kind="oracle")
 EM = Router(kind="em")
@@ -79,7 +79,7 @@ def test_fed_avgs_server_goes_a_part_of_the_way(server_lr, expected):
 def test_one_batch_after_another_in_the_stored_order():
     # 4 → halfway to 0 → 2 → halfway to 8 → 5; the second epoch: 2.5 → 5.25
     x, y = torch.ones(2, 1).double(), torch.tensor([[0.0], [8.0]]).double()
-    local = LocalSGD(lr=0.25, batch_size=1, epochs=2, shuffle=False)
+    local = LocalTraining(lr=0.25, batch_size=1, epochs=2, shuffle=False)
     shared, _ = simulate(FedAvg(local), line(4.0), [(x, y)])
     assert shared.params["weight"].item() == 5.25
 
@@ -117,14 +117,14 @@ def test_floral_averages_the_base_over_all_and_each_adapter_over_its_own(guard, 
     # The answer is b + a: with rate ⅛ both go a quarter of the way from 0, by 2, 0 and 4.
     # b = (1·2 + 3·0 + 4·4)/8 = 2.25   a_0 = (1·2 + 3·0)/4 = 0.5   a_1 = 4
     # Each has half of the examples, p = ½: at guard τ = 1 they move half as far.
-    method = FLoRAL(2, AdapterPlan(layers=("bias",)), ORACLE, LocalSGD(lr=0.125), guard=guard)
+    method = FLoRAL(2, AdapterPlan(layers=("bias",)), ORACLE, LocalTraining(lr=0.125), guard=guard)
     shared, _ = simulate(method, offset(), at_zero(GROUPED), group=GROUP)
     assert_close(shared.base["bias"].item(), 2.25)
     assert_close(shared.adapters["bias"].flatten().tolist(), adapters)
 
 
 def test_florals_adapter_rate_is_relative_to_the_bases():
-    method = FLoRAL(2, AdapterPlan(layers=("bias",)), ORACLE, LocalSGD(lr=0.125), adapter_lr=0.5)
+    method = FLoRAL(2, AdapterPlan(layers=("bias",)), ORACLE, LocalTraining(lr=0.125), adapter_lr=0.5)
     shared, _ = simulate(method, offset(), at_zero(GROUPED), group=GROUP)
     assert_close(shared.base["bias"].item(), 2.25)
     assert_close(shared.adapters["bias"].flatten().tolist(), [0.25, 2.0])
@@ -161,7 +161,7 @@ def test_florals_server_weighs_uploads_by_examples_times_route():
 @pytest.mark.parametrize("method", [FLoRAL, Ensemble])
 def test_what_nobody_uses_stays_as_it_is_bit_for_bit(method):
     # Only linear layers: there is a bias to compare otherwise.
-    settings = {"router": ORACLE, "local": LocalSGD(lr=0.1, batch_size=2)}
+    settings = {"router": ORACLE, "local": LocalTraining(lr=0.1, batch_size=2)}
     made = FLoRAL(3, AdapterPlan(1, ("linear",)), **settings) if method is FLoRAL else Ensemble(3, **settings)
     net = seeded_net(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     before, _ = made.init(net, Population(3, 0, GROUP))
@@ -220,7 +220,7 @@ def means(stats):
 
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_running_statistics_are_averaged_or_stay_with_the_client(chunk):
-    local, norm, both = LocalSGD(lr=0.1, batch_size=4), nn.BatchNorm1d(1).double(), np.arange(2)
+    local, norm, both = LocalTraining(lr=0.1, batch_size=4), nn.BatchNorm1d(1).double(), np.arange(2)
     shared, _ = simulate(FedAvg(local), norm, CENTRED, rounds=2, chunk=chunk)
     assert_close(means(shared.stats), [5.7])
     _, store = simulate(Local(local), norm, CENTRED, rounds=2, chunk=chunk)
@@ -263,7 +263,7 @@ class Adapted(nn.Module):
 @pytest.mark.parametrize("init_std", [0.0, 0.3])
 @pytest.mark.parametrize("kind", ["em", "gradient"])
 def test_floral_with_one_adapter_is_fed_avg_on_base_and_adapter(kind, init_std):
-    local = LocalSGD(lr=0.1, batch_size=2, epochs=2, momentum=0.5)
+    local = LocalTraining(lr=0.1, batch_size=2, epochs=2, momentum=0.5)
     method = FLoRAL(1, AdapterPlan(2), Router(kind=kind), local, init_std=init_std)
     net = seeded_net(nn.Linear(3, 2))[0]
     start, _ = method.init(net, Population(4, 0))
@@ -279,7 +279,7 @@ def test_floral_with_one_adapter_is_fed_avg_on_base_and_adapter(kind, init_std):
 @pytest.mark.parametrize("chunk", [1, 4])
 @pytest.mark.parametrize("kind", ["em", "gradient"])
 def test_ensemble_of_one_is_fed_avg(kind, chunk):
-    local = LocalSGD(lr=0.1, batch_size=2, epochs=2)
+    local = LocalTraining(lr=0.1, batch_size=2, epochs=2)
     net = seeded_net(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     clients = regression([4, 8, 4, 6])
     ensemble, _ = simulate(Ensemble(1, Router(kind=kind), local), net, clients, rounds=3, chunk=chunk)
@@ -292,7 +292,9 @@ def test_ensemble_of_one_is_fed_avg(kind, chunk):
 def test_an_oracle_with_one_group_uses_one_adapter():
     net = seeded_net(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     group = torch.zeros(4, dtype=torch.long)
-    three, one = (FLoRAL(c, AdapterPlan(2, ("linear",)), ORACLE, LocalSGD(lr=0.1, batch_size=2)) for c in (3, 1))
+    three, one = (
+        FLoRAL(c, AdapterPlan(2, ("linear",)), ORACLE, LocalTraining(lr=0.1, batch_size=2)) for c in (3, 1)
+    )
     start, _ = three.init(net, Population(4, 0, group))
     first = {name: leaf[:1] for name, leaf in start.adapters.items()}
     narrow = replace(one.init(net, Population(4, 0, group))[0], adapters=first)
@@ -327,7 +329,7 @@ def test_equal_adapters_are_a_base_with_one_adapter_whatever_the_routes():
 @pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.0), (0.0, 0.1), (0.5, 0.2)])
 def test_local_sgd_is_torchs(momentum, weight_decay):
     net = seeded_net(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-    local = LocalSGD(lr=0.1, batch_size=2, epochs=3, momentum=momentum, weight_decay=weight_decay)
+    local = LocalTraining(lr=0.1, batch_size=2, epochs=3, momentum=momentum, weight_decay=weight_decay)
     examples = Examples.of(regression(SIZES))
     everyone = ClientData(examples, np.arange(4), seed=0, round=1)
     groups = {
@@ -335,7 +337,7 @@ def test_local_sgd_is_torchs(momentum, weight_decay):
         for name, start in (("bottom", "0"), ("top", "2"))
     }
     loss = Loss(deepcopy(net), "mse")
-    trained, means = sgd(
+    trained, means = local_train(
         lambda groups, batch, step: loss(groups["bottom"] | groups["top"], batch),
         groups,
         everyone,
@@ -444,7 +446,7 @@ def round_slowly(clients, base, parts, thetas, method, answer, round):
 
 
 ROUTER = Router(kind="gradient", lr=0.7, noise=1.0, noise_rounds=4)
-STEPS = LocalSGD(lr=0.1, batch_size=2, epochs=2)
+STEPS = LocalTraining(lr=0.1, batch_size=2, epochs=2)
 
 
 @pytest.mark.parametrize(
@@ -549,11 +551,11 @@ def test_an_oracle_needs_groups_and_a_route_for_each(method):
         lambda: FLoRAL(guard=1.5),
         lambda: Ensemble(0),
         lambda: Ensemble(guard=-0.1),
-        lambda: LocalSGD(lr=0.0),
-        lambda: LocalSGD(batch_size=0),
-        lambda: LocalSGD(epochs=0),
-        lambda: LocalSGD(momentum=1.0),
-        lambda: LocalSGD(weight_decay=-0.1),
+        lambda: LocalTraining(lr=0.0),
+        lambda: LocalTraining(batch_size=0),
+        lambda: LocalTraining(epochs=0),
+        lambda: LocalTraining(momentum=1.0),
+        lambda: LocalTraining(weight_decay=-0.1),
         lambda: Router(noise=-1.0),
         lambda: Router(lr=0.0),
         lambda: Router(temperature=0.0),

@@ -39,7 +39,7 @@ def trained(method, held=0.25, model=None, **where):
     )
 
 
-LOCAL = umbel.LocalSGD(lr=0.3, batch_size=8)
+LOCAL = umbel.LocalTraining(lr=0.3, batch_size=8)
 
 
 def ensemble(kind="em"):

@@ -28,12 +28,12 @@ from umbel.methods import (
 )
 from umbel.methods.threshold_clustering import far_apart, within_reach
 from umbel.model.loss import Loss
-from umbel.train import LocalSGD
+from umbel.train import LocalTraining
 
 # With x = 1 a line's answer is its weight w, its loss (w − t)²; a step of rate ¼ goes half the way to t.
-HALFWAY = LocalSGD(lr=0.25, batch_size=8)
-STEPS = LocalSGD(lr=0.1, batch_size=2, epochs=2)
-HEAVY = LocalSGD(lr=0.1, batch_size=2, epochs=2, momentum=0.9, weight_decay=0.1)
+HALFWAY = LocalTraining(lr=0.25, batch_size=8)
+STEPS = LocalTraining(lr=0.1, batch_size=2, epochs=2)
+HEAVY = LocalTraining(lr=0.1, batch_size=2, epochs=2, momentum=0.9, weight_decay=0.1)
 
 
 def line(weight):
@@ -100,9 +100,11 @@ def opposite(seed=0):
 @pytest.mark.parametrize(
     "method",
     [
-        FedEM(2, LocalSGD(lr=0.1, batch_size=4), mixes="outputs"),
-        IFCA(2, LocalSGD(lr=0.1, batch_size=4)),
-        ThresholdClustering(2, 0.4, 5, alpha=1.0, local=LocalSGD(lr=0.1, batch_size=4), updates_since="start"),
+        FedEM(2, LocalTraining(lr=0.1, batch_size=4), mixes="outputs"),
+        IFCA(2, LocalTraining(lr=0.1, batch_size=4)),
+        ThresholdClustering(
+            2, 0.4, 5, alpha=1.0, local=LocalTraining(lr=0.1, batch_size=4), updates_since="start"
+        ),
     ],
     ids=["fedem", "ifca", "threshold_clustering"],
 )
@@ -153,7 +155,7 @@ def test_fedem_shares_out_every_example_by_hand(probs):
 
 def test_fedem_finds_an_examples_share_wherever_its_batch_is():
     # Whatever the order: batches of one, the components at 0 and 9 hardly touch each other's examples.
-    method = FedEM(2, LocalSGD(lr=0.25, batch_size=1, epochs=2), mixes="outputs")
+    method = FedEM(2, LocalTraining(lr=0.25, batch_size=1, epochs=2), mixes="outputs")
     x, y = torch.ones(3, 1).double(), torch.tensor([[1.0], [8.0], [1.0]]).double()
     loss, message, private, data, _ = prepared(method, line(0.0), [(x, y), (x, 9 - y)], lines_at(method, 0.0, 9.0))
     upload, kept = method.client_update(loss, message, private, data)
@@ -334,7 +336,7 @@ def test_a_client_that_was_never_trained_has_the_first_model_and_no_cluster():
 def test_running_statistics_stay_with_the_client(chunk):
     # A batch's mean m moves the running mean r to 0.9 r + 0.1 m: 0 → 1 → 1.9 and 0 → 5 → 9.5.
     clients = [(torch.tensor([[m - 1], [m + 1]] * 2).double(), torch.zeros(4, 1).double()) for m in (10.0, 50.0)]
-    method = clustered(local=LocalSGD(lr=0.1, batch_size=4))
+    method = clustered(local=LocalTraining(lr=0.1, batch_size=4))
     _, store = simulate(method, nn.BatchNorm1d(1).double(), clients, rounds=2, chunk=chunk)
     assert_close(store.rows(np.arange(2)).stats["running_mean"].flatten().tolist(), [1.9, 9.5])
 
@@ -382,7 +384,7 @@ def test_with_fedsa_lora_a_is_everyones_and_b_ones_own(freeze_base):
 
 
 def test_a_fedsa_lora_client_that_never_trained_serves_what_its_first_round_leaves():
-    method = FedSALoRA(AdapterPlan(1, ("linear",)), LocalSGD(lr=0.05), freeze_base=True)
+    method = FedSALoRA(AdapterPlan(1, ("linear",)), LocalTraining(lr=0.05), freeze_base=True)
     clients = aims((1, 3.0), (3, -1.0))
     shared, store = simulate(method, line(0.0), clients, rounds=60, order=np.array([0]))
     _, _, losses = served(method, line(0.0), shared, store, clients)

@@ -36,11 +36,11 @@ from umbel.methods import (
 from umbel.methods.server import ServerOptimizer
 from umbel.model.loss import Loss
 from umbel.seeds import seeded
-from umbel.train import LocalSGD
+from umbel.train import LocalTraining
 
-HALFWAY = LocalSGD(lr=0.25, batch_size=8)  # a step of rate ¼ goes half the way to t
-TWICE = LocalSGD(lr=0.25, batch_size=8, epochs=2)
-STEPS = LocalSGD(lr=0.1, batch_size=2, epochs=2)
+HALFWAY = LocalTraining(lr=0.25, batch_size=8)  # a step of rate ¼ goes half the way to t
+TWICE = LocalTraining(lr=0.25, batch_size=8, epochs=2)
+STEPS = LocalTraining(lr=0.1, batch_size=2, epochs=2)
 SIZES = [3, 8, 1, 5]
 ALIKE = [4, 8, 4, 6]  # no lone example in a last batch of 2: for BatchNorm
 
@@ -132,7 +132,7 @@ def test_fine_tuning_leaves_training_alone():
 
 def test_running_statistics_are_tuned_with_the_model():
     # FedAvg's mean ends at 5.7 (test_methods.py); one more step of 0.9 r + 0.1 m with m = 10 and 50.
-    method = FedAvgFinetune(LocalSGD(batch_size=4), finetune=LocalSGD(batch_size=4))
+    method = FedAvgFinetune(LocalTraining(batch_size=4), finetune=LocalTraining(batch_size=4))
     run = simulate(method, nn.BatchNorm1d(1).double(), CENTRED, 2)
     tensors = served(method, nn.BatchNorm1d(1).double(), CENTRED, run)
     assert_close(tensors["running_mean"].flatten().tolist(), [6.13, 10.13])
@@ -190,7 +190,7 @@ def test_a_client_that_nobody_knows_serves_the_global_model(method):
 
 
 @pytest.mark.parametrize(
-    "method", [FedAvgFinetune(finetune=LocalSGD(1 / 16)), Ditto(LocalSGD(1 / 16), strength=0)]
+    "method", [FedAvgFinetune(finetune=LocalTraining(1 / 16)), Ditto(LocalTraining(1 / 16), strength=0)]
 )
 def test_who_trains_to_serve_trains_on_augmented_inputs(method):
     # With x = 2 a step of rate 1/16 goes half the way from 4 to 0, with x = 1 an eighth of it.
@@ -220,7 +220,7 @@ CENTRED = [(torch.tensor([[m - 1], [m + 1]] * 2).double(), torch.zeros(4, 1).dou
 )
 def test_a_personal_model_has_running_statistics_of_its_own(method, chunk):
     norm = nn.BatchNorm1d(1).double()
-    method = replace(method, local=LocalSGD(lr=0.01, batch_size=4))
+    method = replace(method, local=LocalTraining(lr=0.01, batch_size=4))
     run = simulate(method, norm, CENTRED, 2, chunk=chunk)
     assert_close(served(method, norm, CENTRED, run)["running_mean"].flatten().tolist(), [1.9, 9.5])
 
@@ -248,7 +248,7 @@ def test_dittos_own_model_is_held_to_the_global_one_it_received():
 
 def test_dittos_own_model_is_the_global_one_if_the_spring_is_stiff():
     # At rate 1/λ a step goes to w − 2 (v − t) / λ from wherever v was.
-    method = Ditto(LocalSGD(lr=1e-4, batch_size=8), strength=1e4)
+    method = Ditto(LocalTraining(lr=1e-4, batch_size=8), strength=1e4)
     shared, fresh = method.init(line(), Population(1, 0))
     far = replace(fresh, params={"weight": torch.full((1, 1, 1), 100.0).double()}, seen=torch.ones(1))
     data = ClientData(Examples.of(aims((1, 0.0))), np.arange(1), 0, 1)
@@ -280,7 +280,7 @@ def test_apfl_with_alpha_1_is_local_training_beside_fed_avg():
 def test_apfls_alpha_moves_with_the_gradient():
     # v̄ = 4, gradient 8: v = 4 − ½·8/16 = 3.75, w = 3.5, and v − w was 0: α stays.
     # v̄ = 3.625, gradient 7.25: v = 3.75 − ½·7.25/16, w = 3.5 − 7/16, α = ½ − ¼·7.25/16.
-    method, clients = APFL(LocalSGD(lr=1 / 16, batch_size=8)), aims((1, 0.0))
+    method, clients = APFL(LocalTraining(lr=1 / 16, batch_size=8)), aims((1, 0.0))
     run = simulate(method, line(), clients, 2)
     kept = run[1].rows(np.arange(1))
     v, w, alpha = 3.75 - 0.5 * 7.25 / 16, 3.5 - 7 / 16, 0.5 - 0.25 * 7.25 / 16
@@ -361,7 +361,7 @@ def test_fed_rep_trains_the_head_while_the_body_stands_and_then_the_body():
     # The answer is h a with a = 1, h = 2, t = 0 at rate ⅛: h → 2 − 4/8 → 1.5 − 3/8 = 1.125 with a at 1,
     # then a → 1 − 2·1.125²/8 with h at 1.125.
     module = nn.Sequential(line(1.0), line(2.0))
-    method = FedRep(LocalSGD(lr=0.125, batch_size=8), head_epochs=2)
+    method = FedRep(LocalTraining(lr=0.125, batch_size=8), head_epochs=2)
     shared, store = simulate(method, module, aims((1, 0.0)))
     assert store.rows(np.arange(1)).params["1.weight"].item() == 1.125
     assert shared.params["0.weight"].item() == 1 - 2 * 1.125**2 / 8
@@ -370,7 +370,7 @@ def test_fed_rep_trains_the_head_while_the_body_stands_and_then_the_body():
 def test_fed_reps_body_statistics_move_with_the_body_only():
     # Two steps of head training see the same batches but leave the body's statistics at FedAvg's one step.
     norm, head = nn.BatchNorm1d(1).double(), line(1.0)
-    method = FedRep(LocalSGD(lr=0.1, batch_size=4), head_epochs=2)
+    method = FedRep(LocalTraining(lr=0.1, batch_size=4), head_epochs=2)
     shared, _ = simulate(method, nn.Sequential(norm, head), CENTRED[:1])
     assert_close(shared.stats["0.running_mean"].item(), 1.0)
 
@@ -415,7 +415,7 @@ def test_only_the_base_of_a_local_adapter_is_sent_and_averaged():
     nn.init.zeros_(module.weight)
     nn.init.zeros_(module.bias)
     clients = [(torch.zeros_like(x), y) for x, y in aims((1, 8.0), (3, 0.0))]
-    method = LocalAdapter(LocalSGD(lr=0.125), adapter=AdapterPlan(layers=("bias",)))
+    method = LocalAdapter(LocalTraining(lr=0.125), adapter=AdapterPlan(layers=("bias",)))
     upload, _ = first_upload(method, module, clients)
     assert set(upload.params) == {"weight", "bias"}
     run = simulate(method, module, clients)

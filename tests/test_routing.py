@@ -34,7 +34,7 @@ from umbel.runs import run
 from umbel.schedule import Schedule
 from umbel.seeds import seeded
 from umbel.tasks import Task
-from umbel.train import LocalSGD
+from umbel.train import LocalTraining
 
 EM, GRADIENT, ORACLE = Router(kind="em"), Router(kind="gradient"), Router(kind="oracle")
 BIASES = AdapterPlan(layers=("bias",))
@@ -489,8 +489,8 @@ def test_what_few_examples_used_moves_as_much_less(guard, steps):
 # In the methods.
 
 MIXED = [
-    FLoRAL(3, AdapterPlan(2), EM, LocalSGD(batch_size=4), init_std=1.0),
-    Ensemble(3, EM, LocalSGD(batch_size=4)),
+    FLoRAL(3, AdapterPlan(2), EM, LocalTraining(batch_size=4), init_std=1.0),
+    Ensemble(3, EM, LocalTraining(batch_size=4)),
 ]
 NAMES = ["floral", "ensemble"]
 mixed = pytest.mark.parametrize("method", MIXED, ids=NAMES)
@@ -574,7 +574,7 @@ def test_two_rounds_of_floral_by_losses_by_hand():
     # Round 1, routes (½, ½): b + Σ π a = 4. Both b and a's move, by −¼ · 4 · (1, ½, ½) and ¼ · 4 · (1, ½, ½):
     # b = (−1 + 3 · 1)/4 = ½ and, the routes being equal, a = (0, 8) + ¼.
     # Round 2: b + a = ¾ and 8¾. Losses (¾², 8¾²) and (7¼², ¾²), p was (½, ½) and so the bias is 0.
-    method = FLoRAL(2, BIASES, replace(EM, temperature=0.25), LocalSGD(lr=0.125))
+    method = FLoRAL(2, BIASES, replace(EM, temperature=0.25), LocalTraining(lr=0.125))
     shared, _ = method.init(offset(), Population(2, 0))
     shared = replace(shared, adapters={"bias": torch.tensor([[0.0], [8.0]]).double()})
     clients = aims((1, 0.0), (3, 8.0))
@@ -604,7 +604,7 @@ def test_two_rounds_of_floral_with_server_momentum_by_hand(guard, base, adapters
     # Round 2: r = 4, 11: b pulls by (1 + 2¾)/2 = 1⅞, v = 1½ + 1⅞, b = 6⅜; a: v = (1 + 1, 2 + 2¾),
     # a = (1 + 1, 2 + 2⅜).
     method = FLoRAL(
-        3, BIASES, ORACLE, LocalSGD(lr=0.125), server=ServerOptimizer("momentum", momentum=0.5), guard=guard
+        3, BIASES, ORACLE, LocalTraining(lr=0.125), server=ServerOptimizer("momentum", momentum=0.5), guard=guard
     )
     group = torch.tensor([0, 1])
     start, _ = method.init(offset(), Population(2, 0, group))
@@ -636,7 +636,7 @@ def opposite(seed, num_clients=12):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("num_adapters", [2, 4])
 def test_floral_finds_two_opposite_groups_with_as_many_adapters_or_more(num_adapters, seed):
-    local = LocalSGD(lr=0.1, batch_size=8)
+    local = LocalTraining(lr=0.1, batch_size=8)
     method = FLoRAL(num_adapters, AdapterPlan(2), EM, local)
     task, plan = opposite(seed), Schedule(rounds=60, seed=seed, evaluate_every=60)
     stacked = Engine(mode="stacked")

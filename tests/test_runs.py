@@ -164,7 +164,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_leaves_none_half_there(
 def test_a_run_of_ones_own_task_is_resumed_with_the_task(tmp_path):
     clients = [(torch.randn(12, 3), torch.arange(12) % 2) for _ in range(4)]
     task = umbel.task_of(torch.nn.Linear(3, 2), clients)
-    method = umbel.FedAvg(umbel.LocalSGD(lr=0.1))
+    method = umbel.FedAvg(umbel.LocalTraining(lr=0.1))
     umbel.run(task, method, rounds=3, folder=tmp_path / "run")
     assert umbel.resume(tmp_path / "run", task, method).figures["round"] == 3
     with pytest.raises(RunFolderError, match="task, method"):

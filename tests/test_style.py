@@ -51,12 +51,12 @@ LAYERS = """
 """
 INSIDE = {
     "cli": "said \n options watch show \n jobs onboarding \n comparing \n app",
-    "adapters": "places bank \n mixture precondition \n products \n averaging",
+    "adapters": "places bank \n lora_layers precondition \n mixture plan \n products \n averaging",
     "methods": "protocol server \n routing lora settling \n"
     "fedavg local floral ensemble fedsa_lora ffa_lora flexlora threshold_clustering \n"
     "fedem ifca fedprox finetune apfl partial local_adapter knnper \n ditto pfedme fedper fedbn \n fedrep",
-    "model": "linear dropout nets \n loss",
-    "tasks": "augment corpora partition task \n grouped \n cifar digits femnist mnist shakespeare synthetic",
+    "model": "copies dropout nets pretrained \n stacked \n loss",
+    "tasks": "augment corpora partition task \n bases grouped \n cifar digits femnist mnist shakespeare synthetic",
 }
 # A report is made of what lies in run folders, never of a run.
 READERS = {"tables", "plots", "report"}
@@ -71,8 +71,10 @@ LATE = {
     "PIL",
     "pyarrow",
     "datasets",
+    "peft",
+    "transformers",
 }  # imported where they are used: they take their time
-NEVER = {"transformers", "flwr", "peft", "pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "random"}
+NEVER = {"flwr", "pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "random"}
 UNSAFE = {"torch.save", "torch.load", "np.load", "np.save", "torch.serialization.load"}
 SEEDING = {
     "torch.manual_seed",

@@ -28,7 +28,7 @@ from umbel.tasks import (
 )
 from umbel.tasks.partition import deal
 from umbel.tasks.task import split
-from umbel.train import LocalSGD
+from umbel.train import LocalTraining
 
 SMALL = {  # those of files on data sets of noise
     "cifar10": CIFAR10(num_clients=4),
@@ -266,7 +266,7 @@ def test_groups_of_synthetic_linear_differ_by_a_matrix_of_rank_two():
 
 def test_fed_avg_comes_to_the_published_figure():
     # 10.5044 for seed 0: run_methods_synthetic in the repository of Almansoori et al. 2025.
-    method = FedAvg(LocalSGD(lr=0.1, batch_size=4, shuffle=False))
+    method = FedAvg(LocalTraining(lr=0.1, batch_size=4, shuffle=False))
     task, plan = SyntheticLinear(test="held_out").load(0), Schedule(rounds=2000, evaluate_every=2000)
     assert run(task, method, schedule=plan).figures["loss"] == pytest.approx(10.5044, abs=5e-4)
 

@@ -18,11 +18,11 @@ from umbel.recipe import find, labels, load, read
 from umbel.runs import run
 from umbel.schedule import Schedule
 from umbel.tasks import Task
-from umbel.train import LocalSGD
+from umbel.train import LocalTraining
 from umbel.weighting import Weighting, label_discrepancy
 
 # With x = 1 a line's answer is its weight w, its loss (w − t)²; a step of rate ¼ goes half the way to t.
-HALFWAY = LocalSGD(lr=0.25, batch_size=8)
+HALFWAY = LocalTraining(lr=0.25, batch_size=8)
 STACKED = Engine(mode="stacked", chunk=2)
 
 
@@ -134,7 +134,7 @@ def test_floral_by_every_rule_by_hand(weighting, base, adapters):
     pairs = [(1, 8.0), (3, 0.0), (4, 16.0)]
     data = Examples.of([(torch.zeros(n, 1).double(), torch.full((n, 1), t).double()) for n, t in pairs])
     task = Task("offsets", offset(), "mse", data, data, torch.tensor([0, 0, 1]))
-    method = FLoRAL(2, AdapterPlan(layers=("bias",)), Router(kind="oracle"), LocalSGD(lr=0.125))
+    method = FLoRAL(2, AdapterPlan(layers=("bias",)), Router(kind="oracle"), LocalTraining(lr=0.125))
     shared = after(task, method, weighting)
     assert shared.base["bias"].item() == pytest.approx(base, rel=1e-6)
     assert shared.adapters["bias"].flatten().tolist() == pytest.approx(adapters, rel=1e-6)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from umbel.schedule import Schedule as Schedule
     from umbel.tasks import Task as Task
     from umbel.tasks import task_of as task_of
-    from umbel.train import LocalSGD as LocalSGD
+    from umbel.train import LocalTraining as LocalTraining
 
 _HOMES = {
     "AdapterPlan": "umbel.adapters",
@@ -33,7 +33,7 @@ _HOMES = {
     "FLoRAL": "umbel.methods",
     "FedAvg": "umbel.methods",
     "Local": "umbel.methods",
-    "LocalSGD": "umbel.train",
+    "LocalTraining": "umbel.train",
     "Result": "umbel.runs",
     "Router": "umbel.methods.routing",
     "Schedule": "umbel.schedule",

@@ -103,6 +103,7 @@ class ClientData:
     weights: np.ndarray | None = None  # (K,) how much each client counts on the server; None: its examples
     augment: Augment | None = None  # changes the inputs of training batches
     part: tuple[np.ndarray, ...] | None = None  # each client's rows of `examples`; None: all it has
+    num_rounds: int = 0  # of the whole run, for rates that fall with it; 0: not known
 
     @property
     def weight(self) -> Tensor:
@@ -143,24 +144,28 @@ class ClientData:
             part.append(rows + first if own is None else own[rows])
         return replace(self, part=tuple(part))
 
-    def num_steps(self, size: int, epochs: int = 1) -> int:
-        """The steps of the client with the most of them."""
-        return epochs * -(-int(self._counts.max()) // size)
+    def num_steps(self, size: int, epochs: int = 1, steps: int = 0) -> int:
+        """The steps of the client with the most of them; `steps`, if given, are everyone's."""
+        return steps or epochs * -(-int(self._counts.max()) // size)
 
     def draw(self, purpose: str, function: Callable[[torch.Generator], Tensor]) -> Tensor:
         """(K, …) `function` of each client's own generator for this purpose and round."""
         drawn = [function(generator(self.seed, purpose, self.round, int(k))) for k in self.clients]
         return torch.stack(drawn).to(self.examples.x.device)
 
-    def batches(self, size: int, epochs: int = 1, shuffle: bool = True) -> Iterator[Batch]:
+    def batches(self, size: int, epochs: int = 1, shuffle: bool = True, steps: int = 0) -> Iterator[Batch]:
         """Local epochs in batches of `size`; the last batch of an epoch may be smaller.
 
-        A client with fewer batches than another sits the last ones out (`active` False).
+        With `steps` there are so many batches for everyone, however many epochs that takes. Otherwise a client
+        with fewer batches than another sits the last ones out (`active` False).
         """
         keys = torch.tensor([seed_of(self.seed, "step", self.round, int(k)) for k in self.clients])
+        passes = [-(-steps // -(-int(n) // size)) if steps else epochs for n in self._counts]
         if not shuffle:
-            return self._gather(self._stored(size, epochs), size, keys, self.augment)
-        orders = [self._shuffled(place, size, epochs) for place in range(len(self.clients))]
+            stored = self._stored(size, max(passes))
+            return self._gather(stored[:, : steps * size] if steps else stored, size, keys, self.augment)
+        orders = [self._shuffled(place, size, times) for place, times in enumerate(passes)]
+        orders = [order[: steps * size] for order in orders] if steps else orders
         index = np.full((len(orders), max(map(len, orders))), -1, dtype=np.int64)
         for row, order in zip(index, orders, strict=True):
             row[: len(order)] = order

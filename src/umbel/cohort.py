@@ -118,6 +118,7 @@ class Cohort:
     chunk: int
     weighting: Weighting = field(default_factory=Weighting)
     augment: Augment | None = None
+    num_rounds: int = 0  # of the whole run; 0: not known
 
     def chunks(self, clients: np.ndarray) -> list[np.ndarray]:
         """The clients in runs of at most `chunk`.
@@ -136,7 +137,7 @@ class Cohort:
     ) -> tuple[Any, Any]:
         """The uploads and new private states of K clients, stacked; `weights` (K,) say how much each counts."""
         message, private = self.method.send(shared, self._index(clients)), store.rows(clients)
-        data = ClientData(self.train, clients, self.seed, round, weights, self.augment)
+        data = ClientData(self.train, clients, self.seed, round, weights, self.augment, num_rounds=self.num_rounds)
         if self.weighting.rule == "rea" and weights is not None:
             served = self.method.personalize(message, self.method.settle(self.loss, message, private, data))
             risks = self.loss.over(served, data).cpu().numpy()
@@ -315,6 +316,6 @@ def _fitting(engine: Engine, cohort: Cohort, shared: Any, store: PrivateStore, c
     with torch.autograd.graph.saved_tensors_hooks(note, lambda leaf: leaf):
         upload, private = cohort.update(shared, store, one, 1)
     local = cohort.method.local
-    steps = ClientData(cohort.train, one, cohort.seed, 1).num_steps(local.batch_size, local.epochs)
+    steps = ClientData(cohort.train, one, cohort.seed, 1).num_steps(local.batch_size, local.epochs, local.steps)
     per_client = 4 * (tree.row_bytes(upload) + tree.row_bytes(private)) + 2 * saved // steps
     return int(max(1, min(len(clients), engine.memory_gb * 1e9 // max(1, per_client))))

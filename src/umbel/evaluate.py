@@ -11,6 +11,7 @@ from torch import Tensor
 
 from umbel.clients import ClientData, Examples
 from umbel.cohort import Cohort, PrivateStore
+from umbel.model.loss import IGNORED
 from umbel.tree import Params
 
 BATCH = 16384  # examples in one forward pass, of all stacked clients together
@@ -62,8 +63,9 @@ def scores(cohort: Cohort, serve: Serve, examples: Examples, clients: np.ndarray
                 weight = 1.0 if batch.weight is None else batch.weight
                 loss += (cohort.loss.per_example(outputs, batch.y) * weight).sum(1)
                 if labels:
-                    hits = (outputs.argmax(-1) == batch.y).float()
-                    right += (hits.reshape(*hits.shape[:2], -1).mean(2) * weight).sum(1)  # over a text's letters
+                    hits = (outputs.argmax(-1) == batch.y).reshape(*batch.y.shape[:2], -1).float()
+                    counted = (batch.y != IGNORED).reshape(hits.shape).sum(2).clamp(min=1)  # places of a text
+                    right += (hits.sum(2) / counted * weight).sum(1)
             count = data.num_examples
             losses.append(loss / count)
             rights.append(100 * right / count)

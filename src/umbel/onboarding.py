@@ -33,7 +33,7 @@ from umbel.rounds import held_out, participants
 from umbel.runs import Result, module_with, opened
 from umbel.seeds import generator
 from umbel.tasks import Task
-from umbel.train import LocalSGD, sgd
+from umbel.train import LocalTraining, local_train
 from umbel.tree import Params
 
 SAMPLES = (0, 1, 2, 5, 10, 20, 50)
@@ -278,9 +278,9 @@ def _descended(cohort: Cohort, lr: float) -> Callable[[Any, Any, ClientData], An
             own = replace(private, logits=groups["router"]["logits"])
             return loss(method.personalize(message, own), batch, training=False)
 
-        everything = LocalSGD(lr, batch_size=data.num_steps(1), epochs=ROUTE_STEPS)
+        everything = LocalTraining(lr, batch_size=data.num_steps(1), epochs=ROUTE_STEPS)
         start = {"router": {"logits": private.logits}}
-        trained, _ = sgd(objective, start, data, everything, {"router": lr}, plain=frozenset({"router"}))
+        trained, _ = local_train(objective, start, data, everything, {"router": lr}, plain=frozenset({"router"}))
         return replace(private, logits=trained["router"]["logits"])
 
     return work
@@ -298,7 +298,7 @@ def _tuned(cohort: Cohort, message: Any, private: Any, data: ClientData) -> Serv
         "stats": {name: leaf for name, leaf in params.items() if name in stats},
     }
     local = replace(cohort.method.local, epochs=TUNING_EPOCHS)
-    trained, _ = sgd(
+    trained, _ = local_train(
         lambda groups, batch, _step: loss(groups["model"] | groups["mixture"] | groups["stats"], batch, training),
         start,
         data,

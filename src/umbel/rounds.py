@@ -15,8 +15,10 @@ from umbel.cohort import Cohort, Cost, Engine, PrivateStore, Tally, chunk_size
 from umbel.errors import DataError
 from umbel.evaluate import Scores, evaluate, routing
 from umbel.methods.protocol import Method, Population
+from umbel.model.copies import copied
 from umbel.model.dropout import seed_dropout
 from umbel.model.loss import Loss, check_repeatable
+from umbel.model.stacked import stackable
 from umbel.schedule import Schedule
 from umbel.seeds import choose
 from umbel.tasks.task import Task
@@ -41,15 +43,19 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
     device = torch.device(engine.device)
     # A copy: the forward pass changes a module, its mode and BatchNorm's counters. What is drawn at the
     # start is drawn on the CPU, whatever the device.
-    model = seed_dropout(deepcopy(task.model)).cpu()
+    model = seed_dropout(copied(task.model) if device.type == "cpu" else deepcopy(task.model)).cpu()
     check_repeatable(model, task.train.x[:2].cpu())
     group = None if task.group is None else task.group.cpu()
     shared, fresh = method.init(
-        model, Population(task.num_clients, schedule.seed, group, schedule.rounds, task.num_labels)
+        model,
+        Population(
+            task.num_clients, schedule.seed, group, schedule.rounds, task.num_labels, task.public, task.owner
+        ),
     )
     shared, fresh = (tree.map_tensors(lambda leaf: leaf.to(device), state) for state in (shared, fresh))
-    loss = Loss(method.adapt(model).to(device), task.loss)
-    cohort = Cohort(method, loss, task.train.to(device), schedule.seed, 1, schedule.weighting, task.augment)
+    loss = Loss(stackable(seed_dropout(method.adapt(model))).to(device), task.loss)
+    train = task.train.to(device)
+    cohort = Cohort(method, loss, train, schedule.seed, 1, schedule.weighting, task.augment, schedule.rounds)
     store = PrivateStore(fresh, task.num_clients)
     first = sampled(participants(task.num_clients, schedule), schedule, 1)
     chunk = chunk_size(engine, cohort, shared, store, first)

@@ -1,7 +1,6 @@
 """A whole run: from a task and a method to every client's personal model, in a folder if one is wanted."""
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from umbel.cohort import Cohort, Cost, Engine, PrivateStore
 from umbel.errors import RunFolderError
 from umbel.folder import SNAPSHOT_CLIENTS, SNAPSHOTS, Checkpoint, RunFolder, check_free, read_lines
 from umbel.methods import METHODS, Method
+from umbel.model.copies import copied
 from umbel.recipe import Recipe, build, load, name_of, read
 from umbel.rounds import Progress, participants, rounds, start
 from umbel.schedule import Schedule
@@ -117,7 +117,7 @@ def opened(folder: str | Path, task: Task | None = None, method: Method | None =
 
 def module_with(module: nn.Module, params: Params) -> nn.Module:
     """A copy of the module on the CPU, in evaluation mode, with the first row of these tensors as its own."""
-    copy = deepcopy(module).cpu().eval()
+    copy = copied(module).cpu().eval()
     for name, leaf in params.items():
         path, _, own_name = name.rpartition(".")
         owner, value = copy.get_submodule(path), leaf[0].detach().clone().cpu()

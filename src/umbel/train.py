@@ -1,12 +1,15 @@
-"""Local SGD for a whole cohort at once: one loop over batches, K clients on the leading axis."""
+"""Local training for a whole cohort at once: one loop over batches, K clients on the leading axis."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from math import cos, pi
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from umbel.clients import Batch, ClientData
 from umbel.errors import RecipeError
@@ -20,56 +23,91 @@ Objective = Callable[[Groups, Batch, int], Tensor]
 
 
 @dataclass(frozen=True)
-class LocalSGD:
-    """What one client does in one round: `epochs` passes of plain SGD over its own examples."""
+class LocalTraining:
+    """What one client does in one round.
+
+    Attributes:
+        epochs: passes over its own examples, in batches of `batch_size`.
+        steps: instead of epochs, so many batches for every client.
+        optimizer: plain SGD (with `momentum`), or AdamW (Loshchilov, Hutter 2019, https://arxiv.org/abs/1711.05101,
+            Algorithm 2) with `beta1`, `beta2`, `eps`. Its moments start anew in every round, unless a method
+            keeps them.
+        weight_decay: of SGD in the gradient, of AdamW decoupled from it.
+        warmup: the share of the run in which rates rise linearly to `lr`.
+        decay: how they fall from there to `final` · lr at the end of the run.
+    """
 
     lr: float = 0.1
     batch_size: int = 16
     epochs: int = 1
+    steps: int = 0
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.0
     weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    warmup: float = 0.0
+    decay: Literal["none", "cosine"] = "none"
+    final: float = 0.0
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < float("inf") or self.batch_size < 1 or self.epochs < 1:
-            raise RecipeError(f"local: lr, batch_size and epochs must be positive, got {self}")
+        if not 0 < self.lr < float("inf") or self.batch_size < 1 or self.epochs < 1 or self.steps < 0:
+            raise RecipeError(f"local: lr, batch_size and epochs must be positive, steps not negative, got {self}")
         if not 0 <= self.momentum < 1 or self.weight_decay < 0:
             raise RecipeError(f"local: momentum must be in [0, 1) and weight_decay at least 0, got {self}")
+        if not 0 <= self.beta1 < 1 or not 0 <= self.beta2 < 1 or self.eps <= 0:
+            raise RecipeError("local: beta1 and beta2 must be in [0, 1) and eps positive")
+        if self.momentum and self.optimizer == "adamw":
+            raise RecipeError("local.momentum: AdamW has beta1 instead")
+        if not 0 <= self.warmup < 1 or not 0 <= self.final <= 1:
+            raise RecipeError("local: warmup must be in [0, 1) and final in [0, 1]")
+
+    def rate(self, run: float) -> float:
+        """What `lr` is multiplied by when the share `run` of the whole run is over."""
+        if run < self.warmup:
+            return run / self.warmup
+        if self.decay == "none":
+            return 1.0
+        over = (run - self.warmup) / (1 - self.warmup)
+        return self.final + (1 - self.final) * (1 + cos(pi * over)) / 2
 
 
-def sgd(
+def local_train(
     objective: Objective,
     start: Groups,
     data: ClientData,
-    local: LocalSGD,
+    local: LocalTraining,
     lr: Mapping[str, float],
     precondition: Callable[[Groups, Groups], Groups] | None = None,
     plain: frozenset[str] = frozenset(),
 ) -> tuple[Groups, Tensor]:
-    """The tensors after the clients' local epochs, and each client's mean training loss (K,).
+    """The tensors after the clients' local training, and each client's mean training loss (K,).
 
     A client without a batch at some step keeps its tensors bit for bit.
 
     Args:
         objective: (groups, batch, step) → (K,) losses; differentiated as their sum, which gives every
             client its own gradient, for no tensor belongs to two clients.
-        start: leading axis K; not changed.
+        start: leading axis K; not changed. A group MOMENTS, made by `no_moments`, is what AdamW starts from,
+            and comes back as it was left.
         data: whose batches, in which order.
         local: steps and rates.
         lr: the learning rate of each trained group; a group without one is passed on, copied, and only
             what the forward pass itself changes in it (running statistics) comes back changed.
         precondition: (tensors, gradients) of the trained groups → gradients to step along.
-        plain: groups that are stepped without momentum and weight decay (routers).
+        plain: groups that are stepped by SGD without momentum and weight decay (routers).
     """
     groups: Groups = {g: {n: leaf.clone() for n, leaf in params.items()} for g, params in start.items()}
     trained: Groups = {g: groups[g] for g in lr}
     leaves = [leaf.requires_grad_(True) for params in trained.values() for leaf in params.values()]
-    rates = [lr[g] for g, params in trained.items() for _ in params]
-    eased = [g not in plain for g, params in trained.items() for _ in params]
-    velocity = [torch.zeros_like(leaf) for leaf in leaves] if local.momentum else None
+    optimizer = _Optimizer(local, trained, lr, plain, groups.get(MOMENTS), len(data.clients))
+    num_steps = data.num_steps(local.batch_size, local.epochs, local.steps)
     total = torch.zeros(len(data.clients), device=data.examples.x.device)
     steps = torch.zeros_like(total)
-    for step, batch in enumerate(data.batches(local.batch_size, local.epochs, local.shuffle)):
+    batches = data.batches(local.batch_size, local.epochs, local.shuffle, local.steps)
+    for step, batch in enumerate(batches):
         losses = objective(groups, batch, step)
         grads = list(torch.autograd.grad(losses.sum(), leaves, materialize_grads=True))
         if (counter := _steps.get()) is not None:
@@ -79,13 +117,25 @@ def sgd(
                 flat = iter(grads)
                 conditioned = precondition(trained, {g: {n: next(flat) for n in p} for g, p in trained.items()})
                 grads = [grad for params in conditioned.values() for grad in params.values()]
-            _step(leaves, grads, velocity, rates, eased, local, batch.active)
+            run = (data.round - 1 + step / num_steps) / data.num_rounds if data.num_rounds else local.warmup
+            optimizer.step(grads, batch.active, local.rate(min(max(run, 0.0), 1.0)))
             present = 1.0 if batch.active is None else batch.active
             total += torch.where(batch.active, losses, 0.0) if batch.active is not None else losses
             steps += present
     for leaf in leaves:
         leaf.requires_grad_(False)
     return groups, total / steps
+
+
+MOMENTS = "moments"  # the group of an optimizer's memory
+
+
+def no_moments(groups: Groups) -> Params:
+    """AdamW's memory before its first step, for the trained groups (leading axis K or none)."""
+    named = {f"{g}/{n}": leaf for g, params in groups.items() for n, leaf in params.items()}
+    zeros = {f"{part}/{name}": torch.zeros_like(leaf) for part in ("m", "v") for name, leaf in named.items()}
+    some = next(iter(named.values()))
+    return zeros | {"t": some.new_zeros(some.shape[:1])}
 
 
 _steps: ContextVar[list[int] | None] = ContextVar("steps", default=None)
@@ -102,30 +152,89 @@ def counted_steps() -> Iterator[list[int]]:
         _steps.reset(token)
 
 
-def _step(
-    leaves: list[Tensor],
-    grads: list[Tensor],
-    velocity: list[Tensor] | None,
-    rates: list[float],
-    eased: list[bool],
-    local: LocalSGD,
-    active: Tensor | None,
-) -> None:
-    """One step of SGD in place; clients that are not `active` stay as they are."""
-    if local.weight_decay:
-        decays = [local.weight_decay * ease for ease in eased]
-        grads = list(torch._foreach_add(grads, torch._foreach_mul(leaves, decays)))
-    if velocity is not None:
-        kept = [local.momentum * ease for ease in eased]
-        moved = torch._foreach_add(torch._foreach_mul(velocity, kept), grads)
-        for old, new in zip(velocity, moved, strict=True):
-            old.copy_(_where(active, new, old))
-        grads = velocity
-    if active is not None:
-        grads = [_where(active, grad, torch.zeros_like(grad)) for grad in grads]
-    for rate in set(rates):
-        same = [i for i, other in enumerate(rates) if other == rate]
-        torch._foreach_add_([leaves[i] for i in same], [grads[i] for i in same], alpha=-rate)
+class _Optimizer:
+    """Steps K clients' tensors in place; those that are not `active` stay as they are, memory and all."""
+
+    def __init__(
+        self,
+        local: LocalTraining,
+        trained: Groups,
+        lr: Mapping[str, float],
+        plain: frozenset[str],
+        moments: Params | None,
+        num_clients: int,
+    ) -> None:
+        self.local = local
+        self.leaves = [leaf for params in trained.values() for leaf in params.values()]
+        self.rates = [lr[g] for g, params in trained.items() for _ in params]
+        self.eased = [g not in plain for g, params in trained.items() for _ in params]
+        self.adam = [local.optimizer == "adamw" and eased for eased in self.eased]
+        self.velocity = [torch.zeros_like(leaf) for leaf in self.leaves] if local.momentum else None
+        if any(self.adam):
+            kept = {g: params for g, params in trained.items() if g not in plain}
+            self.moments = no_moments(kept) if moments is None else moments
+            self.names = [f"{g}/{n}" for g, params in kept.items() for n in params]
+
+    def step(self, grads: list[Tensor], active: Tensor | None, share: float) -> None:
+        """One step along the gradients, at `share` of the rates."""
+        if any(self.adam):
+            adaptive = [grad for grad, adam in zip(grads, self.adam, strict=True) if adam]
+            self._adamw(adaptive, active, share)
+        chosen = [i for i, adam in enumerate(self.adam) if not adam]
+        if chosen:
+            self._sgd(chosen, [grads[i] for i in chosen], active, share)
+
+    def _sgd(self, chosen: list[int], grads: list[Tensor], active: Tensor | None, share: float) -> None:
+        leaves, eased = [self.leaves[i] for i in chosen], [self.eased[i] for i in chosen]
+        if self.local.weight_decay:
+            decays = [self.local.weight_decay * ease for ease in eased]
+            grads = list(torch._foreach_add(grads, torch._foreach_mul(leaves, decays)))
+        if self.velocity is not None:
+            velocity = [self.velocity[i] for i in chosen]
+            kept = [self.local.momentum * ease for ease in eased]
+            moved = torch._foreach_add(torch._foreach_mul(velocity, kept), grads)
+            for old, new in zip(velocity, moved, strict=True):
+                old.copy_(_where(active, new, old))
+            grads = velocity
+        if active is not None:
+            grads = [_where(active, grad, torch.zeros_like(grad)) for grad in grads]
+        rates = [self.rates[i] for i in chosen]
+        for rate in set(rates):
+            same = [i for i, other in enumerate(rates) if other == rate]
+            torch._foreach_add_([leaves[i] for i in same], [grads[i] for i in same], alpha=-rate * share)
+
+    def _adamw(self, grads: list[Tensor], active: Tensor | None, share: float) -> None:
+        local, count = self.local, self.moments["t"]
+        chosen = [i for i, adam in enumerate(self.adam) if adam]
+        leaves, rates = [self.leaves[i] for i in chosen], [self.rates[i] * share for i in chosen]
+        first, second = ([self.moments[f"{part}/{name}"] for name in self.names] for part in ("m", "v"))
+        if active is None and bool((count == count[0]).all()):  # PyTorch's own, in one pass over memory
+            for rate in set(rates):
+                same = [k for k, other in enumerate(rates) if other == rate]
+                state = [[values[k] for k in same] for values in (leaves, grads, first, second)]
+                adamw(
+                    *state,
+                    [],
+                    [count[0].clone() for _ in same],
+                    fused=True,
+                    amsgrad=False,
+                    beta1=local.beta1,
+                    beta2=local.beta2,
+                    lr=rate,
+                    weight_decay=local.weight_decay,
+                    eps=local.eps,
+                    maximize=False,
+                )
+            count += 1
+            return
+        count += 1.0 if active is None else active.to(count.dtype)
+        for leaf, grad, m, v, rate in zip(leaves, grads, first, second, rates, strict=True):
+            m.copy_(_where(active, torch.lerp(grad, m, local.beta1), m))
+            v.copy_(_where(active, torch.lerp(grad.square(), v, local.beta2), v))
+            steps = count.view(-1, *[1] * (leaf.dim() - 1)).clamp(min=1)
+            size = (v / (1 - local.beta2**steps)).sqrt_().add_(local.eps)
+            moved = leaf * (1 - rate * local.weight_decay) - rate / (1 - local.beta1**steps) * m / size
+            leaf.copy_(_where(active, moved, leaf))
 
 
 def _where(active: Tensor | None, new: Tensor, old: Tensor) -> Tensor:

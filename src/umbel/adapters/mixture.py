@@ -6,7 +6,6 @@ so a mixture is never a loop over adapters. Two exact realizations: "merged" add
 weight and the plain layer runs; "factored" runs the rank C·r path beside the layer (`with_paths`).
 """
 
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umbel.adapters.bank import Bank, LowRank
+from umbel.adapters.lora_layers import with_lora
+from umbel.model import stacked
+from umbel.model.copies import copied
 from umbel.tree import Params
 
 
@@ -84,7 +86,9 @@ def with_paths(module: nn.Module, bank: Bank) -> nn.Module:
     The two factors become parameters of the layer, empty until `functional_call` or `load` fills them;
     no other name changes and the given module stays as it is.
     """
-    adapted = deepcopy(module)
+    if bank.peft:
+        return with_lora(module, bank.peft)
+    adapted = copied(module)
     for part in bank.low_rank:
         if part.factored:
             path, _, own_name = part.name.rpartition(".")
@@ -102,13 +106,13 @@ def _path(part: LowRank, own_name: str) -> Any:
         a: Tensor = getattr(layer, f"{own_name}_lora_A")
         b: Tensor = getattr(layer, f"{own_name}_lora_B")
         if isinstance(layer, nn.Embedding):
-            path = F.embedding(inputs[0], b) @ a
+            path = stacked.linear(stacked.embedding(inputs[0], b), a.mT)
             if layer.padding_idx is not None:  # its row is used as it is, but never trained
                 path = torch.where((inputs[0] == layer.padding_idx).unsqueeze(-1), path.detach(), path)
             return output + path
         if isinstance(layer, nn.modules.conv._ConvNd):
             return output + _conv_path(layer, part.on_a, inputs[0], a, b)
-        return output + F.linear(F.linear(inputs[0], a), b)
+        return output + stacked.linear(stacked.linear(inputs[0], a), b)
 
     return hook
 

@@ -27,7 +27,7 @@ from umbel.methods.fedavg import FedAvg, Message, Shared, Upload
 from umbel.methods.protocol import Population
 from umbel.methods.settling import choose, settled
 from umbel.model.loss import Loss
-from umbel.train import Groups, sgd
+from umbel.train import Groups, local_train
 from umbel.tree import Params, state
 
 
@@ -73,7 +73,7 @@ class APFL(FedAvg):
             return grads | {"mix": {"alpha": (alpha - end) / rate}}
 
         start = {"params": message.params, "stats": message.stats, "own": own.params, "own_stats": own.stats}
-        trained, mean_loss = sgd(
+        trained, mean_loss = local_train(
             objective,
             start | {"mix": {"alpha": own.alpha}},
             data,

@@ -25,7 +25,7 @@ from umbel.methods.fedprox import proximal
 from umbel.methods.protocol import Population
 from umbel.methods.settling import choose, settled
 from umbel.model.loss import Loss
-from umbel.train import sgd
+from umbel.train import local_train
 from umbel.tree import Params, state
 
 
@@ -55,7 +55,7 @@ class Ditto(FedAvg):
         own = self._start(message, private)
         objective = proximal(self.objective(loss, message), message.params, self.strength)
         start = {"params": own.params, "stats": own.stats}
-        trained, _ = sgd(objective, start, data, self.local, {"params": self.local.lr})
+        trained, _ = local_train(objective, start, data, self.local, {"params": self.local.lr})
         return upload, Private(trained["params"], trained["stats"], torch.ones_like(private.seen))
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Any:

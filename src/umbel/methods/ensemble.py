@@ -34,7 +34,7 @@ from umbel.methods.routing import (
 from umbel.methods.server import Moments, ServerOptimizer
 from umbel.model.loss import Loss, running_stats, trained_params
 from umbel.seeds import seeded
-from umbel.train import Groups, LocalSGD, sgd
+from umbel.train import Groups, LocalTraining, local_train
 from umbel.tree import Params, state
 
 
@@ -83,7 +83,7 @@ class Upload:
 class Ensemble:
     num_models: int = 4  # C
     router: Router = field(default_factory=Router)
-    local: LocalSGD = field(default_factory=LocalSGD)
+    local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     guard: float = 0.01  # τ of g_c = min(1, p_c / τ); 0: no guard
 
@@ -113,7 +113,9 @@ class Ensemble:
         logits, measured = router.start(
             message.told, private.logits, lambda: self._losses(loss, message, data), data
         )
-        noise = router.noise_at(data, self.num_models, data.num_steps(self.local.batch_size, self.local.epochs))
+        noise = router.noise_at(
+            data, self.num_models, data.num_steps(self.local.batch_size, self.local.epochs, self.local.steps)
+        )
 
         def objective(groups: Groups, batch: Any, step: int) -> Tensor:
             theta = groups["router"]["logits"]
@@ -124,7 +126,7 @@ class Ensemble:
         # writes into whole tensors but not through a view.
         stats = running_stats(loss.module)
         copies = named(message.models)
-        trained, mean_loss = sgd(
+        trained, mean_loss = local_train(
             objective,
             {
                 "models": {name: leaf for name, leaf in copies.items() if name not in stats},

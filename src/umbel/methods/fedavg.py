@@ -18,7 +18,7 @@ from umbel.clients import ClientData
 from umbel.methods.protocol import Population, nothing_mixed
 from umbel.methods.server import Moments, ServerOptimizer
 from umbel.model.loss import Loss, running_stats, trained_params
-from umbel.train import LocalSGD, Objective, sgd
+from umbel.train import LocalTraining, Objective, local_train
 from umbel.tree import Params, state
 
 
@@ -50,7 +50,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class FedAvg:
-    local: LocalSGD = field(default_factory=LocalSGD)
+    local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
 
     def adapt(self, module: nn.Module) -> nn.Module:
@@ -71,7 +71,7 @@ class FedAvg:
     def client_update(self, loss: Loss, message: Message, private: Any, data: ClientData) -> tuple[Upload, Any]:
         start = {"params": message.params, "stats": message.stats}
         lr = {"params": self.local.lr}
-        trained, mean_loss = sgd(self.objective(loss, message), start, data, self.local, lr)
+        trained, mean_loss = local_train(self.objective(loss, message), start, data, self.local, lr)
         return Upload(trained["params"], trained["stats"], data.weight, mean_loss), private
 
     def contribution(self, upload: Upload) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from umbel.methods.ensemble import Mixture, drawn_apart, named, stacked
 from umbel.methods.protocol import Population
 from umbel.methods.server import Moments, ServerOptimizer
 from umbel.model.loss import FORWARD_EXAMPLES, Loss, running_stats
-from umbel.train import Groups, LocalSGD, sgd
+from umbel.train import Groups, LocalTraining, local_train
 from umbel.tree import Params, state
 
 SETTLING = 10  # E-steps with which a client finds its π for serving; all of them read the same losses
@@ -67,7 +67,7 @@ class Upload:
 @dataclass(frozen=True)
 class FedEM:
     num_models: int = 4  # C
-    local: LocalSGD = field(default_factory=LocalSGD)
+    local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     mixes: Literal["probabilities", "outputs"] = "probabilities"
 
@@ -104,7 +104,7 @@ class FedEM:
             return batch.mean((q.take_along_dim((batch.rows - first).unsqueeze(2), 1) * values).sum(2))
 
         stats, copies = running_stats(loss.module), named(message.models)
-        trained, mean_loss = sgd(
+        trained, mean_loss = local_train(
             objective,
             {
                 "models": {name: leaf for name, leaf in copies.items() if name not in stats},

@@ -20,7 +20,7 @@ from umbel.methods.fedavg import Message, Upload
 from umbel.methods.fedper import FedPer
 from umbel.methods.partial import Private, parted, whole
 from umbel.model.loss import Loss
-from umbel.train import sgd
+from umbel.train import local_train
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class FedRep(FedPer):
         rate, objective = self.local.lr, whole(loss)
         start = {"params": message.params, "own": private.params, "stats": message.stats | private.stats}
         head = replace(self.local, epochs=self.head_epochs)
-        first, head_loss = sgd(objective, start, data, head, {"own": rate})
+        first, head_loss = local_train(objective, start, data, head, {"own": rate})
         if not message.params:  # the head is the whole model
             return parted(first, private, data, head_loss)
         between = first | {"stats": first["stats"] | message.stats}
-        trained, mean_loss = sgd(objective, between, data, self.local, {"params": rate})
+        trained, mean_loss = local_train(objective, between, data, self.local, {"params": rate})
         return parted(trained, private, data, mean_loss)

@@ -28,7 +28,7 @@ from umbel.methods.protocol import Population, nothing_mixed
 from umbel.methods.server import ServerOptimizer
 from umbel.methods.settling import settled
 from umbel.model.loss import Loss
-from umbel.train import LocalSGD
+from umbel.train import LocalTraining
 from umbel.tree import Params, state
 
 
@@ -41,7 +41,7 @@ class Private:
 @dataclass(frozen=True)
 class FedSALoRA:
     adapter: AdapterPlan = field(default_factory=AdapterPlan)
-    local: LocalSGD = field(default_factory=LocalSGD)
+    local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     freeze_base: bool = False
 

@@ -17,7 +17,7 @@ from umbel.clients import ClientData
 from umbel.methods.fedavg import FedAvg, Message
 from umbel.methods.settling import choose, stacked
 from umbel.model.loss import Loss
-from umbel.train import LocalSGD, sgd
+from umbel.train import LocalTraining, local_train
 from umbel.tree import Params, state
 
 
@@ -31,14 +31,16 @@ class Served:
 
 @dataclass(frozen=True)
 class FedAvgFinetune(FedAvg):
-    finetune: LocalSGD = field(default_factory=lambda: LocalSGD(epochs=5))  # E and how
+    finetune: LocalTraining = field(default_factory=lambda: LocalTraining(epochs=5))  # E and how
 
     def settle(self, loss: Loss, message: Message, private: Any, data: ClientData) -> Served:
         """The received model, fine-tuned."""
 
         def work(message: Message, _private: Any, data: ClientData) -> Served:
             start = {"params": message.params, "stats": message.stats}
-            tuned, _ = sgd(self.objective(loss, message), start, data, self.finetune, {"params": self.finetune.lr})
+            tuned, _ = local_train(
+                self.objective(loss, message), start, data, self.finetune, {"params": self.finetune.lr}
+            )
             return Served(tuned["params"], tuned["stats"])
 
         tuned = stacked(work, loss, message, private, data)

@@ -46,7 +46,7 @@ from umbel.methods.server import Moments, ServerOptimizer
 from umbel.methods.settling import settled
 from umbel.model.loss import Loss, running_stats, trained_params
 from umbel.seeds import generator
-from umbel.train import Groups, LocalSGD, sgd
+from umbel.train import Groups, LocalTraining, local_train
 from umbel.tree import Params, state
 
 
@@ -101,7 +101,7 @@ class FLoRAL:
     num_adapters: int = 4  # C
     adapter: AdapterPlan = field(default_factory=AdapterPlan)
     router: Router = field(default_factory=Router)
-    local: LocalSGD = field(default_factory=LocalSGD)
+    local: LocalTraining = field(default_factory=LocalTraining)
     adapter_lr: float = 1.0  # times local.lr
     init_std: float = 0.3  # of B at the start, times √rank; 0 (LoRA's own) leaves routers nothing to tell apart
     precondition: bool = False
@@ -213,7 +213,9 @@ class FLoRAL:
         bank, router, local = message.bank, self.router, self.local
         stats = message.stats | private.stats
         logits, measured = self._routes(loss, message, private, data)
-        noise = router.noise_at(data, self.num_adapters, data.num_steps(local.batch_size, local.epochs))
+        noise = router.noise_at(
+            data, self.num_adapters, data.num_steps(local.batch_size, local.epochs, local.steps)
+        )
 
         def objective(groups: Groups, batch: Any, step: int) -> Tensor:
             theta = groups["router"]["logits"]
@@ -224,7 +226,7 @@ class FLoRAL:
             return loss(mixed | groups["stats"], batch)
 
         lr = {"base": local.lr, "adapters": local.lr * self.adapter_lr}
-        trained, mean_loss = sgd(
+        trained, mean_loss = local_train(
             objective,
             {"base": message.base, "adapters": message.adapters, "stats": stats, "router": {"logits": logits}},
             data,

@@ -28,7 +28,7 @@ from umbel.methods.protocol import Population
 from umbel.methods.routing import losses_of
 from umbel.methods.server import Moments, ServerOptimizer
 from umbel.model.loss import Loss, running_stats
-from umbel.train import LocalSGD, sgd
+from umbel.train import LocalTraining, local_train
 from umbel.tree import Params, state
 
 
@@ -60,7 +60,7 @@ class Upload:
 @dataclass(frozen=True)
 class IFCA:
     num_models: int = 4  # C
-    local: LocalSGD = field(default_factory=LocalSGD)
+    local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     averaging: Literal["model", "gradient"] = "model"
 
@@ -84,7 +84,7 @@ class IFCA:
     ) -> tuple[Upload, Private]:
         private = self.settle(loss, message, private, data)
         chosen, stats = self.personalize(message, private), running_stats(loss.module)
-        trained, mean_loss = sgd(
+        trained, mean_loss = local_train(
             lambda groups, batch, _step: loss(groups["model"] | groups["stats"], batch),
             {
                 "model": {name: leaf for name, leaf in chosen.items() if name not in stats},

@@ -10,7 +10,7 @@ from umbel import tree
 from umbel.clients import ClientData
 from umbel.methods.protocol import Population, nothing_mixed
 from umbel.model.loss import Loss, running_stats, trained_params
-from umbel.train import LocalSGD, sgd
+from umbel.train import LocalTraining, local_train
 from umbel.tree import Params, state
 
 
@@ -37,7 +37,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class Local:
-    local: LocalSGD = field(default_factory=LocalSGD)
+    local: LocalTraining = field(default_factory=LocalTraining)
 
     def adapt(self, module: nn.Module) -> nn.Module:
         return module
@@ -53,7 +53,7 @@ class Local:
     def client_update(
         self, loss: Loss, message: Message, private: Private, data: ClientData
     ) -> tuple[Upload, Private]:
-        trained, mean_loss = sgd(
+        trained, mean_loss = local_train(
             lambda groups, batch, _step: loss(groups["params"] | groups["stats"], batch),
             {"params": private.params, "stats": private.stats},
             data,

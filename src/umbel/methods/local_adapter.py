@@ -26,7 +26,7 @@ from umbel.methods.protocol import Population, nothing_mixed
 from umbel.methods.settling import settled
 from umbel.model.loss import Loss, running_stats, trained_params
 from umbel.seeds import generator
-from umbel.train import Groups, sgd
+from umbel.train import Groups, local_train
 from umbel.tree import Params, state
 
 
@@ -73,7 +73,7 @@ class LocalAdapter(FedAvg):
         def conditioned(groups: Groups, grads: Groups) -> Groups:
             return grads | {"adapter": precondition(bank, groups["adapter"], grads["adapter"])}
 
-        trained, mean_loss = sgd(
+        trained, mean_loss = local_train(
             objective,
             {"params": message.params, "adapter": private.adapter, "stats": private.stats},
             data,

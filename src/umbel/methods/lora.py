@@ -18,7 +18,7 @@ from umbel.methods.protocol import Population
 from umbel.methods.server import Moments, ServerOptimizer
 from umbel.model.loss import Loss, running_stats, trained_params
 from umbel.seeds import generator
-from umbel.train import Groups, LocalSGD, sgd
+from umbel.train import Groups, LocalTraining, local_train
 from umbel.tree import Params, state
 
 
@@ -80,7 +80,7 @@ def adapted(bank: Bank, base: Params, adapter: Params) -> Params:
 
 
 def train(
-    loss: Loss, message: Message, own: Params, data: ClientData, local: LocalSGD, fixed: Params | None = None
+    loss: Loss, message: Message, own: Params, data: ClientData, local: LocalTraining, fixed: Params | None = None
 ) -> tuple[Groups, Upload]:
     """What training made of the groups "base", "adapter", "stats" and `own`, and the upload of the first three.
 
@@ -97,7 +97,7 @@ def train(
         adapter = groups["adapter"] | groups["own"] | (fixed or {})
         return loss(adapted(message.bank, groups["base"], adapter) | groups["stats"], batch)
 
-    trained, mean_loss = sgd(
+    trained, mean_loss = local_train(
         objective,
         {"base": message.base, "adapter": message.adapter, "own": own, "stats": message.stats},
         data,
@@ -126,6 +126,6 @@ def averaged(shared: S, server: ServerOptimizer, sums: dict[str, Any]) -> S:
 def reading(part: LowRank) -> str:
     """The name of the factor that reads the layer's input and is random at the start, LoRA's A.
 
-    Of an embedding, whose weight is stored (vocabulary, width), that is B.
+    Of an embedding it is the one with a row for each word.
     """
-    return part.b_name if part.kind == "embedding" else part.a_name
+    return part.indexed or part.a_name

@@ -20,7 +20,7 @@ from umbel.methods.fedavg import FedAvg, Message, Shared, Upload
 from umbel.methods.protocol import Population, nothing_mixed
 from umbel.methods.settling import settled
 from umbel.model.loss import Loss, running_stats, trained_params
-from umbel.train import Groups, sgd
+from umbel.train import Groups, local_train
 from umbel.tree import Params, state
 
 
@@ -57,7 +57,7 @@ class Partial(FedAvg):
     ) -> tuple[Upload, Private]:
         start = {"params": message.params, "own": private.params, "stats": message.stats | private.stats}
         lr = {"params": self.local.lr, "own": self.local.lr}
-        trained, mean_loss = sgd(whole(loss), start, data, self.local, lr)
+        trained, mean_loss = local_train(whole(loss), start, data, self.local, lr)
         return parted(trained, private, data, mean_loss)
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Any:

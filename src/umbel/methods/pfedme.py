@@ -28,7 +28,7 @@ from umbel.methods.fedprox import squared_distance
 from umbel.methods.protocol import Population
 from umbel.methods.settling import choose, settled
 from umbel.model.loss import Loss
-from umbel.train import Groups, LocalSGD, sgd
+from umbel.train import Groups, LocalTraining, local_train
 from umbel.tree import Params, state
 
 
@@ -41,7 +41,7 @@ class Private:
 
 @dataclass(frozen=True)
 class PFedMe(FedAvg):
-    local: LocalSGD = field(default_factory=lambda: LocalSGD(lr=0.005))  # η, of w
+    local: LocalTraining = field(default_factory=lambda: LocalTraining(lr=0.005))  # η, of w
     strength: float = 15.0  # λ
     inner_lr: float = 0.05  # η', of θ
     inner_steps: int = 5  # K
@@ -63,7 +63,7 @@ class PFedMe(FedAvg):
             return value + self.strength / 2 * squared_distance(groups["params"], groups["theta"])
 
         start = {"params": message.params, "theta": message.params, "stats": private.stats}
-        trained, mean_loss = sgd(envelope, start, data, self.local, {"params": self.local.lr})
+        trained, mean_loss = local_train(envelope, start, data, self.local, {"params": self.local.lr})
         upload = Upload(trained["params"], {}, data.weight, mean_loss)
         return upload, Private(trained["theta"], trained["stats"], torch.ones_like(private.seen))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from umbel.clients import ClientData
 from umbel.model.loss import Loss
-from umbel.train import LocalSGD
+from umbel.train import LocalTraining
 from umbel.tree import Params
 
 
@@ -22,6 +22,8 @@ class Population:
     group: Tensor | None = None  # (clients,) the hidden truth of a benchmark; only oracles look at it
     num_rounds: int = 100  # that are planned
     num_labels: int = 1  # of a classification; 1 where targets are something else
+    public: Tensor | None = None  # (P, …) inputs that everyone has
+    owner: Tensor | None = None  # (clients,) whose slot each client is; None: everyone its own
 
 
 class Method(Protocol):
@@ -33,7 +35,7 @@ class Method(Protocol):
     """
 
     @property
-    def local(self) -> LocalSGD:
+    def local(self) -> LocalTraining:
         """How a client trains."""
 
     def adapt(self, module: nn.Module) -> nn.Module:

@@ -30,7 +30,7 @@ from umbel.clients import ClientData
 from umbel.errors import RecipeError
 from umbel.methods.protocol import Population
 from umbel.model.loss import Loss, running_stats, trained_params
-from umbel.train import LocalSGD, sgd
+from umbel.train import LocalTraining, local_train
 from umbel.tree import Params, state
 
 
@@ -69,7 +69,7 @@ class ThresholdClustering:
     alpha: float = 0.5  # α; 1: no momentum
     step: float = 1.0  # η
     updates_since: Literal["round", "start"] = "round"  # "start": models are clustered, not updates
-    local: LocalSGD = field(default_factory=LocalSGD)
+    local: LocalTraining = field(default_factory=LocalTraining)
 
     def __post_init__(self) -> None:
         if self.num_clusters < 1 or self.iterations < 1 or self.step <= 0:
@@ -99,7 +99,7 @@ class ThresholdClustering:
         self, loss: Loss, message: Message, private: Private, data: ClientData
     ) -> tuple[Upload, Private]:
         model = self._moved(message, private)
-        trained, mean_loss = sgd(
+        trained, mean_loss = local_train(
             lambda groups, batch, _step: loss(groups["model"] | groups["stats"], batch),
             {"model": model, "stats": private.stats},
             data,

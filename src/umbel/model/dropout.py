@@ -27,10 +27,10 @@ class SeededDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        key: Tensor = self.get_buffer(KEY)
-        element = torch.arange(x.numel(), device=x.device).view(x.shape)
-        uniform = (hashed(hashed(hashed(key) + self.place) + element) & (2**53 - 1)) / 2**53
-        return torch.where(uniform >= self.p, x / (1 - self.p), 0)
+        key: Tensor = self.get_buffer(KEY)  # () or, for the rows of K clients in one batch, (K,)
+        element = torch.arange(x.numel() // key.numel(), device=x.device)
+        uniform = (hashed(hashed(hashed(key).unsqueeze(-1) + self.place) + element) & (2**53 - 1)) / 2**53
+        return torch.where(uniform.view(x.shape) >= self.p, x / (1 - self.p), 0)
 
 
 def seed_dropout(module: nn.Module) -> nn.Module:

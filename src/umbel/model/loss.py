@@ -1,7 +1,6 @@
 """The loss of K clients at once: one module, K sets of tensors, K batches, K numbers."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,20 +14,25 @@ from torch.func import functional_call, vmap
 from umbel.clients import Batch, ClientData
 from umbel.errors import DataError, ModelError
 from umbel.model.dropout import dropout_keys
-from umbel.model.linear import WORTH_IT, OwnWeights
+from umbel.model.stacked import takes_client_axis
 from umbel.tree import Params, is_broadcast
 
 LossName = Literal["cross_entropy", "mse"]
+IGNORED = -100  # the target of a place in a text that counts nothing: padding, or what was given
 FORWARD_EXAMPLES = 8192  # in one forward pass without gradients, of all stacked clients together
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """(B,) −log p(target), in nats; logits (B, labels) with targets (B,).
 
-    Of texts, logits (B, T, labels) with targets (B, T), it is the mean over their T places.
+    Of texts, logits (B, T, labels) with targets (B, T), it is the mean over those of their T places whose target
+    is not IGNORED; 0 for a text without any.
     """
-    each = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
-    return each if targets.dim() == 1 else each.view(len(targets), -1).mean(1)
+    each = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=IGNORED)
+    if targets.dim() == 1:
+        return each
+    counted = (targets != IGNORED).flatten(1).sum(1).clamp(min=1)
+    return each.view(len(targets), -1).sum(1) / counted
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -56,8 +60,9 @@ class Loss:
     """`loss(params, batch)` → (K,): each client's mean loss under its own tensors.
 
     `params` maps names of the module's parameters and buffers to tensors with a leading axis K; what it
-    does not name is the module's own. A tensor whose leading axis is a broadcast (stride 0) enters `vmap`
-    unbatched, so that K clients share one matrix product; K = 1 runs the module as it is.
+    does not name is the module's own. A tensor whose leading axis is a broadcast (stride 0) is one for all,
+    so that K clients share one matrix product. One client runs the module as it is; several are the rows of one
+    batch where every layer with a client's own tensor can take that (stacked.py), and go through `vmap` elsewhere.
     """
 
     module: nn.Module
@@ -87,12 +92,13 @@ class Loss:
             return self._alone(one, x.squeeze(0)).unsqueeze(0)
         shared = {name: leaf[0] for name, leaf in params.items() if is_broadcast(leaf)}
         own = {name: leaf for name, leaf in params.items() if name not in shared}
+        if self.stackable.issuperset(own):
+            rows: Tensor = self._forward(shared | own, x.flatten(0, 1))
+            return rows.view(*x.shape[:2], *rows.shape[1:])
         x_dim = None if is_broadcast(x) and own else 0
         try:
             forward = vmap(lambda p, x: self._forward(shared | p, x), in_dims=(0, x_dim))
-            large = any(leaf.dim() == 3 and leaf.numel() >= WORTH_IT for leaf in own.values())
-            with OwnWeights() if large and torch.is_grad_enabled() else nullcontext():
-                stacked: Tensor = forward(own, x[0] if x_dim is None else x)
+            stacked: Tensor = forward(own, x[0] if x_dim is None else x)
         except RuntimeError as error:
             raise ModelError(
                 f"clients cannot be stacked on this module, use --engine.mode=looped; PyTorch says: {error}"
@@ -107,6 +113,11 @@ class Loss:
                 weight = 1.0 if batch.weight is None else batch.weight
                 total += (self.per_example(self.outputs(params, batch.x), batch.y) * weight).sum(1)
         return total / data.num_examples
+
+    @cached_property
+    def stackable(self) -> frozenset[str]:
+        """The names of the tensors that the module takes with a leading client axis."""
+        return frozenset() if mixes_examples(self.module) else takes_client_axis(self.module)
 
     @cached_property
     def dropouts(self) -> tuple[str, ...]:

@@ -125,6 +125,8 @@ class CharLSTM(nn.Module):
     map done for all steps at once. Gates are in PyTorch's order: input, forget, cell, output.
     """
 
+    rows_apart = True  # model/stacked.py
+
     def __init__(self, vocabulary: int, embedding: int = 8, hidden: int = 128, num_layers: int = 2) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, embedding)
@@ -155,6 +157,8 @@ class CharTransformer(nn.Module):
     Pre-norm blocks of causal self-attention and a GELU network, with learned positions.
     """
 
+    rows_apart = True  # model/stacked.py
+
     def __init__(
         self, vocabulary: int, length: int = 80, width: int = 64, num_layers: int = 2, num_heads: int = 4
     ) -> None:
@@ -166,7 +170,7 @@ class CharTransformer(nn.Module):
         self.head = nn.Linear(width, vocabulary)
 
     def forward(self, x: Tensor) -> Tensor:
-        seen = self.embedding(x) + self.position(torch.arange(x.shape[1], device=x.device))
+        seen = self.embedding(x) + self.position(torch.arange(x.shape[1], device=x.device).expand(x.shape))
         logits: Tensor = self.head(self.norm(self.blocks(seen)))
         return logits
 

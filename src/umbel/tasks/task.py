@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from umbel.clients import Augment, Examples
 from umbel.errors import DataError
-from umbel.model.loss import LossName
+from umbel.model.loss import IGNORED, LossName
 from umbel.seeds import generator
 
 
@@ -31,6 +31,8 @@ class Task:
     test: Examples
     group: Tensor | None = None
     augment: Augment | None = None  # changes the inputs of training batches
+    public: Tensor | None = None
+    owner: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.train.num_clients != self.test.num_clients:
@@ -66,6 +68,8 @@ class Task:
             if examples.y.is_floating_point():
                 raise DataError(f"{split}: cross_entropy needs whole-number labels, got {examples.y.dtype}")
             wrong = (examples.y < 0) | (examples.y >= num_labels)
+            if examples.y.dim() > 1:  # a text has places that do not count
+                wrong &= examples.y != IGNORED
             if bool(wrong.any()):
                 row = int(wrong.flatten(1).any(1).int().argmax()) if wrong.dim() > 1 else int(wrong.int().argmax())
                 owner = int(np.flatnonzero((examples.start <= row) & (row < examples.start + examples.count))[0])

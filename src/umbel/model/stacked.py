@@ -1,0 +1,141 @@
+"""Layers whose tensors may have a leading client axis: K clients are one ordinary forward pass.
+
+The rows of K clients' batches lie one client after the other, (K·B, …), as in one large batch. Layers with a
+tensor for all run as always, so that a frozen base costs one matrix product for everyone; a layer with a
+tensor for each client is one batched product. No `vmap`: attention kernels, checkpointing, mixed precision and
+quantised layers work as they do in one model.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from umbel.model.dropout import KEY, SeededDropout
+
+_APART = (
+    nn.Identity,
+    nn.Linear,
+    nn.Embedding,
+    nn.LayerNorm,
+    nn.Flatten,
+    nn.ReLU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.Dropout,
+    SeededDropout,
+)  # layers that look at one row at a time
+
+
+class StackedLinear(nn.Linear):
+    """A linear layer whose weight is (out, in) or (K, out, in), and whose bias is (out,) or (K, out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class StackedEmbedding(nn.Embedding):
+    """An embedding whose weight is (vocabulary, width) or (K, vocabulary, width)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.weight.dim() == 2 else embedding(x, self.weight)
+
+
+class StackedLayerNorm(nn.LayerNorm):
+    """A layer norm over the last axis whose weight and bias are (width,) or (K, width)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if weight is None or (weight.dim() == 1 and (bias is None or bias.dim() == 1)):
+            return super().forward(x)
+        normed = F.layer_norm(x, self.normalized_shape, None, None, self.eps) * _for_rows(weight, x)
+        return normed if bias is None else normed + _for_rows(bias, x)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(K·B, …, out) for x (K·B, …, in); weight (out, in) or (K, out, in), bias (out,) or (K, out)."""
+    if weight.dim() == 2:
+        if bias is None or bias.dim() == 1:
+            return F.linear(x, weight, bias)
+        return F.linear(x, weight) + _for_rows(bias, x)
+    rows = x.reshape(len(weight), -1, x.shape[-1])
+    if bias is not None and bias.dim() == 1:
+        bias = bias.expand(len(weight), -1)
+    product: Tensor = _Product.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
+    return product.view(*x.shape[:-1], weight.shape[1])
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """(K·B, …, width) for ids (K·B, …); weight (vocabulary, width) or (K, vocabulary, width)."""
+    if weight.dim() == 2:
+        return F.embedding(ids, weight)
+    first = torch.arange(len(weight), device=ids.device) * weight.shape[1]
+    shifted = ids.reshape(len(weight), -1) + first.unsqueeze(1)
+    return F.embedding(shifted, weight.flatten(0, 1)).view(*ids.shape, weight.shape[2])
+
+
+def _for_rows(vectors: Tensor, x: Tensor) -> Tensor:
+    """(K, width) → (K·B, 1, …, width), or (width,) as it is."""
+    if vectors.dim() == 1:
+        return vectors
+    each = vectors.repeat_interleave(len(x) // len(vectors), 0)
+    return each.view(len(x), *[1] * (x.dim() - 2), -1)
+
+
+class _Product(torch.autograd.Function):
+    """x (K, R, in), weight (K, out, in), bias (K, out) → (K, R, out).
+
+    The gradient of the weight is computed as gᵀ x, laid out as the weight is: PyTorch's own formula gives its
+    transpose, and adding that to the weight walks memory across the grain.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        weight = weight.to(x.dtype)
+        if bias is None:
+            return torch.bmm(x, weight.mT)
+        return torch.baddbmm(bias.to(x.dtype).unsqueeze(1), x, weight.mT)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        to_x = torch.bmm(grad, weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
+        to_weight = torch.bmm(grad.mT, x).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return to_x, to_weight, grad.sum(1).to(weight.dtype) if ctx.has_bias else None
+
+
+def stackable(module: nn.Module) -> nn.Module:
+    """The module, its plain linear layers and layer norms made to take a leading client axis, in place."""
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = StackedLinear
+        elif type(layer) is nn.Embedding and layer.padding_idx is None and layer.max_norm is None:
+            layer.__class__ = StackedEmbedding
+        elif type(layer) is nn.LayerNorm and len(layer.normalized_shape) == 1:
+            layer.__class__ = StackedLayerNorm
+    return module
+
+
+def takes_client_axis(module: nn.Module) -> frozenset[str]:
+    """The names of the tensors that may have a leading client axis; none if rows of a batch may meet.
+
+    A module says that its rows are apart with an attribute `rows_apart`; of PyTorch's own layers in an
+    nn.Sequential it is known. A layer of another kind says with `client_axis` which of its tensors may have one.
+    """
+    known = all(isinstance(layer, (*_APART, nn.Sequential)) for layer in module.modules())
+    if not (known or getattr(module, "rows_apart", False)):
+        return frozenset()
+    names: list[str] = []
+    for path, layer in module.named_modules():
+        if isinstance(layer, (StackedLinear, StackedEmbedding, StackedLayerNorm, SeededDropout)):
+            own = [name for name, _ in layer.named_parameters(recurse=False)]
+            own += [KEY] if isinstance(layer, SeededDropout) else []
+        else:
+            own = list(getattr(layer, "client_axis", ()))
+        names += [f"{path}.{name}" if path else name for name in own]
+    return frozenset(names)

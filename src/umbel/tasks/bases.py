@@ -1,0 +1,114 @@
+"""Pretrained models by the name of a folder or of the Hugging Face hub: what a task fine-tunes."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from umbel.errors import DataError, ModelError
+from umbel.model.pretrained import Kind, Pretrained, of_transformers
+from umbel.seeds import seeded
+from umbel.tasks.corpora import data_folder
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+_NO_DROPOUT = (
+    "attention_dropout",
+    "attention_probs_dropout_prob",
+    "attn_pdrop",
+    "classifier_dropout",
+    "classifier_dropout_prob",
+    "embd_pdrop",
+    "embedding_dropout",
+    "hidden_dropout",
+    "hidden_dropout_prob",
+    "resid_pdrop",
+)
+
+
+def load_pretrained(
+    base: str,
+    kind: Kind,
+    num_labels: int = 0,
+    seed: int = 0,
+    precision: Precision = "float32",
+    bits: Literal[0, 4, 8] = 0,
+) -> Pretrained:
+    """A model from a folder, from one in UMBEL_DATA, or from the Hugging Face hub.
+
+    Args:
+        base: a folder, one relative to UMBEL_DATA, or a hub id.
+        kind: what it answers, see the module.
+        num_labels: of a classification; its head is drawn anew by the seed if the base has none of that size.
+        seed: see num_labels.
+        precision: of the base's weights.
+        bits: 8 or 4 load the base quantised by bitsandbytes, on a GPU.
+
+    Raises:
+        DataError: there is no such model, or it is none of the kind.
+        ModelError: bits without bitsandbytes.
+    """
+    import transformers
+
+    autos = {
+        "causal_lm": transformers.AutoModelForCausalLM,
+        "text": transformers.AutoModelForSequenceClassification,
+        "image": transformers.AutoModelForImageClassification,
+    }
+    settings: dict[str, Any] = {"dtype": getattr(torch, precision)}
+    if bits:
+        settings["quantization_config"] = _quantised(bits, settings["dtype"])
+    try:
+        config = transformers.AutoConfig.from_pretrained(place_of(base))
+        for name in _NO_DROPOUT:
+            if hasattr(config, name):
+                setattr(config, name, 0.0)
+        if num_labels:
+            config.num_labels = num_labels
+            settings["ignore_mismatched_sizes"] = True
+        if kind == "text" and config.pad_token_id is None:
+            config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
+        with seeded(seed, "head"), _quiet():
+            model = autos[kind].from_pretrained(place_of(base), config=config, **settings)
+    except (OSError, ValueError) as error:
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{base!r}: no {kind} model in that folder, in {data_folder() / base} or on the hub ({told})"
+        ) from None
+    return of_transformers(model, kind, base)
+
+
+def place_of(base: str) -> str:
+    """The folder of that name, here or in UMBEL_DATA; or the name itself, for the hub."""
+    for folder in (Path(base).expanduser(), data_folder() / base):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    return base
+
+
+def _quantised(bits: Literal[0, 4, 8], compute: torch.dtype) -> Any:
+    import importlib.util
+
+    import transformers
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f"bits = {bits} needs bitsandbytes: pip install bitsandbytes, or leave bits at 0")
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=compute, bnb_4bit_quant_type="nf4"
+    )
+
+
+class _quiet:
+    """Keeps transformers from telling of a new head, which is meant."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self.level = logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self.level)

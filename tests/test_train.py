@@ -1,0 +1,130 @@
+"""Local training: AdamW is PyTorch's own for each client, steps and rates are those asked for."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from umbel.clients import ClientData, Examples
+from umbel.errors import RecipeError
+from umbel.model.loss import Loss
+from umbel.model.stacked import stackable
+from umbel.train import MOMENTS, LocalTraining, local_train, no_moments
+
+LOCAL = LocalTraining(optimizer="adamw", lr=0.02, batch_size=4, epochs=2, weight_decay=0.1, shuffle=False)
+
+
+def clients(*counts):
+    draw = torch.Generator().manual_seed(0)
+    return Examples.of([(torch.randn(n, 3, generator=draw), torch.randn(n, 2, generator=draw)) for n in counts])
+
+
+def trained(examples, local, members=None, moments=None, round=1, num_rounds=0):
+    members = np.arange(examples.num_clients) if members is None else np.array(members)
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    start = {"w": {n: leaf.detach().expand(len(members), *leaf.shape) for n, leaf in module.named_parameters()}}
+    loss = Loss(stackable(module), "mse")
+    groups, losses = local_train(
+        lambda groups, batch, _step: loss(groups["w"], batch),
+        start | ({MOMENTS: moments} if moments else {}),
+        ClientData(examples, members, 0, round, num_rounds=num_rounds),
+        local,
+        {"w": local.lr},
+    )
+    return groups, losses, module
+
+
+def by_pytorch(examples, client, local, module):
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    betas = local.beta1, local.beta2
+    optimizer = torch.optim.AdamW(module.parameters(), local.lr, betas, local.eps, local.weight_decay)
+    x, y = examples.of_client(client)
+    for _ in range(local.epochs):
+        for first in range(0, len(x), local.batch_size):
+            rows = slice(first, first + local.batch_size)
+            optimizer.zero_grad()
+            (module(x[rows]) - y[rows]).square().mean().backward()
+            optimizer.step()
+    return dict(module.named_parameters())
+
+
+@pytest.mark.parametrize("counts", [(8, 8, 8), (8, 3, 13)], ids=["equal", "ragged"])
+def test_adamw_is_pytorchs_own_for_each_client(counts):
+    examples = clients(*counts)
+    groups, _, module = trained(examples, LOCAL)
+    for client in range(len(counts)):
+        own = {name: leaf[client] for name, leaf in groups["w"].items()}
+        assert_close(own, {n: leaf.detach() for n, leaf in by_pytorch(examples, client, LOCAL, module).items()})
+
+
+def test_moments_go_on_where_they_were_left():
+    examples = clients(8, 8)
+    start = no_moments(
+        {"w": {n: leaf.expand(2, *leaf.shape) for n, leaf in trained(examples, LOCAL)[2].named_parameters()}}
+    )
+    groups, _, _ = trained(examples, LocalTraining(**{**vars(LOCAL), "epochs": 1}), moments=start)
+    assert groups[MOMENTS]["t"].tolist() == [2.0, 2.0]
+    assert not any(leaf.any() for leaf in start.values()), "what went in is not changed"
+    assert any(leaf.any() for leaf in groups[MOMENTS].values())
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_steps_are_everyones_however_many_examples_there_are(shuffle):
+    examples = clients(2, 5, 11)
+    data = ClientData(examples, np.arange(3), 0, 1)
+    batches = list(data.batches(4, steps=6, shuffle=shuffle))
+    assert len(batches) == data.num_steps(4, steps=6) == 6
+    assert all(batch.active is None for batch in batches)
+    for client, count in enumerate((2, 5, 11)):
+        own = [
+            row
+            for b in batches
+            for row, w in zip(
+                b.rows[client].tolist(),
+                (torch.ones(b.rows.shape) if b.weight is None else b.weight)[client].tolist(),
+                strict=True,
+            )
+            if w
+        ]
+        per_epoch = np.bincount(np.array(own) - examples.start[client], minlength=count)
+        assert per_epoch.max() - per_epoch.min() <= 1, "every example comes once before one comes again"
+
+
+def test_rates_rise_and_fall_over_the_run():
+    local = LocalTraining(lr=1.0, warmup=0.1, decay="cosine", final=0.2)
+    assert local.rate(0.0) == 0.0
+    assert local.rate(0.05) == pytest.approx(0.5)
+    assert local.rate(0.1) == pytest.approx(1.0)
+    assert local.rate(0.55) == pytest.approx(0.6)
+    assert local.rate(1.0) == pytest.approx(0.2)
+    assert LocalTraining().rate(0.7) == 1.0
+
+
+def test_the_rate_is_that_of_the_round():
+    examples = clients(4)
+    moved = []
+    for round in (1, 10):
+        local = LocalTraining(lr=0.1, batch_size=4, decay="cosine")
+        groups, _, module = trained(examples, local, round=round, num_rounds=10)
+        moved.append((groups["w"]["0.weight"][0] - module[0].weight).norm().item())
+    assert moved[1] / moved[0] == pytest.approx(local.rate(0.9), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adamw", "momentum": 0.9},
+        {"beta1": 1.0},
+        {"eps": 0.0},
+        {"steps": -1},
+        {"warmup": 1.0},
+        {"final": 2.0},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings):
+    with pytest.raises(RecipeError, match="local"):
+        LocalTraining(**settings)
