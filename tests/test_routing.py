@@ -50,7 +50,7 @@ def told(bias, temperature, num_clients, excess=None, frequency=(1.0,)):
     """What clients are told; without an excess all examples have one label."""
     excess = [[0.0] * len(bias)] if excess is None else excess
     leaves = (tree.broadcast(torch.tensor(v), num_clients) for v in (bias, temperature, excess, frequency))
-    return Told(torch.empty(num_clients, 0), *leaves)
+    return Told(torch.empty(num_clients, 0), *leaves, torch.zeros(num_clients))
 
 
 def of_one_label(losses, data):
@@ -176,9 +176,10 @@ def test_losses_are_means_over_all_examples_however_many_batches_they_fill(count
     assert_close(measured, torch.tensor(expected, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("bounded", [False, True], ids=["", "bounded"])
 @pytest.mark.parametrize("own", [False, True], ids=["", "private tensors"])
 @pytest.mark.parametrize("counts", [(5,), (4, 9, 1)])
-def test_losses_are_summed_by_label(counts, own):
+def test_losses_are_summed_by_label(counts, own, bounded):
     draw = torch.Generator().manual_seed(0)
     clients = [
         (torch.randn(n, 2, generator=draw).double(), torch.randint(0, 3, (n,), generator=draw)) for n in counts
@@ -189,15 +190,31 @@ def test_losses_are_summed_by_label(counts, own):
     module = nn.Linear(2, 4).double()
     candidates = {"weight": weights} | ({} if own else {"bias": torch.zeros(2, 4).double()})
     private = {"bias": biases} if own else None
-    found = losses_of(Loss(module, "cross_entropy"), candidates, data, 4, private)
+    whose = torch.arange(len(counts)) % 2 == 0  # these clients' losses are bounded
+    told = whose.float() if bounded else None
+    found = losses_of(Loss(module, "cross_entropy"), candidates, data, 4, private, told)
     for k, (x, y) in enumerate(clients):
         assert found.counts[k].tolist() == [(y == label).sum() for label in range(4)]
         for label in range(4):
             mine = x[y == label]
             for c in range(2):
-                logs = (mine @ weights[c].T + biases[k]).log_softmax(1)
-                assert_close(found.sums[k, label, c], -logs[:, label].sum())
+                logs = (mine @ weights[c].T + biases[k]).log_softmax(1)[:, label]
+                expected = (1 - logs.exp()).sum() if bounded and whose[k] else -logs.sum()
+                assert_close(found.sums[k, label, c], expected)
     assert_close(found.mean[0], found.sums[0].sum(0) / counts[0])
+
+
+def test_bounded_losses_are_of_labels_only_and_a_loss_that_is_not_finite_stays_so():
+    data = ClientData(Examples.of([(torch.ones(2, 1), torch.zeros(2, 1))]), np.arange(1), 0, 1)
+    line = Loss(nn.Linear(1, 1, bias=False), "mse")
+    candidates = {"weight": torch.tensor([2.0, 3.0]).view(2, 1, 1)}
+    assert losses_of(line, candidates, data, 1, None, torch.ones(1)).mean.tolist() == [[4.0, 9.0]]
+    labels = ClientData(Examples.of([(torch.ones(2, 1), torch.zeros(2, dtype=torch.long))]), np.arange(1), 0, 1)
+    candidates = {"weight": torch.tensor([[[0.0], [torch.inf]], [[0.0], [0.0]]])}
+    found = losses_of(
+        Loss(nn.Linear(1, 2, bias=False), "cross_entropy"), candidates, labels, 2, None, torch.ones(1)
+    )
+    assert_close(found.mean, torch.tensor([[torch.nan, 0.5]]), equal_nan=True)
 
 
 # The server's side: what it tells.
@@ -212,6 +229,7 @@ def test_bias_and_excess_are_held_for_half_of_the_exploring_then_fade_and_then_t
     routes = known([0.75, 0.25], [0.8, -0.8], done, **labels)
     bias = [log(0.75), log(0.25)] if expected is None else [-0.8 * expected, 0.8 * expected]
     now = routes.tell(router, torch.tensor([0, 0, 0]))
+    assert now.exploring.tolist() == [float(expected is not None)] * 3
     assert_close(now.bias, torch.tensor([bias] * 3))
     left = 0.0 if expected is None else expected
     assert_close(now.excess, torch.tensor([[[left, -left], [-left, left]]] * 3))

@@ -179,7 +179,9 @@ class Ensemble:
         loss.module.eval()  # the whole of it: were only a copy put into this mode, training would not put it back
         one = Loss(loss.module.get_submodule("models.0"), loss.name)
         models = {name: leaf[0] for name, leaf in message.models.items()}
-        return losses_of(one, models, self.router.looked_at(data), max(1, message.told.frequency.shape[1]))
+        num_labels = max(1, message.told.frequency.shape[1])
+        data = self.router.looked_at(data)
+        return losses_of(one, models, data, num_labels, bounded=message.told.exploring)
 
 
 def drawn_apart(module: nn.Module, num_models: int, seed: int) -> Params:

@@ -329,14 +329,15 @@ class FLoRAL:
         """With each received adapter alone; clients of unequal ranks have received other adapters."""
         num_labels, stats = max(1, message.told.frequency.shape[1]), message.stats | private.stats
         if message.rank_share.dim() > 1:
-            return losses_of(loss, each_alone(message), data, num_labels, stats)
+            return losses_of(loss, each_alone(message), data, num_labels, stats, message.told.exploring)
         num_clients, some = len(data.clients), next(iter(message.adapters.values()))
         sums = some.new_zeros(num_clients, num_labels, some.shape[1])
         counts = some.new_zeros(num_clients, num_labels)
         for share in message.rank_share.unique():
             places = (message.rank_share == share).nonzero().squeeze(1)
             alone = each_alone(message, int(places[0]))
-            found = losses_of(loss, alone, data.among(places), num_labels, tree.rows(stats, places))
+            of = data.among(places), num_labels, tree.rows(stats, places), message.told.exploring[places]
+            found = losses_of(loss, alone, *of)
             sums[places], counts[places] = found.sums, found.counts
         return LabelLosses(sums, counts)
 

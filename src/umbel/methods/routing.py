@@ -12,6 +12,8 @@ phases; the first, exploring, lasts for a share of its rounds (`explore`) and th
 
     explore   b = −β ,  β_c ← β_c + log(C p_c), where p_c is the share of all examples routed to c: none is
               idle, none overfull, so that no group falls into the lap of another one's adapter.
+              Where targets are labels, ℓ is the mean of 1 − exp(−loss), the probability of a wrong label, for
+              of ten samples' cross-entropies the largest one or two decide.
               e_kc = λ Σ_y (n_ky / n_k) E_yc, where E is how much harder label y is for c than for the others,
               over all clients: a client with ten samples has labels by chance, and without this the C learn
               to tell sevens-and-ones from the rest. λ = min(1, 1 / R), R the clients' mean χ² of labels per
@@ -118,6 +120,7 @@ class Told:
     temperature: Tensor  # (K,) T; 0 before the first round is over
     excess: Tensor  # (K, Y, C) λ E
     frequency: Tensor  # (K, Y) of the labels, among all examples
+    exploring: Tensor  # (K,) 1 while routes are explored, else 0
 
 
 @state
@@ -189,7 +192,7 @@ class Routes:
         temperature = router.temperature * self.spread * COOLING**-cooling
         excess = fade / self.unevenness.clamp(min=1) * self._excess()
         frequency = self.label_counts / self.label_counts.sum().clamp(min=1)
-        told = (bias, temperature, excess, frequency)
+        told = (bias, temperature, excess, frequency, (past < 1).to(past.dtype))
         return Told(self.oracle[clients], *(broadcast(leaf, len(clients)) for leaf in told))
 
     def exploring(self, router: Router) -> bool:
@@ -253,7 +256,12 @@ class LabelLosses:
 
 
 def losses_of(
-    loss: Loss, candidates: Params, data: ClientData, num_labels: int = 1, private: Params | None = None
+    loss: Loss,
+    candidates: Params,
+    data: ClientData,
+    num_labels: int = 1,
+    private: Params | None = None,
+    bounded: Tensor | None = None,
 ) -> LabelLosses:
     """Each client's losses with each of C models, in evaluation mode, without gradients.
 
@@ -263,6 +271,8 @@ def losses_of(
         data: the K clients' examples.
         num_labels: Y; 1 where targets are no class labels: then all examples have the same.
         private: tensors that are each client's own in all C models, leading axis K.
+        bounded: (K,) whose losses are 1 − exp(−loss), for cross-entropy the probability of a wrong label;
+            only where there are labels.
     """
     num_clients, num_candidates = len(data.clients), next(iter(candidates.values())).shape[0]
     some = next(iter(candidates.values()))
@@ -282,6 +292,9 @@ def losses_of(
                 values = _one_by_one(loss, candidates, batch, private or {})
             else:
                 values = _at_once(loss, candidates, batch)
+            if bounded is not None and num_labels > 1:
+                own = (bounded > 0).unsqueeze(1).expand(batch.y.shape[:2]).reshape(-1, 1)
+                values = torch.where(own & values.isfinite(), -torch.expm1(-values), values)
             sums.index_add_(0, place, values.to(some.dtype) * weight.unsqueeze(1))
             counts.index_add_(0, place, weight)
     return LabelLosses(sums.view(num_clients, num_labels, -1), counts.view(num_clients, num_labels))
