@@ -17,7 +17,7 @@ from umbel.cli import app
 from umbel.cli.options import of_method
 from umbel.folder import read_lines
 
-COMMANDS = ["tasks", "methods", "run", "compare", "resume", "onboard", "report"]
+COMMANDS = ["tasks", "methods", "run", "compare", "resume", "onboard", "export", "report"]
 
 
 @pytest.fixture(autouse=True)

@@ -193,7 +193,8 @@ def write(path: Path, content: bytes) -> None:
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes the tensors by name, as safetensors."""
     with _told(path):
-        save_file({name: leaf.contiguous().cpu().clone() for name, leaf in tensors.items()}, path)
+        whole = {name: leaf.contiguous().cpu().clone() for name, leaf in tensors.items()}
+        save_file(whole, path, metadata={"format": "pt"})
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

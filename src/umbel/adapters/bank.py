@@ -17,8 +17,9 @@ from math import prod
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from umbel.errors import RecipeError
 from umbel.tree import Params
 
 Kind = Literal["linear", "conv", "embedding", "norm", "bias"]
@@ -101,9 +102,33 @@ class Bank:
     )  # adapted, but not trained: everyone's own copy
     gain: float = 6.0  # A ~ U(−√(gain / fan_in), √(gain / fan_in))
     peft: dict[str, Any] = field(default_factory=dict, repr=False)  # the LoraConfig's settings, if PEFT adapts
+    seeds: tuple[Params, ...] = field(default=(), compare=False, repr=False)  # what the first adapters start from
 
     def init(self, num_adapters: int, draw: torch.Generator, b_std: float) -> Params:
-        """C adapters, tensors with a leading axis C.
+        """C adapters, tensors with a leading axis C: the seeds, and `drawn` ones after them.
+
+        A seed may have fewer ranks. The others keep their drawn rows of A and get zeros in B, so that the product
+        is the seed's and training can use all of the rank.
+
+        Raises:
+            RecipeError: there are more seeds than adapters.
+        """
+        if len(self.seeds) > num_adapters:
+            raise RecipeError(
+                f"adapter.seeds: {len(self.seeds)} folders for {num_adapters} adapters; leave some out, "
+                f"or raise num_adapters where the method has it"
+            )
+        tensors = self.drawn(num_adapters, draw, b_std)
+        for place, seed in enumerate(self.seeds):
+            for part in self.low_rank:
+                a, b = seed[part.a_name], seed[part.b_name]
+                tensors[part.a_name][place, : len(a)] = a
+                tensors[part.b_name][place, :, : len(a)] = b
+                tensors[part.b_name][place, :, len(a) :] = 0
+        return tensors
+
+    def drawn(self, num_adapters: int, draw: torch.Generator, b_std: float) -> Params:
+        """C random adapters, tensors with a leading axis C.
 
         A ~ U(−√(gain/fan_in), √(gain/fan_in)) and B ~ N(0, b_std² / r), independent for each adapter, so that
         B·A is as large for any rank r; b_std = 0 is LoRA's own start, at which the adapted model is the base.
@@ -125,6 +150,16 @@ class Bank:
         for update in self.additive:
             tensors[update.name] = torch.zeros(num_adapters, *update.shape)
         return tensors
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """The type of the adapters' numbers: the module's own.
+
+        Beside a base of PEFT's it is at least float32, for its layers convert what they see, and numbers of half
+        precision or packed ones cannot be trained by small steps.
+        """
+        kinds = [leaf.dtype for leaf in module.parameters() if leaf.is_floating_point()]
+        first = kinds[0] if kinds else torch.float32
+        return torch.promote_types(first, torch.float32) if self.peft else first
 
     @property
     def layers(self) -> tuple[str, ...]:

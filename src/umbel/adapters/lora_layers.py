@@ -140,7 +140,7 @@ def factors_of(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def inner_of(module: nn.Module) -> tuple[str, nn.Module]:
-    """The module that PEFT adapts and its path with a dot: the model of transformers inside, or the module itself."""
+    """The module that PEFT adapts, and its path with a dot: transformers' model inside, or the module itself."""
     from transformers import PreTrainedModel
 
     for path, layer in module.named_modules():
@@ -177,7 +177,7 @@ def with_lora(module: nn.Module, table: Mapping[str, Any]) -> nn.Module:
                 f"name it in adapter.peft.exclude_modules"
             )
         _check_layer(path, layer)
-        if _in_rows(layer):
+        if _in_rows(inner, layer):
             layer.__class__ = _embedding_in_rows()
     for name, leaf in inner.named_parameters():  # PEFT has frozen the head too
         leaf.requires_grad_(requires.get(name, "lora_" in name))
@@ -189,23 +189,29 @@ def _check_layer(path: str, layer: Any) -> None:
     base = layer.get_base_layer()
     why = ""
     if isinstance(base, nn.MultiheadAttention):
-        why = "nn.MultiheadAttention is no single matrix"
+        why = "for nn.MultiheadAttention is no single matrix"
     elif isinstance(base, nn.modules.conv._ConvNd):
         if base.groups > 1:
-            why = f"it is a convolution with {base.groups} groups, whose ranks belong to one group each"
+            why = f"for it is a convolution with {base.groups} groups, whose ranks belong to one group each"
         elif any(step > 1 for step in base.dilation) or base.padding_mode != "zeros":
-            why = "PEFT leaves out a convolution's dilation and padding mode"
+            why = "for PEFT leaves out a convolution's dilation and padding mode"
     if why:
         raise ModelError(
-            f"adapter.peft.target_modules: {path} cannot be adapted: {why}; name it in adapter.peft.exclude_modules"
+            f"adapter.peft.target_modules: {path} cannot be adapted, {why}; "
+            f"name it in adapter.peft.exclude_modules"
         )
 
 
-def _in_rows(layer: Any) -> bool:
-    """Whether it is a plain embedding, whose factors may have a leading client axis (model/stacked.py)."""
+def _in_rows(inner: nn.Module, layer: Any) -> bool:
+    """Whether it is a plain embedding of the words, whose factors may have a leading client axis (stacked.py).
+
+    Other embeddings, of positions and the like, see the same for all rows.
+    """
     base = layer.get_base_layer()
-    plain = type(base) in (nn.Embedding, stacked.StackedEmbedding) and NAME in layer.lora_embedding_A
-    return plain and base.max_norm is None and not base.scale_grad_by_freq
+    if type(base) not in (nn.Embedding, stacked.StackedEmbedding) or base.max_norm or base.scale_grad_by_freq:
+        return False
+    words: Any = getattr(inner, "get_input_embeddings", lambda: None)
+    return words() is layer
 
 
 @cache
@@ -213,20 +219,20 @@ def _embedding_in_rows() -> type[nn.Module]:
     """PEFT's layer for embeddings, but that its factors may have a leading client axis."""
     from peft.tuners.lora.layer import Embedding
 
-    class EmbeddingInRows(Embedding):  # type: ignore[misc]
+    class EmbeddingInRows(Embedding):
         client_axis = f"lora_embedding_A.{NAME}", f"lora_embedding_B.{NAME}"
 
         def forward(self, x: Tensor) -> Tensor:
             a, b = factors_of(self)
-            if a.dim() == 2:
+            if a.dim() == b.dim() == 2:
                 plain: Tensor = super().forward(x)
                 return plain
             path = stacked.linear(stacked.embedding(x, a.mT), b) * self.scaling[NAME]
-            base = self.get_base_layer()
+            base: Any = self.get_base_layer()
             if base.padding_idx is not None:  # its row is used as it is, but never trained
-                path = torch.where((x == base.padding_idx).unsqueeze(-1), path.detach(), path)
+                path = torch.where(torch.eq(x, base.padding_idx).unsqueeze(-1), path.detach(), path)
             embedded: Tensor = base(x)
-            return (embedded + path).to(embedded.dtype)
+            return torch.add(embedded, path).to(embedded.dtype)
 
     return EmbeddingInRows
 

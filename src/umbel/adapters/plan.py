@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from umbel.adapters.bank import Additive, Bank, Kind, LowRank
+from umbel.adapters.lora_folders import seed_of
 from umbel.adapters.lora_layers import parts_of
 from umbel.errors import ModelError, RecipeError
 
@@ -32,6 +33,8 @@ class AdapterPlan:
             the low-rank path beside it, "auto" takes the cheaper of the two, layer by layer.
         peft: the settings of PEFT's LoraConfig (r, lora_alpha, target_modules, …). With them it is PEFT that
             adapts a frozen base, and of the settings above none is left.
+        seeds: folders written by PEFT's save_pretrained, or by `umbel export`: what the first adapters start from,
+            one each; the others are drawn. Heads in them are not read. With peft only.
     """
 
     rank: int | float = 0.1
@@ -41,12 +44,15 @@ class AdapterPlan:
     scale: float = 1.0
     realization: Realization = "auto"
     peft: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.peft:
             for setting in fields(self):
-                if setting.name != "peft" and getattr(self, setting.name) != setting.default:
+                if setting.name not in ("peft", "seeds") and getattr(self, setting.name) != setting.default:
                     raise RecipeError(f"adapter.{setting.name}: with adapter.peft, say it there")
+        elif self.seeds:
+            raise RecipeError("adapter.seeds: folders of PEFT's want adapters made by PEFT; set adapter.peft")
         if self.rank <= 0 or (self.rank >= 1 and self.rank != int(self.rank)):
             raise RecipeError(
                 f"adapter.rank = {self.rank}: give a whole rank of at least 1, or a budget between 0 and 1"
@@ -62,7 +68,7 @@ class AdapterPlan:
             ModelError: nothing in the module can be adapted, or the rank is larger than a layer allows.
         """
         if self.peft:
-            return Bank(parts_of(module, self.peft), (), gain=1.0, peft=self.peft)
+            return self._of_peft(module)
         low_rank: list[LowRank] = []
         additive: list[Additive] = []
         for path, layer in module.named_modules():
@@ -93,6 +99,12 @@ class AdapterPlan:
         merged = [part.name for part in parts if not part.factored] + [update.name for update in updates]
         untrained = [name for name in merged if freeze or not first[name].requires_grad]
         return Bank(parts, updates, self.scale, {name: first[name].detach().clone() for name in untrained})
+
+    def _of_peft(self, module: nn.Module) -> Bank:
+        """The updates that PEFT would make. Raises RecipeError where a folder of `seeds` does not fit."""
+        parts = parts_of(module, self.peft)
+        seeds = tuple(seed_of(parts, folder) for folder in self.seeds)
+        return Bank(parts, (), gain=1.0, peft=self.peft, seeds=seeds)
 
     def _low_rank(
         self, name: str, kind: Kind, layer: nn.Module, tensor: Tensor, batch_size: int, frozen: bool

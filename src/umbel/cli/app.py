@@ -242,6 +242,46 @@ def onboard(
             onboarding.held_out(folders, numbers_of("samples", samples), as_json)
 
 
+@app.command(cls=Command)
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of a run.")],
+    client: Annotated[str | None, typer.Option(metavar="0,3", help="Whose models.")] = None,
+    everyone: Annotated[bool, typer.Option("--all", help="Every client's model.")] = False,
+    adapter: Annotated[int | None, typer.Option(metavar="C", help="One adapter of FLoRAL's bank, alone.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="By default FOLDER/export/client-0003; of several models their parent.", metavar="FOLDER"
+        ),
+    ] = None,
+    rank: Annotated[
+        int,
+        typer.Option(min=0, metavar="R", help="Truncate to this rank; by default models are exact."),
+    ] = 0,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace what was exported before.")] = False,
+    as_json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write clients' models as PEFT folders, which load without umbel.
+
+    For runs whose adapters are PEFT's (adapter.peft in the recipe). A client's mixture of adapters becomes one
+    LoRA of their ranks together, with the client's head if it has one; in Python
+
+      PeftModel.from_pretrained(base_model, "adapters/client-0003")
+
+    With --rank it is the nearest one of a lower rank, and the table says how far each layer's update is off.
+
+    Example: umbel export runs/glue-floral-seed0 --client 3
+
+    Example: umbel export runs/glue-floral-seed0 --all --out adapters --rank 8
+    """
+    with told():
+        from umbel.cli import exporting
+
+        clients = numbers_of("client", client) if client is not None else None
+        exporting.write(exporting.Asked(folder, clients, everyone, adapter, out, rank, replace, quiet), as_json)
+
+
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER…", help="Of runs or comparisons.")],

@@ -140,6 +140,11 @@ class FLoRAL:
             raise RecipeError(
                 "floral: layer_routers needs router.kind = 'gradient': losses tell adapters apart, not layers"
             )
+        if self.averaging == "delta" and self.adapter.peft:
+            raise RecipeError(
+                "floral: averaging = 'delta' adds to the weights themselves, which adapter.peft leaves alone; "
+                "take 'product'"
+            )
         if (self.averaging != "factor" or self.report_error) and (self.ranks or self.layer_routers):
             raise RecipeError(
                 "floral: ranks and layer_routers go with averaging = 'factor' only, and without report_error"
@@ -156,7 +161,7 @@ class FLoRAL:
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
         bank = self.bank(module)
         base = {} if self.freeze_base else trained_params(module, needed=False)
-        dtype = next(module.parameters()).dtype
+        dtype = bank.dtype(module)
         drawn = bank.init(self.num_adapters, generator(population.seed, "adapters"), self.init_std)
         adapters = {name: leaf.to(dtype) for name, leaf in drawn.items()}
         remainder = {}
@@ -375,7 +380,7 @@ class FLoRAL:
         routes = shared.routes
         heaviest = int(routes.share.argmax())
         draw = generator(int(routes.round), "restart")
-        fresh = shared.bank.init(self.num_adapters, draw, self.init_std)
+        fresh = shared.bank.drawn(self.num_adapters, draw, self.init_std)
 
         def instead(leaf: Tensor, new: Tensor) -> Tensor:
             return torch.where(mixing.as_leading(dead, leaf), new, leaf)

@@ -55,7 +55,7 @@ class LocalAdapter(FedAvg):
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
         bank = self._bank(module)
         base = trained_params(module, needed=False)
-        dtype = next(module.parameters()).dtype
+        dtype = bank.dtype(module)
         drawn = bank.init(1, generator(population.seed, "adapters"), self.init_std)
         adapter = {name: leaf.to(dtype) for name, leaf in drawn.items()}
         stats = {name: leaf.detach().clone() for name, leaf in running_stats(module).items()}

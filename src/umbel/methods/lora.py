@@ -54,7 +54,7 @@ class Upload:
 def start(module: nn.Module, bank: Bank, freeze_base: bool, population: Population) -> tuple[Params, Params]:
     """The base, and LoRA's own start of the whole adapter (leading axis 1), at which the model is the base."""
     base = {} if freeze_base else trained_params(module, needed=False)
-    dtype = next(module.parameters()).dtype
+    dtype = bank.dtype(module)
     drawn = bank.init(1, generator(population.seed, "adapters"), 0.0)
     return base, {name: leaf.to(dtype) for name, leaf in drawn.items()}
 

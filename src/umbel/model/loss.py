@@ -14,7 +14,7 @@ from torch.func import functional_call, vmap
 from umbel.clients import Batch, ClientData
 from umbel.errors import DataError, ModelError
 from umbel.model.dropout import dropout_keys
-from umbel.model.stacked import takes_client_axis
+from umbel.model.stacked import RowsMeetError, rows_of, takes_client_axis
 from umbel.tree import Params, is_broadcast
 
 LossName = Literal["cross_entropy", "mse"]
@@ -93,8 +93,12 @@ class Loss:
         shared = {name: leaf[0] for name, leaf in params.items() if is_broadcast(leaf)}
         own = {name: leaf for name, leaf in params.items() if name not in shared}
         if self.stackable.issuperset(own):
-            rows: Tensor = self._forward(shared | own, x.flatten(0, 1))
-            return rows.view(*x.shape[:2], *rows.shape[1:])
+            try:
+                with rows_of(x.shape[0] * x.shape[1]):
+                    rows: Tensor = self._forward(shared | own, x.flatten(0, 1))
+                return rows.view(*x.shape[:2], *rows.shape[1:])
+            except RowsMeetError:
+                pass  # vmap keeps them apart
         x_dim = None if is_broadcast(x) and own else 0
         try:
             forward = vmap(lambda p, x: self._forward(shared | p, x), in_dims=(0, x_dim))

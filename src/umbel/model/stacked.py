@@ -6,6 +6,9 @@ tensor for each client is one batched product. No `vmap`: attention kernels, che
 quantised layers work as they do in one model.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -30,6 +33,33 @@ _APART = (
 )  # layers that look at one row at a time
 
 
+class RowsMeetError(RuntimeError):
+    """A layer with a client's own tensor sees something else than the rows of the batch."""
+
+
+_num_rows: ContextVar[int] = ContextVar("num_rows", default=0)
+
+
+@contextmanager
+def rows_of(num_rows: int) -> Iterator[None]:
+    """Inside, what has one row is for all of so many (a text's positions, say); any other number is an error."""
+    token = _num_rows.set(num_rows)
+    try:
+        yield
+    finally:
+        _num_rows.reset(token)
+
+
+def _each_row(x: Tensor) -> Tensor:
+    """(K·B, …) for x (K·B, …) or (1, …)."""
+    wanted = _num_rows.get()
+    if not wanted or len(x) == wanted:
+        return x
+    if len(x) == 1:
+        return x.expand(wanted, *x.shape[1:])
+    raise RowsMeetError(f"a layer sees {len(x)} rows of a batch of {wanted}")
+
+
 class StackedLinear(nn.Linear):
     """A linear layer whose weight is (out, in) or (K, out, in), and whose bias is (out,) or (K, out)."""
 
@@ -51,6 +81,7 @@ class StackedLayerNorm(nn.LayerNorm):
         weight, bias = self.weight, self.bias
         if weight is None or (weight.dim() == 1 and (bias is None or bias.dim() == 1)):
             return super().forward(x)
+        x = _each_row(x)
         normed = F.layer_norm(x, self.normalized_shape, None, None, self.eps) * _for_rows(weight, x)
         return normed if bias is None else normed + _for_rows(bias, x)
 
@@ -60,7 +91,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.dim() == 2:
         if bias is None or bias.dim() == 1:
             return F.linear(x, weight, bias)
+        x = _each_row(x)
         return F.linear(x, weight) + _for_rows(bias, x)
+    x = _each_row(x)
     rows = x.reshape(len(weight), -1, x.shape[-1])
     if bias is not None and bias.dim() == 1:
         bias = bias.expand(len(weight), -1)
@@ -72,6 +105,7 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """(K·B, …, width) for ids (K·B, …); weight (vocabulary, width) or (K, vocabulary, width)."""
     if weight.dim() == 2:
         return F.embedding(ids, weight)
+    ids = _each_row(ids)
     first = torch.arange(len(weight), device=ids.device) * weight.shape[1]
     shifted = ids.reshape(len(weight), -1) + first.unsqueeze(1)
     return F.embedding(shifted, weight.flatten(0, 1)).view(*ids.shape, weight.shape[2])
