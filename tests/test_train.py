@@ -61,6 +61,24 @@ def test_adamw_is_pytorchs_own_for_each_client(counts):
         assert_close(own, {n: leaf.detach() for n, leaf in by_pytorch(examples, client, LOCAL, module).items()})
 
 
+def test_gradients_that_are_views_are_stepped_along_all_the_same():
+    # That of a part of two joined tensors is such a view.
+    examples = Examples.of([(torch.eye(3), torch.zeros(3, 1))] * 4)
+    data = ClientData(examples, np.arange(4), 0, 1)
+    start = {"a": {"w": torch.ones(4, 1, 3)}, "b": {"w": torch.ones(4, 1, 3)}}
+    target = torch.arange(24.0).view(4, 2, 3)
+
+    def objective(groups, _batch, _step):
+        return (torch.cat([groups["a"]["w"], groups["b"]["w"]], 1) * target).flatten(1).sum(1)
+
+    local = LocalTraining(optimizer="adamw", lr=0.1, batch_size=3)
+    groups, _ = local_train(objective, start, data, local, {"a": 0.1, "b": 0.1})
+    moved = 1 - 0.1 * torch.ones(4, 1, 3)  # the first step of Adam is the sign of the gradient
+    moved[0, 0, 0] = 1  # whose gradient is 0
+    assert_close(groups["a"]["w"], moved)
+    assert_close(groups["b"]["w"], torch.full((4, 1, 3), 0.9))
+
+
 def test_moments_go_on_where_they_were_left():
     examples = clients(8, 8)
     start = no_moments(

@@ -208,6 +208,7 @@ class _Optimizer:
         chosen = [i for i, adam in enumerate(self.adam) if adam]
         leaves, rates = [self.leaves[i] for i in chosen], [self.rates[i] * share for i in chosen]
         first, second = ([self.moments[f"{part}/{name}"] for name in self.names] for part in ("m", "v"))
+        grads = [grad.contiguous() for grad in grads]  # the fused step reads memory as if it were
         if active is None and bool((count == count[0]).all()):  # PyTorch's own, in one pass over memory
             for rate in set(rates):
                 same = [k for k, other in enumerate(rates) if other == rate]
