@@ -24,11 +24,15 @@ def real_data():
 @pytest.fixture(scope="session")
 def tiny_data_folder(tmp_path_factory):
     """Data sets of noise, in the format of the true ones and with the same classes."""
+    import small_texts
+
     folder = tmp_path_factory.mktemp("data")
     draw = np.random.Generator(np.random.Philox(key=0))
     images, text = folder / "images", folder / "text"
     images.mkdir()
-    text.mkdir()
+    small_texts.write_texts(folder)
+    small_texts.write_base(folder / "models" / "stories260K")
+    small_texts.write_vit(folder / "models" / "vit")
 
     def sheet(name, count):
         rows = count // 100

@@ -22,6 +22,7 @@ class Examples:
     y: Tensor  # (N, …)
     start: np.ndarray  # (clients,) int64
     count: np.ndarray  # (clients,) int64
+    slots: np.ndarray | None = None  # (clients,) of how many slots a client's examples are; None: of one
 
     @staticmethod
     def of(clients: Sequence[tuple[Tensor, Tensor]]) -> "Examples":
@@ -66,7 +67,7 @@ class Examples:
         return len(self.count)
 
     def to(self, device: torch.device) -> "Examples":
-        return Examples(self.x.to(device), self.y.to(device), self.start, self.count)
+        return Examples(self.x.to(device), self.y.to(device), self.start, self.count, self.slots)
 
     def of_client(self, client: int) -> tuple[Tensor, Tensor]:
         """The (x, y) of one client."""
@@ -145,8 +146,8 @@ class ClientData:
         return replace(self, part=tuple(part))
 
     def num_steps(self, size: int, epochs: int = 1, steps: int = 0) -> int:
-        """The steps of the client with the most of them; `steps`, if given, are everyone's."""
-        return steps or epochs * -(-int(self._counts.max()) // size)
+        """The steps of the client with the most of them; `steps`, if given, are everyone's for each slot."""
+        return int(self._steps(steps).max()) if steps else epochs * -(-int(self._counts.max()) // size)
 
     def draw(self, purpose: str, function: Callable[[torch.Generator], Tensor]) -> Tensor:
         """(K, …) `function` of each client's own generator for this purpose and round."""
@@ -156,16 +157,21 @@ class ClientData:
     def batches(self, size: int, epochs: int = 1, shuffle: bool = True, steps: int = 0) -> Iterator[Batch]:
         """Local epochs in batches of `size`; the last batch of an epoch may be smaller.
 
-        With `steps` there are so many batches for everyone, however many epochs that takes. Otherwise a client
-        with fewer batches than another sits the last ones out (`active` False).
+        With `steps` there are so many batches for everyone (and for each of its slots), however many epochs that
+        takes. A client with fewer batches than another sits the last ones out (`active` False).
         """
         keys = torch.tensor([seed_of(self.seed, "step", self.round, int(k)) for k in self.clients])
-        passes = [-(-steps // -(-int(n) // size)) if steps else epochs for n in self._counts]
+        own = self._steps(steps)
+        counts = zip(own, self._counts, strict=True)
+        passes = [int(-(-all // -(-n // size))) if steps else epochs for all, n in counts]
         if not shuffle:
             stored = self._stored(size, max(passes))
-            return self._gather(stored[:, : steps * size] if steps else stored, size, keys, self.augment)
+            if steps:
+                stored = stored[:, : own.max() * size]
+                stored[np.arange(stored.shape[1]) >= own[:, None] * size] = -1
+            return self._gather(stored, size, keys, self.augment)
         orders = [self._shuffled(place, size, times) for place, times in enumerate(passes)]
-        orders = [order[: steps * size] for order in orders] if steps else orders
+        orders = [order[: n * size] for order, n in zip(orders, own, strict=True)] if steps else orders
         index = np.full((len(orders), max(map(len, orders))), -1, dtype=np.int64)
         for row, order in zip(index, orders, strict=True):
             row[: len(order)] = order
@@ -174,6 +180,13 @@ class ClientData:
     def in_order(self, size: int) -> Iterator[Batch]:
         """Every example once, as stored, in batches of `size`; nothing in them is random."""
         return self._gather(self._stored(size, 1), size, torch.zeros(len(self.clients), dtype=torch.long))
+
+    def _steps(self, steps: int) -> np.ndarray:
+        """(K,) so many for each of a client's slots."""
+        if self.examples.slots is None:
+            return np.full(len(self.clients), steps)
+        own: np.ndarray = self.examples.slots[self.clients] * steps
+        return own
 
     def _shuffled(self, place: int, size: int, epochs: int) -> np.ndarray:
         """Rows of `examples` in training order, each epoch filled up to whole batches with −1."""

@@ -190,9 +190,10 @@ class Cohort:
         What is counted grows with batches and with examples, so local rounds that differ by half a batch and
         by one give it for any number of examples, and take no longer for a client that has many.
         """
-        size = min(self.method.local.batch_size, COUNTED_BATCH)
+        size, local = min(self.method.local.batch_size, COUNTED_BATCH), self.method.local
         method: Any = self.method
-        method = replace(method, local=replace(method.local, batch_size=size))
+        epochs = 1 if local.steps else local.epochs
+        method = replace(method, local=replace(local, batch_size=size, epochs=epochs, steps=0))
         x, y = self.train.of_client(int(client[0]))
 
         def counted(count: int) -> tuple[float, int, Any]:
@@ -216,7 +217,7 @@ class Cohort:
         steps = {"round": steps_of_one - (past + 1) * batch_steps, "batch": batch_steps}
         server = sum(leaf.numel() * leaf.element_size() for leaf in tree.tensors(shared).values())
         down = tree.group_bytes(self.method.send(shared, self._index(client)))
-        return Cost(down, tree.group_bytes(upload), flops, steps, self.method.local.batch_size, server)
+        return Cost(down, tree.group_bytes(upload), flops, steps, local.batch_size, server, local.steps)
 
     def _index(self, clients: np.ndarray) -> Tensor:
         return torch.from_numpy(clients.astype(np.int64)).to(self.train.x.device)
@@ -227,7 +228,8 @@ class Cost:
     """What a method costs one client in one round, and the server all the time.
 
     A local round of n examples, ⌈n / batch_size⌉ batches of them, costs so much for the round itself, so
-    much for each batch and so much for each example; all epochs are in these figures.
+    much for each batch and so much for each example; all epochs are in these figures. Where the number of batches
+    is fixed they are of one epoch, and counted are the batches and examples that come to that number.
     """
 
     down: dict[str, int]  # bytes by tensor group
@@ -236,15 +238,21 @@ class Cost:
     steps: dict[str, int]  # of the optimizer, of a "round", a "batch"
     batch_size: int
     server_bytes: int  # what the server holds between rounds
+    local_steps: int = 0  # of a client for each of its slots; 0: whole epochs
 
     @property
     def bytes_down(self) -> int:
         """What one client receives."""
         return sum(self.down.values())
 
-    def of(self, counts: np.ndarray) -> dict[str, Any]:
-        """A round's figures, for clients with so many examples each (K,)."""
-        clients, examples, batches = len(counts), int(counts.sum()), int(-(-counts // self.batch_size).sum())
+    def of(self, counts: np.ndarray, slots: np.ndarray | None = None) -> dict[str, Any]:
+        """A round's figures, for clients with so many examples each (K,), of so many slots (K,), or of one."""
+        seen, done = counts, -(-counts // self.batch_size)  # in an epoch
+        if self.local_steps:
+            fixed = self.local_steps * (np.ones_like(counts) if slots is None else slots)
+            seen = fixed // done * counts + np.minimum(fixed % done * self.batch_size, counts)
+            done = fixed
+        clients, examples, batches = len(counts), int(seen.sum()), int(done.sum())
         flops, steps = self.flops, self.steps
         return {
             "flops": clients * flops["round"] + batches * flops["batch"] + examples * flops["example"],

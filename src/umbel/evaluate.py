@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from umbel.clients import ClientData, Examples
+from umbel.clustering import agreement
 from umbel.cohort import Cohort, PrivateStore
 from umbel.model.loss import IGNORED
 from umbel.tree import Params
@@ -20,7 +21,7 @@ WORST = 0.1  # the share of clients that "worst decile" speaks of
 
 @dataclass(frozen=True)
 class Scores:
-    """One number a client; `accuracy` in % is None where the task is no classification."""
+    """One number a client (a test, if pooled); `accuracy` in % is None where the task is no classification."""
 
     loss: np.ndarray  # (K,)
     accuracy: np.ndarray | None  # (K,)
@@ -37,14 +38,34 @@ class Scores:
             "worst_decile": float(np.sort(self.accuracy)[:worst].mean()),
         }
 
+    def of_groups(self, group: np.ndarray) -> dict[str, list[float]]:
+        """The mean score of every group (K,), over all of its clients: accuracy in %, or loss."""
+        values = self.loss if self.accuracy is None else self.accuracy
+        return {"by_group": [round(float(values[group == one].mean()), 5) for one in np.unique(group)]}
+
 
 Serve = Callable[[np.ndarray], tuple[Params, Tensor]]
 """K clients → the tensors of their models, leading axis K, and (K, C) how they mix them."""
 
 
-def evaluate(cohort: Cohort, shared: Any, store: PrivateStore, examples: Examples, clients: np.ndarray) -> Scores:
-    """The scores of these clients' personal models on `examples`, in the order of `clients`."""
-    return scores(cohort, lambda chunk: cohort.served(shared, store.rows(chunk), chunk), examples, clients)
+def evaluate(
+    cohort: Cohort,
+    shared: Any,
+    store: PrivateStore,
+    examples: Examples,
+    tests: np.ndarray,
+    serves: np.ndarray | None = None,
+) -> Scores:
+    """The scores of the clients' personal models on these tests of `examples`, in the order of `tests`.
+
+    The model is that of the client `serves[test]`, or where nothing is said of the client with the test's number.
+    """
+
+    def serve(chunk: np.ndarray) -> tuple[Params, Tensor]:
+        clients = chunk if serves is None else serves[chunk]
+        return cohort.served(shared, store.rows(clients), clients)
+
+    return scores(cohort, serve, examples, tests)
 
 
 def scores(cohort: Cohort, serve: Serve, examples: Examples, clients: np.ndarray) -> Scores:
@@ -84,7 +105,8 @@ def routing(mixture: np.ndarray, group: np.ndarray | None) -> dict[str, Any]:
         entropy_nats: mean over clients of −Σ_c π log π, between 0 and log C.
         usage: C shares, the mean of π.
         dead: how many of the C no client leans on most, with a usage below 1 %.
-        nmi, ari: agreement of the heaviest route with the true groups, where these are known.
+        nmi, ari, cluster_accuracy: agreement of the heaviest route with the true groups, where these are known
+            (`clustering.agreement`).
     """
     if mixture.shape[1] == 0:
         return {}
@@ -98,16 +120,11 @@ def routing(mixture: np.ndarray, group: np.ndarray | None) -> dict[str, Any]:
         "dead": int(dead.sum()),
     }
     if group is not None:
-        figures["nmi"], figures["ari"] = _agreement(
-            top.tobytes(), group.astype(top.dtype).tobytes(), str(top.dtype)
-        )
+        figures |= _agreement(top.tobytes(), group.astype(top.dtype).tobytes(), str(top.dtype))
     return figures
 
 
 @lru_cache(maxsize=64)
-def _agreement(routes: bytes, group: bytes, dtype: str) -> tuple[float, float]:
+def _agreement(routes: bytes, group: bytes, dtype: str) -> dict[str, float]:
     # Routes rarely change from one round to the next, and scikit-learn takes a millisecond.
-    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-
-    a, b = np.frombuffer(routes, dtype), np.frombuffer(group, dtype)
-    return float(normalized_mutual_info_score(b, a)), float(adjusted_rand_score(b, a))
+    return agreement(np.frombuffer(routes, dtype), np.frombuffer(group, dtype))

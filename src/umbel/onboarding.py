@@ -118,6 +118,8 @@ def onboard(
         raise RecipeError(f"samples must be numbers from 0 on, got {list(samples)}")
     result = run if isinstance(run, Result) else opened(run, task, method)
     clients = held_out(result.task.num_clients, result.schedule)
+    if result.task.serves is not None:
+        raise RecipeError("pool: the clients of this run are pooled, and none of them is onboarded slot by slot")
     if not len(clients):
         raise RecipeError(
             "every client of this run has trained, so none is left to be onboarded; hold some out of a new run, "

@@ -136,9 +136,10 @@ def read(table: Table, label: str) -> Recipe:
     weighting = _merged(
         {"weighting": table.get("weighting", {})}, {"weighting": method_table.pop("weighting", {})}
     )
+    arranged = weighting | ({"pool": method_table.pop("pool")} if "pool" in method_table else {})
     method = _named(method_table, METHODS, f"method.{label}", default=label)
     task = _named(dict(table.get("task", {})), TASKS, "task", default=None)
-    schedule = build(Schedule, {k: v for k, v in table.items() if k in schedule_keys} | weighting, "")
+    schedule = build(Schedule, {k: v for k, v in table.items() if k in schedule_keys} | arranged, "")
     return Recipe(label, task, method, schedule, build(Engine, table.get("engine", {}), "engine"))
 
 

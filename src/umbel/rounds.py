@@ -45,7 +45,7 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
     # start is drawn on the CPU, whatever the device.
     model = seed_dropout(copied(task.model) if device.type == "cpu" else deepcopy(task.model)).cpu()
     check_repeatable(model, task.train.x[:2].cpu())
-    group = None if task.group is None else task.group.cpu()
+    group = None if task.group is None or task.serves is not None else task.group.cpu()
     shared, fresh = method.init(
         model,
         Population(
@@ -99,7 +99,10 @@ def rounds(
     method, shared, store = cohort.method, at.shared, at.store
     members = participants(task.num_clients, schedule)
     test = task.test.to(cohort.train.x.device)
-    group = None if task.group is None else task.group.cpu().numpy()
+    tests = task.tests_of(members)
+    group = None if task.group is None else task.group[tests].cpu().numpy()
+    serves = None if task.serves is None else task.serves.cpu().numpy()
+    slots = task.train.slots
     cost = cost or cohort.cost(shared, store, members[:1])  # of one client
     for round in range(at.round + 1, schedule.rounds + 1):
         begin = perf_counter()
@@ -113,7 +116,7 @@ def rounds(
             "train_loss": tally.mean_loss,
             "bytes_up": tally.upload_bytes,
             "bytes_down": len(clients) * bytes_down,
-            **cost.of(task.train.count[clients]),
+            **cost.of(task.train.count[clients], None if slots is None else slots[clients]),
             "train_seconds": perf_counter() - begin,
         }
         if tally.dropped:
@@ -121,7 +124,9 @@ def rounds(
         figures |= {name: float(value) for name, value in getattr(shared, "figures", {}).items()}
         scores = None
         if round % schedule.evaluate_every == 0 or round == schedule.rounds:
-            scores = evaluate(cohort, shared, store, test, members)
-            figures |= scores.summary() | routing(scores.mixture, None if group is None else group[members])
+            scores = evaluate(cohort, shared, store, test, tests, serves)
+            figures |= scores.summary() | routing(scores.mixture, group)
+            if group is not None:
+                figures |= scores.of_groups(group)
         figures["seconds"] = perf_counter() - begin
         yield Progress(round, shared, store, figures, scores)

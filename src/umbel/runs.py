@@ -19,6 +19,7 @@ from umbel.recipe import Recipe, build, load, name_of, read
 from umbel.rounds import Progress, participants, rounds, start
 from umbel.schedule import Schedule
 from umbel.tasks import Task
+from umbel.tasks.pool import pooled
 from umbel.tree import Params
 
 Watcher = Callable[[Progress], None]
@@ -140,6 +141,7 @@ def _begin(
 ) -> Result:
     if path is not None:
         check_free(Path(path))  # before any work is done
+    task = pooled(task) if schedule.pool else task
     cohort, at = start(task, method, schedule, engine)
     cost = cohort.cost(at.shared, at.store, participants(task.num_clients, schedule)[:1])
     folder = None
@@ -169,6 +171,7 @@ def _opened(path: Path, task: Task | None, method: Method | None) -> tuple[RunFo
         facts = RunFolder.opened(path, {}).facts()
         schedule, engine = build(Schedule, facts["schedule"], "schedule"), Engine(**facts["engine"])
         folder = RunFolder.opened(path, _identity(task, method, schedule))
+    task = pooled(task) if schedule.pool else task
     checkpoint, warnings = folder.latest()
     facts = folder.facts()
     chunk = int(facts["chunk"])
@@ -218,7 +221,7 @@ def _record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> 
         if scores.mixture.shape[1]:
             line["mixture"] = _rounded(scores.mixture)
         if task.group is not None:
-            line["group"] = task.group[participants(task.num_clients, schedule)].tolist()
+            line["group"] = task.group[task.tests_of(participants(task.num_clients, schedule))].tolist()
         folder.append("clients.jsonl", line)
     if last or at.round % schedule.checkpoint_every == 0:
         seen, private = at.store.state()

@@ -14,6 +14,7 @@ class Schedule:
     clients_per_round: int = 0  # 0: all of them
     evaluate_every: int = 1  # rounds; the last one is always evaluated
     checkpoint_every: int = 25  # rounds; the last one always has a checkpoint
+    pool: bool = False  # the slots of one owner train as one client
     held_out: float = 0.0  # the share of clients that never train, to be onboarded later
     weighting: Weighting = field(default_factory=Weighting)  # how much each client counts
     seed: int = 0

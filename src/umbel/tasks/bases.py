@@ -1,5 +1,6 @@
 """Pretrained models by the name of a folder or of the Hugging Face hub: what a task fine-tunes."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ def load_pretrained(
     """A model from a folder, from one in UMBEL_DATA, or from the Hugging Face hub.
 
     Args:
-        base: a folder, one relative to UMBEL_DATA, or a hub id.
+        base: a folder, one in UMBEL_DATA or in `models_folder`, or a hub id.
         kind: what it answers, see the module.
         num_labels: of a classification; its head is drawn anew by the seed if the base has none of that size.
         seed: see num_labels.
@@ -79,11 +80,17 @@ def load_pretrained(
 
 
 def place_of(base: str) -> str:
-    """The folder of that name, here or in UMBEL_DATA; or the name itself, for the hub."""
-    for folder in (Path(base).expanduser(), data_folder() / base):
+    """The folder of that name, here, in UMBEL_DATA or in `models_folder`; or the name itself, for the hub."""
+    for folder in (Path(base).expanduser(), data_folder() / base, models_folder() / base):
         if (folder / "config.json").is_file():
             return str(folder)
     return base
+
+
+def models_folder() -> Path:
+    """Where `python -m umbel.pretraining` writes models: `umbel/models` in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "umbel" / "models"
 
 
 def _quantised(bits: Literal[0, 4, 8], compute: torch.dtype) -> Any:

@@ -22,6 +22,10 @@ class Task:
         group: (clients,) each client's hidden group, where a benchmark knows it. Nothing but oracles and
             the report look at it.
         augment: changes the inputs of training batches at random, never those of test data.
+        public: (P, …) inputs that everyone has.
+        owner: (clients,) whose slot each client is; None: everyone its own.
+        serves: (tests,) whose model answers each test set, whose group `group` then is; None: there is a test set
+            for each client.
     """
 
     name: str
@@ -30,15 +34,15 @@ class Task:
     train: Examples
     test: Examples
     group: Tensor | None = None
-    augment: Augment | None = None  # changes the inputs of training batches
+    augment: Augment | None = None
     public: Tensor | None = None
     owner: Tensor | None = None
+    serves: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.train.num_clients != self.test.num_clients:
-            raise DataError(
-                f"{self.train.num_clients} clients have training data, {self.test.num_clients} test data"
-            )
+        tested = self.test.num_clients if self.serves is None else int(self.serves.max()) + 1
+        if self.train.num_clients != tested:
+            raise DataError(f"{self.train.num_clients} clients have training data, {tested} test data")
         self._check_types()
         if self.loss == "cross_entropy":
             self._check_labels()
@@ -93,6 +97,10 @@ class Task:
     @property
     def num_clients(self) -> int:
         return self.train.num_clients
+
+    def tests_of(self, clients: np.ndarray) -> np.ndarray:
+        """The test sets that these clients' models answer, ascending."""
+        return clients if self.serves is None else np.flatnonzero(np.isin(self.serves.cpu().numpy(), clients))
 
     def for_tuning(self, seed: int, fraction: float = 0.25) -> "Task":
         """The same task with part of each client's training data as its test data.

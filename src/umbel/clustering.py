@@ -1,0 +1,238 @@
+"""Which adapters are alike: inner products, K-means with constraints, and how far clusters agree with a truth.
+
+    raw            x = everything that is trained, heads too
+    delta          x = v − v⁰ , the adapter alone
+    unit           x = (v − v⁰) / ‖v − v⁰‖
+    unit_product   x = Δ / ‖Δ‖ ,  Δ = (s B A, biases) , what the adapter adds to the weights
+
+Of n adapters K-means needs their n² inner products and no more. Those of products come from r × r matrices,
+
+    ⟨B_i A_i, B_j A_j⟩ = tr((B_jᵀ B_i)(A_i A_jᵀ)) ,
+
+so that no product is formed, and B A is the same for any basis that the rank's axis is written in.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from umbel.adapters.bank import Bank
+from umbel.errors import RecipeError
+from umbel.tree import Params
+
+Features = Literal["raw", "delta", "unit", "unit_product"]
+STARTS = 10  # of K-means, of which the best counts
+ITERATIONS = 100  # of Lloyd's, at most
+MOST = 20  # clusters, where their number is not given
+
+
+def inner_products(bank: Bank, start: Params, adapters: Params, heads: Params, features: Features) -> np.ndarray:
+    """(n, n) float64, the inner products of n adapters' features.
+
+    Args:
+        bank: the adapters' plan.
+        start: v⁰, the tensors of one adapter and its heads, leading axis 1.
+        adapters: (n, 1, …) v.
+        heads: (n, …) what is trained beside the adapter; counts for "raw" only.
+        features: which.
+    """
+    if features == "unit_product":
+        found = sum(bank.scale**2 * each for each in _of_products(bank, adapters))
+        added = {update.name: adapters[update.name] - start[update.name] for update in bank.additive}
+    else:
+        found = 0
+        trained = adapters | heads if features == "raw" else adapters
+        added = {name: leaf - start[name] for name, leaf in trained.items()}  # distances do not know the origin
+    for leaf in added.values():
+        flat = leaf.flatten(1).double()
+        found = found + flat @ flat.mT
+    products: np.ndarray = torch.as_tensor(found).cpu().numpy()
+    if features in ("raw", "delta"):
+        return products
+    length = np.sqrt(products.diagonal().clip(min=np.finfo(float).tiny))
+    unit: np.ndarray = products / length / length[:, None]
+    return unit
+
+
+def _of_products(bank: Bank, adapters: Params) -> list[Tensor]:
+    """(n, n) Σ over r × r entries of (B_iᵀ B_j) ∘ (A_i A_jᵀ), for every low-rank part."""
+    found = []
+    for part in bank.low_rank:
+        a, b = (adapters[name].squeeze(1).double() for name in (part.a_name, part.b_name))
+        n, r = a.shape[:2]
+        of_a, of_b = a.reshape(n * r, -1), b.transpose(1, 2).reshape(n * r, -1)
+        found.append(((of_a @ of_a.mT) * (of_b @ of_b.mT)).view(n, r, n, r).sum((1, 3)))
+    return found
+
+
+def points(products: np.ndarray) -> np.ndarray:
+    """(n, d) points, d ≤ n, with these inner products (n, n) but for a shift: their principal components."""
+    centred = products - products.mean(0) - products.mean(1)[:, None] + products.mean()
+    value, vector = np.linalg.eigh((centred + centred.T) / 2)
+    kept = value > value.max(initial=0.0) * len(value) * np.finfo(float).eps
+    found: np.ndarray = (vector[:, kept] * np.sqrt(value[kept]))[:, ::-1]
+    return found if found.shape[1] else np.zeros((len(products), 1))
+
+
+def distances(products: np.ndarray) -> np.ndarray:
+    """(n, n) the squared distances of points with these inner products (n, n)."""
+    square = products.diagonal()
+    found: np.ndarray = square[:, None] + square - 2 * products
+    return found
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Points that are to be clustered."""
+
+    x: np.ndarray  # (n, d)
+    mass: np.ndarray  # (n,) how much each counts; 0: it joins a cluster, but moves none
+    owner: np.ndarray  # (n,) no two points of one owner share a cluster, if it has enough of them; −1: nobody's
+
+
+def k_means(cloud: Cloud, num_clusters: int, seed: int, centres: np.ndarray | None = None) -> np.ndarray:
+    """(n,) each point's cluster, the best of a few starts: those of k-means++, and `centres` if they are given.
+
+    Every start goes on by Lloyd's steps in which the points of one owner are dealt to different clusters.
+
+    Args:
+        cloud: at least `num_clusters` of its points have mass.
+        num_clusters: C.
+        seed: of k-means++.
+        centres: (C, d) to try as well, and to keep where no other start comes out better.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    heavy = cloud.mass > 0
+    best, lowest = np.zeros(len(cloud.x), dtype=np.int64), float("inf")
+    if centres is not None:
+        best, lowest = lloyd(cloud, centres)
+    for start in range(STARTS if num_clusters > 1 else 0):
+        free = KMeans(num_clusters, n_init=1, random_state=(seed * STARTS + start) % 2**32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # points that lie on each other
+            free.fit(cloud.x[heavy], sample_weight=cloud.mass[heavy])
+        labels, inertia = lloyd(cloud, free.cluster_centers_)
+        if inertia < lowest * (1 - 1e-9) - 1e-300:
+            best, lowest = labels, inertia
+    return best
+
+
+def lloyd(cloud: Cloud, centres: np.ndarray) -> tuple[np.ndarray, float]:
+    """(n,) each point's cluster when Lloyd's steps from the centres (C, d) have settled; Σ mass · distance²."""
+    labels = np.full(len(cloud.x), -1)
+    for _ in range(ITERATIONS):
+        distance = np.square(cloud.x[:, None] - centres).sum(2)
+        now = assigned(distance, cloud.owner)
+        if (now == labels).all():
+            break
+        labels = now
+        member = (labels[:, None] == np.arange(len(centres))) * cloud.mass[:, None]
+        total = member.sum(0)[:, None]
+        centres = np.where(total > 0, member.T @ cloud.x / np.where(total > 0, total, 1), centres)
+    distance = np.square(cloud.x - centres[labels]).sum(1)
+    return labels, float(cloud.mass @ distance)
+
+
+def assigned(distance: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """(n,) the cluster for each row of `distance` (n, C), as near as may be.
+
+    The rows of one owner get different clusters, those with the least sum of distances (Hungarian method); the
+    rows of nobody (−1), and of an owner with more than C, get their nearest.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    labels: np.ndarray = distance.argmin(1)
+    owners, counts = np.unique(owner[owner >= 0], return_counts=True)
+    for one in owners[(counts > 1) & (counts <= distance.shape[1])]:
+        rows = np.flatnonzero(owner == one)
+        labels[rows] = linear_sum_assignment(distance[rows])[1]
+    return labels
+
+
+def best_number(cloud: Cloud, most: int, seed: int) -> int:
+    """The number of clusters whose partition has the highest mean silhouette (Rousseeuw 1987).
+
+    Tried are 2 (or as many as an owner has points) to `most`, but fewer than there are points; one cluster has no
+    silhouette. Of equals it is the first.
+    """
+    from sklearn.metrics import silhouette_score
+
+    heavy = cloud.mass > 0
+    of_one = np.unique(cloud.owner[cloud.owner >= 0], return_counts=True)[1].max(initial=2)
+    numbers = range(int(of_one), min(most, int(heavy.sum()) - 1) + 1)
+    if not numbers:
+        return min(most, int(heavy.sum()))
+    scores = []
+    for number in numbers:
+        labels = k_means(cloud, number, seed)[heavy]
+        apart = 1 < len(set(labels.tolist())) < len(labels)
+        scores.append(float(silhouette_score(cloud.x[heavy], labels)) if apart else -1.0)
+    return numbers[int(np.argmax(scores))]
+
+
+def renamed(labels: np.ndarray, previous: np.ndarray, num_clusters: int) -> np.ndarray:
+    """The partition `labels` (n,) with its clusters' numbers as like those of `previous` (n,) as can be.
+
+    Args:
+        labels: numbers below `num_clusters`.
+        previous: likewise, −1 where there is none.
+        num_clusters: C.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    known = previous >= 0
+    same = np.zeros((num_clusters, num_clusters))
+    np.add.at(same, (labels[known], previous[known]), 1)
+    names: np.ndarray = linear_sum_assignment(-same)[1][labels]
+    return names
+
+
+def agreement(labels: np.ndarray, group: np.ndarray) -> dict[str, float]:
+    """How far a partition (n,) agrees with the true one (n,).
+
+    Returns:
+        nmi, ari: normalized mutual information, adjusted Rand index.
+        cluster_accuracy: the share that is in the right cluster when clusters and groups are matched one to
+            one as well as can be (Hungarian method).
+    """
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
+
+    table = contingency_matrix(group, labels)
+    hits = int(table[linear_sum_assignment(-table)].sum())
+    return {
+        "nmi": float(normalized_mutual_info_score(group, labels)),
+        "ari": float(adjusted_rand_score(group, labels)),
+        "cluster_accuracy": hits / len(labels),
+    }
+
+
+def plane(features: np.ndarray, method: Literal["pca", "umap"] = "pca", seed: int = 0) -> np.ndarray:
+    """(n, 2) a picture of n points (n, d): their two principal components, or UMAP's (McInnes et al. 2018).
+
+    In each principal component the entry farthest from 0 is positive.
+
+    Raises:
+        RecipeError: umap is wanted, and umap-learn is not installed.
+    """
+    if method == "umap":
+        try:
+            from umap import UMAP
+        except ImportError:
+            raise RecipeError('plane: method = "umap" needs umap-learn; pip install umap-learn') from None
+        placed: np.ndarray = UMAP(random_state=seed).fit_transform(features)
+        return placed
+    centred = features - features.mean(0)
+    flat = np.zeros((len(features), 2))
+    u, s, _ = np.linalg.svd(centred, full_matrices=False)
+    two = (u * s)[:, :2]
+    largest = np.abs(two).argmax(0)
+    flat[:, : two.shape[1]] = two * np.where(two[largest, np.arange(two.shape[1])] < 0, -1, 1)
+    return flat

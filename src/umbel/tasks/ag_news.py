@@ -1,0 +1,82 @@
+"""ag_news: language modelling on, or classification of, news of four classes (as Wagner et al. 2024).
+
+Client k mainly has news of class k mod 4, its group: World, Sports, Business, Sci/Tech. "specific" clients have
+one class; "mixed" ones have three windows (or news) of it for each of its neighbour's in the pairs World and
+Sports, Business and Sci/Tech. The news are divided anew, without regard to the official split.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from umbel.clients import Examples
+from umbel.errors import RecipeError
+from umbel.model.pretrained import Kind, Pretrained
+from umbel.tasks.bases import Precision, load_pretrained
+from umbel.tasks.language import Heterogeneity, Reader, Windows, shares_of
+from umbel.tasks.task import Task
+from umbel.tasks.texts import CLASSES, Document, news
+from umbel.tasks.tokens import Tokenizer
+
+
+@dataclass(frozen=True)
+class AGNews:
+    """Language modelling on, or classification of, news of four classes."""
+
+    base: str = "models/stories260K"  # a folder, one in UMBEL_DATA, or a hub id
+    task: Literal["language", "classification"] = "language"
+    clients_per_class: int = 2
+    heterogeneity: Heterogeneity = "specific"
+    length: int = 64  # tokens of a window, or at most of the news that is classified
+    tokens_per_client: int = 64_000  # for training, at most; 0 is all there are
+    test_fraction: float = 0.2  # of the news
+    public_windows: int = 64  # windows, or news, of all classes that everyone may see; 0 is none
+    precision: Precision = "float32"  # of the base
+    bits: Literal[0, 4, 8] = 0  # 4 or 8 quantise the base, on a GPU
+
+    def __post_init__(self) -> None:
+        self._windows.check()
+        if self.clients_per_class < 1:
+            raise RecipeError("task: clients_per_class must be at least 1")
+
+    def load(self, seed: int) -> Task:
+        shares = shares_of(len(CLASSES), self.clients_per_class, self.heterogeneity, paired=True)
+        tokenizer = Tokenizer(self.base)
+        kind: Kind = "causal_lm" if self.task == "language" else "text"
+        labels = len(CLASSES) if kind == "text" else 0
+        model = load_pretrained(self.base, kind, labels, seed, self.precision, self.bits)
+        if kind == "text":
+            train, test, public = self._labelled(shares, tokenizer, model, seed)
+        else:
+            train, test, public = self._windows.of(news(), shares, tokenizer, seed)
+        group = torch.from_numpy(shares.argmax(1))
+        name = f"ag_news/{self.task}/{self.heterogeneity}"
+        return Task(name, model, "cross_entropy", train, test, group, public=public)
+
+    def _labelled(
+        self, shares: np.ndarray, tokenizer: Tokenizer, model: Pretrained, seed: int
+    ) -> tuple[Examples, Examples, Tensor | None]:
+        """News with their class, and news that are public."""
+        texts = self._windows.divided(news(), shares, Reader(tokenizer), seed, seen_whole=True)
+
+        def ids(documents: list[Document]) -> Tensor:
+            return tokenizer.padded([one.text for one in documents], [], self.length, model.pad_id)
+
+        parts = []
+        for clients in (texts.train, texts.test):
+            owned = []
+            for own, share in zip(clients, shares.tolist(), strict=True):
+                few = min(len(documents) // part for documents, part in zip(own, share, strict=True) if part)
+                kept = [documents[: part * few] for documents, part in zip(own, share, strict=True)]
+                labels = torch.arange(len(CLASSES)).repeat_interleave(torch.tensor([len(some) for some in kept]))
+                owned.append((ids([one for some in kept for one in some]), labels))
+            parts.append(Examples.of(owned))
+        seen = [one for own in texts.public for one in own][: self.public_windows]
+        return parts[0], parts[1], ids(seen) if seen else None
+
+    @property
+    def _windows(self) -> Windows:
+        return Windows(self.length, self.tokens_per_client, self.test_fraction, self.public_windows)

@@ -1,0 +1,58 @@
+"""flan_feddpa: following instructions, eight clients with a task of FLAN each (FedDPA, Yang et al. 2024).
+
+Each client has 300 instructions for training and 200 for testing; set 1 has coreference, entailment, linguistic
+acceptability, paraphrase, question classification, structure to text, text formatting and word sense, set 2
+common sense, entailment, open-domain questions, paraphrase, reading comprehension, sentiment, summarisation and
+text formatting. Loss and accuracy are over the answer's tokens only.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from umbel.clients import Examples
+from umbel.errors import RecipeError
+from umbel.tasks.bases import Precision, load_pretrained
+from umbel.tasks.task import Task
+from umbel.tasks.texts import rows
+from umbel.tasks.tokens import Tokenizer
+
+
+@dataclass(frozen=True)
+class FlanFedDPA:
+    """Following instructions: eight clients with a task of FLAN each."""
+
+    base: str = "models/stories260K"  # a folder, one in UMBEL_DATA, or a hub id
+    set: Literal[1, 2] = 1  # which eight tasks
+    length: int = 256  # tokens of an instruction with its answer; what is longer is cut
+    precision: Precision = "float32"  # of the base
+    bits: Literal[0, 4, 8] = 0  # 4 or 8 quantise the base, on a GPU
+
+    def __post_init__(self) -> None:
+        if self.length < 4:
+            raise RecipeError("task: length, the tokens of an instruction with its answer, must be at least 4")
+
+    def load(self, seed: int) -> Task:
+        tokenizer, parts = Tokenizer(self.base), []
+        for tasks in by_task(self.set):
+            parts.append(Examples.of([tokenizer.answered(tasks[name], self.length) for name in sorted(tasks)]))
+        model = load_pretrained(self.base, "causal_lm", precision=self.precision, bits=self.bits)
+        group = torch.arange(parts[0].num_clients)
+        return Task(f"flan_feddpa/{self.set}", model, "cross_entropy", parts[0], parts[1], group)
+
+
+def by_task(set: int) -> tuple[dict[str, list[tuple[str, str]]], dict[str, list[tuple[str, str]]]]:
+    """The prompts and answers of each task, for training and for testing.
+
+    Raises:
+        DataError: they are not in the folder.
+    """
+    names = ("split", "category", "instruction", "output")
+    columns = rows("feddpa_flan", names, only={"dataset": set})
+    train: dict[str, list[tuple[str, str]]] = {}
+    test: dict[str, list[tuple[str, str]]] = {}
+    for split, category, instruction, output in zip(*(columns[name] for name in names), strict=True):
+        of = train if split == "train" else test
+        of.setdefault(category, []).append((f"{instruction}\n", output))
+    return train, test

@@ -1,0 +1,133 @@
+"""glue: sentence classification, ten holders with slots of five tasks of GLUE (as FL-TAC, Ping et al. 2024).
+
+A slot is what a holder has of a task and counts as a client; `owner` and `group` say whose and which. Shares of
+a task are drawn from a Dirichlet distribution, and those below one per cent or `least_examples` go to others.
+Every slot is tested on the same part of its task's development set. All tasks have two labels and one head.
+Of QNLI the data folder has the development set only: a fifth of it, drawn by the seed, is for testing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from umbel.errors import DataError, RecipeError
+from umbel.seeds import generator
+from umbel.tasks.bases import Precision, load_pretrained
+from umbel.tasks.slots import Holders
+from umbel.tasks.task import Task
+from umbel.tasks.texts import Hub, from_hub, rows
+from umbel.tasks.tokens import Tokenizer
+
+Name = Literal["cola", "mrpc", "qnli", "rte", "sst2"]
+ON_HUB: dict[Name, tuple[str, ...]] = {  # the columns of sentences
+    "cola": ("sentence",),
+    "mrpc": ("sentence1", "sentence2"),
+    "qnli": ("question", "sentence"),
+    "rte": ("sentence1", "sentence2"),
+    "sst2": ("sentence",),
+}
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Sentences, or pairs of them, with their labels, 0 or 1."""
+
+    first: Sequence[str]
+    second: Sequence[str]  # empty strings where there is but one
+    label: Sequence[int]
+
+    def of(self, rows: Sequence[int]) -> "Sentences":
+        """Some of them."""
+        first, second = [self.first[row] for row in rows], [self.second[row] for row in rows]
+        return Sentences(first, second, [self.label[row] for row in rows])
+
+
+@dataclass(frozen=True)
+class GLUE:
+    """Sentence classification: ten holders with slots of five tasks of GLUE."""
+
+    base: str = "models/stories260K"  # a folder, one in UMBEL_DATA, or a hub id
+    tasks: tuple[Name, ...] = ("sst2", "mrpc", "rte", "cola", "qnli")
+    num_holders: int = 10
+    alpha: float = 0.5  # of the Dirichlet distribution; higher is more even
+    least_examples: int = 8  # of a slot, for training
+    train_examples: int = 0  # of a task, for all its slots together; 0 is all
+    test_examples: int = 200  # of a task, for each of its slots; 0 is all
+    length: int = 64  # tokens of a sentence or pair, at most
+    precision: Precision = "float32"  # of the base
+    bits: Literal[0, 4, 8] = 0  # 4 or 8 quantise the base, on a GPU
+
+    def __post_init__(self) -> None:
+        self._holders.check()
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise RecipeError("task: tasks must be at least one, each named once")
+        if self.length < 4:
+            raise RecipeError("task: length, a sentence's tokens, must be at least 4")
+        if self.train_examples < 0:
+            raise RecipeError("task: train_examples must be at least 1, or 0 for all")
+
+    def load(self, seed: int) -> Task:
+        model = load_pretrained(self.base, "text", 2, seed, self.precision, self.bits)
+        tokenizer = Tokenizer(self.base)
+
+        def read(own: Sentences) -> tuple[Tensor, Tensor]:
+            x = tokenizer.padded(own.first, own.second if any(own.second) else [], self.length, model.pad_id)
+            return x, torch.tensor(own.label)
+
+        train, test = [], []
+        for name in self.tasks:
+            trained, tested = _split(name, seed)
+            train.append(read(trained.of(_drawn(trained, self.train_examples, seed, name, "train"))))
+            test.append(read(tested.of(_drawn(tested, self.test_examples, seed, name, "test"))))
+        slots = self._holders.of(train, test, seed)
+        return Task("glue", model, "cross_entropy", slots.train, slots.test, slots.group, owner=slots.owner)
+
+    @property
+    def _holders(self) -> Holders:
+        return Holders(self.num_holders, self.alpha, self.least_examples, self.test_examples)
+
+
+def sentences(name: Name) -> tuple[Sentences, Sentences]:
+    """A task of GLUE (Wang et al. 2018): its training and its development set.
+
+    The folder has no training set of QNLI: the first is empty.
+
+    Raises:
+        DataError: it is neither in the folder nor to be had from the hub.
+    """
+    try:
+        found = rows("glue", ("sentence1", "sentence2", "label", "split"), only={"task": name})
+    except DataError as missing:
+        train, test = (_from_hub(name, split, missing) for split in ("train", "validation"))
+        return train, test
+    whole = Sentences(found["sentence1"], found["sentence2"], [int(label) for label in found["label"]])
+    train, test = (
+        whole.of([row for row, own in enumerate(found["split"]) if own == split]) for split in ("train", "dev")
+    )
+    return train, test
+
+
+def _from_hub(name: Name, split: str, missing: DataError) -> Sentences:
+    columns = ON_HUB[name]
+    found = from_hub(Hub("nyu-mll/glue", name, (split,)), (*columns, "label"), missing)
+    first = found[columns[0]]
+    return Sentences(first, found[columns[1]] if len(columns) > 1 else [""] * len(first), found["label"])
+
+
+def _split(name: Name, seed: int) -> tuple[Sentences, Sentences]:
+    """What is for training and for testing."""
+    train, test = sentences(name)
+    if train.label:
+        return train, test
+    order = _drawn(test, 0, seed, name, "split")
+    cut = len(order) // 5
+    return test.of(order[cut:]), test.of(order[:cut])
+
+
+def _drawn(of: Sentences, most: int, seed: int, *path: str) -> list[int]:
+    """`most` of their rows (0: all) in an order drawn by the seed."""
+    order: list[int] = torch.randperm(len(of.label), generator=generator(seed, "glue", *path)).tolist()
+    return order[: most or None]

@@ -1,0 +1,72 @@
+"""multilingual: language modelling on clients that write in different languages (as Wagner et al. 2024).
+
+"captions" are every second one of Multi30k's (de, en, fr, cs); "paragraphs" are XQuAD's, of Wikipedia, in twelve
+languages. Client k mainly has the language k mod L, its group. "specific" clients have one language; "mixed"
+ones have three windows of it for each of the next language's. Translations of what anyone is tested on, or of
+what is public, are nobody's training text.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from umbel.errors import RecipeError
+from umbel.tasks.bases import Precision, load_pretrained
+from umbel.tasks.language import Heterogeneity, Windows, shares_of
+from umbel.tasks.task import Task
+from umbel.tasks.texts import CAPTION_LANGUAGES, PARAGRAPH_LANGUAGES, Document, captions, paragraphs
+from umbel.tasks.tokens import Tokenizer
+
+LANGUAGES = {"captions": CAPTION_LANGUAGES, "paragraphs": PARAGRAPH_LANGUAGES}
+
+
+@dataclass(frozen=True)
+class Multilingual:
+    """Language modelling on clients that write in different languages."""
+
+    base: str = "models/stories260K"  # a folder, one in UMBEL_DATA, or a hub id
+    text: Literal["captions", "paragraphs"] = "captions"
+    languages: tuple[str, ...] = ("de", "fr", "cs")
+    clients_per_language: int = 3
+    heterogeneity: Heterogeneity = "specific"
+    length: int = 64  # tokens of a window
+    tokens_per_client: int = 64_000  # for training, at most; 0 is all there are
+    test_fraction: float = 0.2  # of the documents
+    public_windows: int = 64  # windows of all languages that everyone may see; 0 is none
+    precision: Precision = "float32"  # of the base
+    bits: Literal[0, 4, 8] = 0  # 4 or 8 quantise the base, on a GPU
+
+    def __post_init__(self) -> None:
+        self._windows.check()
+        known = LANGUAGES[self.text]
+        unknown = [language for language in self.languages if language not in known]
+        if unknown:
+            raise RecipeError(
+                f"task: there are no {self.text} in {unknown[0]!r}; languages are {', '.join(known)}"
+            )
+        if len(set(self.languages)) < max(2, len(self.languages)):
+            raise RecipeError("task: languages must be at least two, each named once")
+        if self.clients_per_language < 1:
+            raise RecipeError("task: clients_per_language must be at least 1")
+
+    def load(self, seed: int) -> Task:
+        shares = shares_of(len(self.languages), self.clients_per_language, self.heterogeneity, paired=False)
+        categories = [own_documents(self.text, language) for language in self.languages]
+        train, test, public = self._windows.of(categories, shares, Tokenizer(self.base), seed)
+        model = load_pretrained(self.base, "causal_lm", precision=self.precision, bits=self.bits)
+        group = torch.from_numpy(shares.argmax(1))
+        return Task(
+            f"multilingual/{self.heterogeneity}", model, "cross_entropy", train, test, group, public=public
+        )
+
+    @property
+    def _windows(self) -> Windows:
+        return Windows(self.length, self.tokens_per_client, self.test_fraction, self.public_windows)
+
+
+def own_documents(text: Literal["captions", "paragraphs"], language: str) -> tuple[Document, ...]:
+    """The documents of a language that this task uses: of captions those with an odd number."""
+    if text == "paragraphs":
+        return paragraphs(language)
+    return tuple(caption for caption in captions(language) if caption.number % 2)

@@ -1,0 +1,191 @@
+"""Public texts as documents, read from files of the data folder or from the Hugging Face hub.
+
+A document is trained on, tested on or shown to everyone as a whole. Of parallel texts the translations have the
+same number, so that what one client is tested on is in nobody's training text in any language. Nothing is
+there twice in one category: of equal texts the first is kept.
+"""
+
+import lzma
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from umbel.errors import DataError
+from umbel.tasks.corpora import data_folder, shakespeare_by_role
+
+CAPTION_LANGUAGES = ("cs", "de", "en", "fr")
+PARAGRAPH_LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
+CLASSES = ("World", "Sports", "Business", "Sci/Tech")  # of AG News
+_ARTICLE = 5  # paragraphs of XQuAD
+_TITLE = re.compile(r"^ = (?!=)(.+[^=]) = $", re.MULTILINE)  # of an article of WikiText
+Columns = Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text that is not divided."""
+
+    source: str  # documents of one source are divided together
+    number: int  # the same for translations, and for parts of one article
+    text: str
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where the Hugging Face hub has a data set: its name, its configuration and the splits that are wanted."""
+
+    name: str
+    config: str | None = None
+    splits: tuple[str, ...] = ("train",)
+
+
+def captions(language: str) -> tuple[Document, ...]:
+    """Multi30k (Elliott et al. 2016): 31,014 captions of photographs in each of four languages, parallel.
+
+    Raises:
+        DataError: it is neither in the folder nor, in English and German, to be had from the hub.
+    """
+    hub = Hub("bentrevett/multi30k", splits=("train", "validation", "test"))
+    return _documents("multi30k", enumerate(rows("multi30k", [language], hub)[language]))
+
+
+def paragraphs(language: str) -> tuple[Document, ...]:
+    """XQuAD (Artetxe et al. 2020): 240 paragraphs of 48 articles of Wikipedia in each of 12 languages, parallel.
+
+    Raises:
+        DataError: it is neither in the folder nor to be had from the hub.
+    """
+    hub = Hub("google/xquad", f"xquad.{language}", ("validation",))
+    columns = rows("xquad_contexts", ["context"], hub, {"lang": language})
+    texts = dict.fromkeys(columns["context"])  # the hub tells a paragraph once for each question
+    return _documents("xquad", ((place // _ARTICLE, text) for place, text in enumerate(texts)))
+
+
+def articles() -> tuple[Document, ...]:
+    """WikiText-2 (Merity et al. 2016), its validation and test set: 122 articles of Wikipedia.
+
+    Raises:
+        DataError: it is neither in the folder nor to be had from the hub.
+    """
+    files = [data_folder() / "text" / f"wikitext2_{split}.txt.xz" for split in ("valid", "test")]
+    if all(file.is_file() for file in files):
+        text = "\n".join(lzma.decompress(file.read_bytes()).decode() for file in files)
+    else:
+        hub = Hub("Salesforce/wikitext", "wikitext-2-v1", ("validation", "test"))
+        text = "".join(from_hub(hub, ["text"], _missing(files[0]))["text"])
+    starts = [match.start() for match in _TITLE.finditer(text)]
+    cut = zip(starts, [*starts[1:], len(text)], strict=True)
+    return _documents("wikitext2", enumerate(text[start:end].strip() for start, end in cut))
+
+
+def modules() -> tuple[Document, ...]:
+    """293 modules of Python's standard library.
+
+    Raises:
+        DataError: it is not in the folder.
+    """
+    return _documents("python", enumerate(rows("python_stdlib_code", ["code"])["code"]))
+
+
+def news() -> tuple[tuple[Document, ...], ...]:
+    """AG News (Zhang et al. 2015): title and beginning of news by their class, of which there are four.
+
+    The folder has 17,591 of them, the hub all 127,600.
+
+    Raises:
+        DataError: it is neither in the folder nor to be had from the hub.
+    """
+    try:
+        columns = rows("ag_news", ["label", "title", "text"])
+    except DataError as missing:
+        columns = from_hub(Hub("fancyzhx/ag_news", splits=("train", "test")), ["label", "text"], missing)
+    titles = columns.get("title") or [""] * len(columns["text"])
+    texts = [f"{title}\n{text}" if title else text for title, text in zip(titles, columns["text"], strict=True)]
+    numbered = list(enumerate(zip(columns["label"], texts, strict=True)))
+    return tuple(
+        _documents(name, ((number, text) for number, (own, text) in numbered if own == label))
+        for label, name in enumerate(CLASSES)
+    )
+
+
+def speeches() -> tuple[tuple[Document, ...], ...]:
+    """What each character of Shakespeare's plays says, a speech a document; who says most comes first.
+
+    Raises:
+        DataError: it is not in the folder.
+    """
+    roles = sorted(shakespeare_by_role(), key=lambda role: (-len(role.text), role.name))
+    return tuple(_documents(role.name, enumerate(role.text.split("\n"))) for role in roles)
+
+
+def rows(
+    name: str, columns: Sequence[str], hub: Hub | None = None, only: Mapping[str, Any] | None = None
+) -> Columns:
+    """Columns of a parquet file of the folder's `text`, or of the hub's data set where it is not there.
+
+    Args:
+        name: the file's, without ".parquet".
+        columns: their names, in both places.
+        hub: None where the hub does not have it.
+        only: which of the file's rows, by their value in other columns.
+
+    Raises:
+        DataError: it is in neither place, or cannot be read.
+    """
+    path = data_folder() / "text" / f"{name}.parquet"
+    if not path.is_file():
+        if hub is None:
+            raise _missing(path)
+        return from_hub(hub, columns, _missing(path))
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(f"{path} needs pyarrow to be read: pip install umbel[data]") from error
+    filters = [(key, "==", value) for key, value in (only or {}).items()] or None
+    found: Columns = parquet.read_table(path, columns=list(columns), filters=filters).to_pydict()
+    return found
+
+
+def from_hub(hub: Hub, columns: Sequence[str], missing: DataError) -> Columns:
+    """Columns of a data set of the hub, one split after the other.
+
+    Args:
+        hub: which, and which splits.
+        columns: their names.
+        missing: why the hub is asked.
+
+    Raises:
+        DataError: `datasets` is not installed, the hub cannot be reached, or it has no such data.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"{missing}, or pip install umbel[hf] to get {hub.name} from the Hugging Face hub"
+        ) from None
+    found: dict[str, list[Any]] = {name: [] for name in columns}
+    for split in hub.splits:
+        try:
+            part = datasets.load_dataset(hub.name, hub.config, split=split)
+            for name in columns:
+                found[name] += list(part[name])
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{missing}; nor can {hub.name} be had from the Hugging Face hub: {error}") from error
+    return found
+
+
+def _missing(path: Path) -> DataError:
+    return DataError(
+        f"text/{path.name} not in the data folder {data_folder()}; set UMBEL_DATA to the folder that has it"
+    )
+
+
+def _documents(source: str, numbered: Iterable[tuple[int, str]]) -> tuple[Document, ...]:
+    """The documents without empty ones, and of equal texts the first."""
+    first: dict[str, int] = {}
+    for number, text in numbered:
+        if text.strip():
+            first.setdefault(text, number)
+    return tuple(Document(source, number, text) for text, number in first.items())

@@ -1,0 +1,72 @@
+"""Texts → token ids by a base's own tokenizer, padded on the right."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from umbel.errors import DataError
+from umbel.model.loss import IGNORED
+from umbel.tasks.bases import place_of
+from umbel.tasks.corpora import data_folder
+
+
+class Tokenizer:
+    """The tokenizer that belongs to a base: a folder, one in UMBEL_DATA, or a hub id.
+
+    Raises:
+        DataError: there is none.
+    """
+
+    def __init__(self, base: str) -> None:
+        import transformers
+
+        try:
+            self._own: Any = transformers.AutoTokenizer.from_pretrained(place_of(base))
+        except (OSError, ValueError) as error:
+            told = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(
+                f"task: base {base!r} has no tokenizer, in that folder, in {data_folder() / base} or on the hub "
+                f"({told}); save one beside the model"
+            ) from None
+        self.end: list[int] = [] if self._own.eos_token_id is None else [int(self._own.eos_token_id)]
+
+    def plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text's ids, nothing added."""
+        if not texts:
+            return []
+        ids: list[list[int]] = self._own(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def padded(self, first: Sequence[str], second: Sequence[str], length: int, pad: int) -> Tensor:
+        """(N, length) ids of texts, or of pairs of them where `second` is not empty, cut at `length`.
+
+        A pair is joined as the tokenizer joins pairs; one that has nothing to put between them gets a new line.
+        """
+        pairs = list(second)
+        if self._own.sep_token_id is None:
+            pairs = [f"\n{text}" for text in second]
+        read = self._own(list(first), pairs or None, truncation=True, max_length=length, verbose=False)
+        x = torch.full((len(first), length), pad)
+        for row, own in zip(x, read["input_ids"], strict=True):
+            row[: len(own)] = torch.tensor(own)
+        return x
+
+    def answered(self, pairs: Sequence[tuple[str, str]], length: int) -> tuple[Tensor, Tensor]:
+        """(N, length) ids of prompts with their answers, and for each place the id that follows.
+
+        What follows counts if it is the answer's or the end's; elsewhere, padding included, it is IGNORED. Of an
+        answer the first half of `length` is kept if it is longer; of a prompt its end, so far as there is room.
+        """
+        x = torch.zeros(len(pairs), length, dtype=torch.long)
+        y = torch.full_like(x, IGNORED)
+        prompts, answers = (self.plain(texts) for texts in zip(*pairs, strict=True))
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            room = max(length // 2, length + 1 - len(prompt))
+            said = (answer + self.end)[: min(room, length)]
+            given = (prompt or [0])[-(length + 1 - len(said)) :]
+            ids = torch.tensor(given + said)
+            x[row, : len(ids) - 1] = ids[:-1]
+            y[row, len(given) - 1 : len(ids) - 1] = ids[len(given) :]
+        return x, y

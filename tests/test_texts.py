@@ -1,0 +1,531 @@
+"""Tasks on texts and images for pretrained bases: who has which documents, and what counts."""
+
+import json
+import re
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertTokenizer
+
+import small_texts
+from small_texts import END, LETTERS, PAD, XQUAD
+from umbel.errors import DataError, RecipeError
+from umbel.model.loss import IGNORED, cross_entropy
+from umbel.tasks import (
+    GLUE,
+    AGNews,
+    CIFARViT,
+    CodeVsProse,
+    Dolly,
+    FlanFedDPA,
+    Multilingual,
+    ShakespeareRoles,
+    texts,
+)
+from umbel.tasks.cifar import DEVIATION, MEAN
+from umbel.tasks.cifar_vit import divided
+from umbel.tasks.glue import sentences
+from umbel.tasks.slots import Holders
+from umbel.tasks.tokens import Tokenizer
+
+SMALL = {"length": 16, "tokens_per_client": 640, "public_windows": 10}
+LANGUAGE = {  # each with its categories' letters
+    "captions": (Multilingual(**SMALL), "dfc"),
+    "captions_mixed": (Multilingual(**SMALL, heterogeneity="mixed"), "dfc"),
+    "two_mixed": (Multilingual(**SMALL, heterogeneity="mixed", languages=("en", "fr")), "ef"),
+    "paragraphs": (Multilingual(**SMALL, text="paragraphs", languages=("es", "zh"), clients_per_language=2), "el"),
+    "code": (CodeVsProse(**SMALL, clients_per_kind=2), "pw"),
+    "code_mixed": (CodeVsProse(**SMALL, clients_per_kind=2, heterogeneity="mixed"), "pw"),
+    "news": (AGNews(**SMALL), "wsbt"),
+    "news_mixed": (AGNews(**SMALL, heterogeneity="mixed"), "wsbt"),
+    "roles": (ShakespeareRoles(**SMALL, num_clients=3), "abc"),
+}
+every_language_task = pytest.mark.parametrize("name", LANGUAGE)
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    small_texts.write_texts(folder)
+    small_texts.write_base(folder / "models" / "stories260K")
+    return folder
+
+
+@pytest.fixture
+def small(text_folder, monkeypatch):
+    """Makes the texts of letters those that tasks read, and every task's default base one of them."""
+    monkeypatch.setenv("UMBEL_DATA", str(text_folder))
+    return text_folder
+
+
+def said(ids):
+    """What the ids say, with "|" at ends."""
+    return small_texts.tokenizer().decode(ids.flatten(), skip_special_tokens=False).replace("<end>", "|")
+
+
+def marks(ids):
+    """Which documents the windows are of, as (letter, number); a window may begin within a mark."""
+    return {mark for row in ids for mark in re.findall(r"[a-z]\d{4}", said(row))}
+
+
+def letters(ids):
+    """(windows,) the letter of each window's category."""
+    return ["".join(sorted(set(re.findall(r"[a-z]", said(row).replace("<pad>", ""))))) for row in ids]
+
+
+# Language modelling.
+
+
+@every_language_task
+def test_a_window_is_followed_by_its_next_token_and_none_is_there_twice(name, small):
+    task = LANGUAGE[name][0].load(0)
+    for examples in (task.train, task.test):
+        assert examples.x.shape[1] == 16
+        assert torch.equal(examples.x[:, 1:], examples.y[:, :-1])
+    for client in range(task.num_clients):
+        x, y = task.train.of_client(client)
+        joined = y[:-1, -1] == x[1:, 0]
+        assert joined.float().mean() > 0.9  # windows of one category follow each other
+
+
+@every_language_task
+def test_no_document_that_is_tested_or_public_is_trained_on(name, small):
+    task = LANGUAGE[name][0].load(0)
+    train, test, public = marks(task.train.x), marks(task.test.x), marks(task.public)
+    if name[:4] in ("capt", "two_", "para"):  # translations have the same number
+        train, test, public = ({mark[1:] for mark in part} for part in (train, test, public))
+    if name.startswith("para"):  # and those of one article belong together
+        train, test, public = ({int(mark) // 5 for mark in part} for part in (train, test, public))
+    assert train
+    assert test
+    assert public
+    assert train.isdisjoint(test)
+    assert public.isdisjoint(train | test)
+
+
+@every_language_task
+def test_clients_have_the_categories_they_should_have(name, small):
+    recipe, categories = LANGUAGE[name]
+    task = recipe.load(0)
+    mixed, paired = name.endswith("mixed"), name.startswith(("news", "code"))
+    for client in range(task.num_clients):
+        main = client % len(categories)
+        other = main ^ 1 if paired else (main + 1) % len(categories)
+        if task.group is not None:
+            assert task.group[client] == main
+        for examples in (task.train, task.test):
+            found = letters(examples.of_client(client)[0])
+            count = {letter: found.count(letter) for letter in sorted(set(found))}
+            if not mixed:
+                assert count == {categories[main]: len(found)}
+            else:
+                assert count == {categories[main]: len(found) // 4 * 3, categories[other]: len(found) // 4}
+
+
+@every_language_task
+def test_no_client_has_more_tokens_than_it_may(name, small):
+    recipe = LANGUAGE[name][0]
+    task = recipe.load(0)
+    assert task.train.count.max() <= 40  # windows of 16 tokens of 640
+    assert task.test.count.max() <= 10  # a fifth of all is for testing
+    if name != "roles":
+        assert task.train.count.min() == 40
+    everything = type(recipe)(**vars(recipe) | {"tokens_per_client": 0}).load(0)
+    assert everything.train.count.sum() > task.train.count.sum()
+
+
+@every_language_task
+def test_every_category_is_in_the_public_windows(name, small):
+    recipe, categories = LANGUAGE[name]
+    found = letters(recipe.load(0).public)
+    assert len(found) == 10
+    counts = [found.count(letter) for letter in categories]
+    assert max(counts) - min(counts) <= 1
+    assert sum(counts) == 10
+    assert type(recipe)(**vars(recipe) | {"public_windows": 0}).load(0).public is None
+
+
+@every_language_task
+def test_the_seed_decides_which_documents_are_whose(name, small):
+    recipe = LANGUAGE[name][0]
+    one, again, other = (recipe.load(seed) for seed in (0, 0, 1))
+    assert torch.equal(one.train.x, again.train.x)
+    assert torch.equal(one.test.x, again.test.x)
+    assert torch.equal(one.public, again.public)
+    assert marks(one.test.x) != marks(other.test.x)
+
+
+@pytest.mark.parametrize("name", ["two_mixed", "code_mixed", "news_mixed"])
+def test_four_windows_are_enough_for_a_mixture(name, small):
+    recipe = LANGUAGE[name][0]
+    task = type(recipe)(**vars(recipe) | {"tokens_per_client": 64, "public_windows": 4}).load(0)
+    assert set(task.train.count) == set(task.test.count) == {4}
+
+
+def test_news_can_be_classified(small):
+    task = AGNews(task="classification", heterogeneity="mixed", length=32, public_windows=6).load(0)
+    assert task.loss == "cross_entropy"
+    assert task.model.kind == "text"
+    assert task.public.shape == (6, 32)
+    for client in range(8):
+        x, y = task.train.of_client(client)
+        counts = y.bincount(minlength=4).tolist()
+        main = client % 4
+        assert counts[main] == 3 * counts[main ^ 1] == len(y) * 3 // 4
+        assert letters(x) == ["wsbt"[label] for label in y]
+    assert marks(task.train.x).isdisjoint(marks(task.test.x) | marks(task.public))
+
+
+def test_too_little_text_is_told(small):
+    with pytest.raises(RecipeError, match="client 0 has too little text"):
+        Multilingual(clients_per_language=400).load(0)
+    with pytest.raises(RecipeError, match="public_windows"):
+        CodeVsProse(public_windows=5000, length=64).load(0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "told"),
+    [
+        (lambda: Multilingual(languages=("de", "xx")), "xx.*languages are cs, de, en, fr"),
+        (lambda: Multilingual(languages=("de",)), "languages"),
+        (lambda: Multilingual(clients_per_language=0), "clients_per_language"),
+        (lambda: CodeVsProse(length=1), "length"),
+        (lambda: CodeVsProse(clients_per_kind=0), "clients_per_kind"),
+        (lambda: AGNews(tokens_per_client=100), "tokens_per_client"),
+        (lambda: AGNews(clients_per_class=0), "clients_per_class"),
+        (lambda: ShakespeareRoles(test_fraction=1.0), "test_fraction"),
+        (lambda: ShakespeareRoles(public_windows=-1), "public_windows"),
+        (lambda: ShakespeareRoles(num_clients=0), "num_clients"),
+        (lambda: GLUE(tasks=()), "tasks"),
+        (lambda: GLUE(alpha=0), "alpha"),
+        (lambda: GLUE(length=3), "length"),
+        (lambda: GLUE(train_examples=-1), "train_examples"),
+        (lambda: Dolly(num_holders=0), "num_holders"),
+        (lambda: Dolly(least_examples=0), "least_examples"),
+        (lambda: Dolly(categories=("open_qa", "open_qa")), "categories"),
+        (lambda: Dolly(test_examples=-1), "test_examples"),
+        (lambda: Dolly(train_examples=-1), "train_examples"),
+        (lambda: Dolly(test_fraction=0.0), "test_fraction"),
+        (lambda: Dolly(length=2), "length"),
+        (lambda: FlanFedDPA(length=2), "length"),
+        (lambda: CIFARViT(num_groups=11), "num_groups"),
+        (lambda: CIFARViT(num_clients=7), "num_clients"),
+        (lambda: CIFARViT(train_examples=-1), "train_examples"),
+    ],
+)
+def test_settings_that_make_no_task_are_refused_by_name(recipe, told):
+    with pytest.raises(RecipeError, match=told):
+        recipe()
+
+
+def test_a_base_without_a_tokenizer_is_told(small, tmp_path):
+    small_texts.write_vit(tmp_path / "vit")
+    with pytest.raises(DataError, match="no tokenizer"):
+        Tokenizer(str(tmp_path / "vit"))
+
+
+# Slots.
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("num_examples", [9, 60, 408, 3000])
+def test_every_example_of_a_task_is_dealt_once_and_no_slot_is_tiny(seed, num_examples):
+    dealt = Holders(10, 0.5, 8, 0).dealt(num_examples, seed, 0)
+    assert len(dealt) == 10
+    assert sorted(np.concatenate(dealt).tolist()) == list(range(num_examples))
+    sizes = np.array([len(own) for own in dealt])
+    assert ((sizes == 0) | (sizes >= 8)).all()
+    assert ((sizes == 0) | (sizes >= 0.01 * num_examples - 1)).all()
+
+
+def test_shares_are_more_even_the_higher_alpha():
+    sizes = [[len(own) for own in Holders(10, alpha, 1, 0).dealt(10_000, 0, 0)] for alpha in (0.1, 100.0)]
+    assert np.std(sizes[0]) > 5 * np.std(sizes[1])
+
+
+def test_too_few_examples_for_a_slot_are_told():
+    with pytest.raises(RecipeError, match="least_examples"):
+        Holders(10, 0.5, 8, 0).dealt(7, 0, 0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_slots_of_glue_are_of_their_task_and_holder(seed, small):
+    task = GLUE(length=24, test_examples=10, num_holders=4).load(seed)
+    assert len(task.owner) == len(task.group) == task.num_clients
+    assert len(set(zip(task.owner.tolist(), task.group.tolist(), strict=True))) == task.num_clients
+    assert task.group.unique().tolist() == [0, 1, 2, 3, 4]
+    assert task.train.count.min() >= 8
+    tested = {}
+    for slot in range(task.num_clients):
+        of = int(task.group[slot])
+        name = ("sst2", "mrpc", "rte", "cola", "qnli")[of]
+        assert {said(row)[0] for row in task.train.of_client(slot)[0]} == {name[0]}
+        x, y = task.test.of_client(slot)
+        assert len(y) == 10
+        assert torch.equal(tested.setdefault(of, x), x)  # the same for all slots of a task
+    for of, count in enumerate((120, 120, 120, 120, 48)):  # of QNLI four fifths of 60
+        assert task.train.count[task.group.numpy() == of].sum() == count
+
+
+def test_glue_trains_on_nothing_that_it_tests_on_and_on_all_else(small):
+    task = GLUE(length=24, test_examples=0, num_holders=3).load(0)
+    train, test = ({said(row) for row in part.x} for part in (task.train, task.test))
+    assert train.isdisjoint(test)
+    assert len(train) + len(test) == 4 * 180 + 60
+    fewer = GLUE(tasks=("rte", "sst2"), length=24, train_examples=50, num_holders=3).load(0)
+    assert fewer.train.count.sum() == 100
+
+
+def test_pairs_are_joined_and_padding_is_the_bases_own(small):
+    task = GLUE(tasks=("rte", "sst2"), length=24, num_holders=2).load(0)
+    assert task.model.pad_id == PAD
+    rows = [said(row) for row in task.train.x]
+    assert all(re.fullmatch(r"(rtrain(\d+)\nt\2|strain\d+)(<pad>)+", row) for row in rows)
+    labelled = zip(rows, task.train.y.tolist(), strict=True)
+    assert all(int(re.search(r"train(\d+)", row)[1]) % 2 == label for row, label in labelled)
+
+
+def test_padding_changes_no_answer(small):
+    task = GLUE(tasks=("rte",), length=24, num_holders=2).load(0)
+    x = task.train.x[:4]
+    wider = torch.cat([x, torch.full((4, 8), PAD)], 1)
+    with torch.no_grad():
+        assert torch.allclose(task.model(x), task.model(wider), atol=1e-6)
+
+
+def test_a_tokenizer_that_joins_pairs_does_so_itself(real_data, tmp_path):
+    folder = real_data / "tokenizers" / "bert-base-uncased"
+    if not (folder / "vocab.txt").exists():
+        pytest.skip("no vocabulary of BERT")
+    words = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    bert = BertTokenizer(vocab={word: at for at, word in enumerate(words)})
+    bert.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    x = Tokenizer(str(tmp_path)).padded(["a cat sat"], ["a dog"], 12, 0)
+    assert bert.convert_ids_to_tokens(x[0].tolist()) == (
+        ["[CLS]", "a", "cat", "sat", "[SEP]", "a", "dog", "[SEP]"] + 4 * ["[PAD]"]
+    )
+
+
+# Following instructions.
+
+
+def counted(x, y):
+    """For one example what is given, and what counts."""
+    places = torch.nonzero(y != IGNORED).squeeze(1)
+    assert torch.equal(places, torch.arange(int(places[0]), int(places[-1]) + 1))
+    return said(x[: int(places[0]) + 1]), said(y[places])
+
+
+def test_only_a_response_and_its_end_count_and_no_prompt_has_it(small):
+    task = Dolly(num_holders=3, length=128).load(0)
+    assert task.group.unique().tolist() == list(range(8))
+    for examples in (task.train, task.test):
+        for x, y in zip(examples.x, examples.y, strict=True):
+            given, answer = counted(x, y)
+            context = re.fullmatch(r"(### Context:\nc+\n\n)?### Instruction:\nsay (\d+)\n\n### Response:\n", given)
+            assert answer == f"r{context[2]}!|"
+            assert answer[:-1] not in given
+            end = len(given) + len(answer) - 1
+            assert (y[end:] == IGNORED).all()
+
+
+def test_padding_counts_nothing_whatever_it_is(small):
+    task = Dolly(categories=("open_qa",), num_holders=2, length=128).load(0)
+    x, y = task.train.x[:3].clone(), task.train.y[:3]
+    before = cross_entropy(task.model(x), y)
+    for row, targets in zip(x, y, strict=True):
+        row[int(torch.nonzero(targets != IGNORED).max()) + 1 :] = 77
+    assert torch.equal(before, cross_entropy(task.model(x), y))
+
+
+def test_dollys_test_part_is_held_back_and_common_to_a_category(small):
+    task = Dolly(num_holders=3, length=128).load(0)
+    train, test = ({said(row) for row in part.x} for part in (task.train, task.test))
+    assert train.isdisjoint(test)
+    assert len(train) + len(test) == 480
+    for slot in range(task.num_clients):
+        assert task.test.count[slot] == 6  # a tenth of 60
+    fewer = Dolly(num_holders=2, train_examples=20, categories=("open_qa",)).load(0)
+    assert fewer.train.count.sum() == 20
+
+
+def test_what_is_too_long_is_cut(small):
+    tokenizer = Tokenizer("models/stories260K")
+    pairs = [("p" * 30 + "q", "a"), ("q", "a" * 30), ("p" * 30 + "q", "a" * 30), ("", "ab")]
+    x, y = tokenizer.answered(pairs, 8)
+    told = [counted(*row) for row in zip(x, y, strict=True)]
+    assert told[0] == ("p" * 6 + "q", "a|")
+    assert told[1] == ("q", "a" * 8)
+    assert told[2] == ("ppppq", "a" * 4)
+    assert told[3][1] == "ab|"
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_flan_has_a_task_for_each_of_eight_clients(number, small):
+    task = FlanFedDPA(set=number, length=64).load(0)
+    assert task.num_clients == 8
+    assert task.group.tolist() == list(range(8))
+    for client in range(8):
+        for part, split in ((task.train, "train"), (task.test, "test")):
+            x, y = part.of_client(client)
+            assert len(y) == (30 if split == "train" else 20)
+            for n, row in enumerate(zip(x, y, strict=True)):
+                assert counted(*row) == (f"{number}{split} {client}-{n}?\n", f"<{client}-{n}>|")
+
+
+# Images.
+
+
+def test_labels_of_two_data_sets_do_not_meet(tiny_data, tmp_path):
+    base = small_texts.write_vit(tmp_path / "vit")
+    task = CIFARViT(base, num_holders=3, test_examples=30).load(0)
+    assert task.num_labels == 110
+    for slot in range(task.num_clients):
+        for part in (task.train, task.test):
+            labels = part.of_client(slot)[1]
+            assert ((labels < 10) if task.group[slot] == 0 else (labels >= 10)).all()
+    assert task.train.count.sum() == 300 + 400  # three fifths of 500, and CIFAR-100's
+    assert task.train.y.max() <= 109
+
+
+def test_the_images_for_pretraining_are_in_no_client(tiny_data, tmp_path):
+    task = CIFARViT(small_texts.write_vit(tmp_path / "vit"), "classes", num_clients=4, num_groups=2).load(0)
+    first, rest = divided(texts_images())
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
+    pixels = ((task.train.x * deviation + mean) * 255).round().byte()
+    seen = {image.numpy().tobytes() for image in pixels}
+    assert seen == {image.numpy().tobytes() for image in rest.x}
+    assert seen.isdisjoint(image.numpy().tobytes() for image in first.x)
+    assert task.owner is None
+    assert task.group.tolist() == [0, 1, 0, 1]
+    for client in range(4):
+        for part in (task.train, task.test):
+            assert (part.of_client(client)[1] % 2 == client % 2).all()
+
+
+def texts_images():
+    from umbel.tasks.corpora import cifar10
+
+    return cifar10().train
+
+
+def test_images_are_scaled_and_enlarged_as_the_base_wants(tiny_data, tmp_path):
+    base = small_texts.write_vit(tmp_path / "vit", size=48)
+    told = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(told))
+    task = CIFARViT(base, "classes", num_clients=4, num_groups=2, train_examples=50).load(0)
+    assert task.train.x.shape == (50, 3, 32, 32)
+    assert torch.allclose((task.train.x + 1) * 127.5, ((task.train.x + 1) * 127.5).round(), atol=1e-3)
+    assert task.model(task.train.x[:2]).shape == (2, 10)
+    trained = [name for name, leaf in task.model.named_parameters() if leaf.requires_grad]
+    assert trained == ["model.classifier.weight", "model.classifier.bias"]
+
+
+# The hub.
+
+
+def hub(monkeypatch, tmp_path, answers):
+    """Makes the hub answer so, and the data folder empty."""
+
+    def load_dataset(name, config, split):
+        return answers[name, config, split]
+
+    monkeypatch.setenv("UMBEL_DATA", str(tmp_path / "nowhere"))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+
+
+def test_texts_that_are_not_in_the_folder_come_from_the_hub(monkeypatch, tmp_path):
+    answers = {
+        ("bentrevett/multi30k", None, split): {"de": [f"{split} {n}" for n in range(2)]}
+        for split in ("train", "validation", "test")
+    }
+    context = [f"c{n // 3}" for n in range(30)]
+    answers["google/xquad", "xquad.ru", "validation"] = {"context": context}
+    lines = ["", " = One = \n", " a\n", " = = Part = = \n", " b\n", " = Two = \n", " c\n"]
+    for split in ("validation", "test"):
+        answers["Salesforce/wikitext", "wikitext-2-v1", split] = {"text": [f"{line}" for line in lines]}
+    for split in ("train", "test"):
+        answers["fancyzhx/ag_news", None, split] = {"label": [0, 3], "text": [f"{split} w", f"{split} t"]}
+    hub(monkeypatch, tmp_path, answers)
+    assert [one.text for one in texts.captions("de")][1:3] == ["train 1", "validation 0"]
+    assert [(one.number, one.text) for one in texts.paragraphs("ru")][4:6] == [(0, "c4"), (1, "c5")]
+    assert [one.text for one in texts.articles()] == ["= One = \n a\n = = Part = = \n b", "= Two = \n c"]
+    assert [[one.text for one in own] for own in texts.news()] == [
+        ["train w", "test w"],
+        [],
+        [],
+        ["train t", "test t"],
+    ]
+
+
+def test_glue_comes_from_the_hub_with_its_own_columns(monkeypatch, tmp_path):
+    pair = {"question": ["q"], "sentence": ["s"], "label": [1]}
+    answers = {("nyu-mll/glue", "qnli", split): pair for split in ("train", "validation")}
+    answers |= {
+        ("nyu-mll/glue", "cola", split): {"sentence": ["s"], "label": [0]} for split in ("train", "validation")
+    }
+    hub(monkeypatch, tmp_path, answers)
+    train, test = sentences("qnli")
+    assert (train.first, train.second, train.label) == (["q"], ["s"], [1])
+    assert sentences("cola")[1].second == [""]
+    assert test.label == [1]
+
+
+READERS = {
+    "multi30k": lambda: texts.captions("de"),
+    "xquad_contexts": lambda: texts.paragraphs("de"),
+    "wikitext2_valid": texts.articles,
+    "python_stdlib_code": texts.modules,
+    "ag_news": texts.news,
+    "shakespeare_by_role": texts.speeches,
+    "glue": lambda: sentences("rte"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_missing_is_named_and_what_to_do(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("UMBEL_DATA", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=rf"text/{name}.*UMBEL_DATA") as raised:
+        READERS[name]()
+    on_hub = name not in ("python_stdlib_code", "shakespeare_by_role")
+    assert ("pip install umbel[hf]" in str(raised.value)) == on_hub
+
+
+def test_a_hub_without_the_language_is_told(monkeypatch, tmp_path):
+    hub(monkeypatch, tmp_path, {("bentrevett/multi30k", None, "train"): {"de": ["x"], "en": ["y"]}})
+    with pytest.raises(DataError, match=r"bentrevett/multi30k.*'cs'"):
+        texts.captions("cs")
+
+
+# True texts.
+
+
+def test_true_texts_are_as_many_as_told(real_data):
+    assert [len(texts.captions(language)) for language in LETTERS] == [30980, 30988, 31004, 30979]
+    assert {len(texts.paragraphs(language)) for language in XQUAD} == {240}
+    assert len({one.number for one in texts.paragraphs("zh")}) == 48
+    assert len(texts.articles()) == 122
+    assert len(texts.modules()) == 293
+    assert [len(own) > 4000 for own in texts.news()] == 4 * [True]
+    assert texts.speeches()[0][0].source == "hamlet/HAMLET"
+    assert len(sentences("sst2")[0].label) == 67_349
+    assert len(sentences("qnli")[0].label) == 0
+
+
+def test_a_true_base_predicts_true_text(real_data):
+    task = Multilingual(languages=("en", "de"), clients_per_language=1, tokens_per_client=2560).load(0)
+    english, german = (task.test.of_client(client) for client in (0, 1))
+    with torch.no_grad():
+        losses = [float(cross_entropy(task.model(x), y).mean()) for x, y in (english, german)]
+    assert losses[0] < losses[1]  # the base has read English stories
+    assert losses[0] < 5
+
+
+def test_ends_are_between_documents(small):
+    task = CodeVsProse(**SMALL).load(0)
+    assert (task.train.x == END).any()
