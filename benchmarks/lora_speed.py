@@ -68,7 +68,7 @@ def peft_training(task: Task, rank: int, together: bool) -> Callable[[], None]:
     from peft import LoraConfig, get_peft_model
 
     # The wrapped transformers model, as anyone would train it.
-    inner: Any = deepcopy(task.model).model  # type: ignore[union-attr]
+    inner: Any = deepcopy(task.model).model
     conv1d = type(inner).__name__.startswith("GPT2")
     settings = LORA | {"r": rank, "lora_alpha": 2 * rank, "fan_in_fan_out": conv1d}
     config = LoraConfig(**settings, task_type="CAUSAL_LM")

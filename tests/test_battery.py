@@ -17,6 +17,7 @@ from umbel.cohort import Cohort, Engine, PrivateStore, Tally
 from umbel.errors import RoundError
 from umbel.methods import (
     APFL,
+    FLTAC,
     IFCA,
     METHODS,
     Ditto,
@@ -24,7 +25,9 @@ from umbel.methods import (
     FedAvg,
     FedAvgFinetune,
     FedBN,
+    FedDPA,
     FedEM,
+    FedIT,
     FedPer,
     FedProx,
     FedRep,
@@ -38,6 +41,7 @@ from umbel.methods import (
     PFedMe,
     Population,
     ThresholdClustering,
+    Trust,
 )
 from umbel.methods.routing import Router
 from umbel.methods.server import ServerOptimizer
@@ -50,6 +54,7 @@ from umbel.train import LocalTraining
 
 STEPS = LocalTraining(lr=0.05, batch_size=4, epochs=2)
 HEAVY = LocalTraining(lr=0.05, batch_size=4, epochs=2, momentum=0.9, weight_decay=0.01)
+ADAMW = LocalTraining(lr=0.05, batch_size=4, epochs=3, optimizer="adamw", eps=0.1)
 EM, GRADIENT, ORACLE = Router(kind="em"), Router(kind="gradient"), Router(kind="oracle")
 PLAN = AdapterPlan(2, ("linear", "bias", "norm"))
 
@@ -103,6 +108,15 @@ CASES = {
         "": ThresholdClustering(2, 0.5, local=STEPS),
         "momentum": ThresholdClustering(2, 0.75, alpha=1.0, local=HEAVY),
     },
+    # What answers on public inputs are compared for is in test_trust.py, for here nobody has any.
+    "trust": {
+        "validation": Trust(PLAN, STEPS, "validation", begin=1, staleness=1, trust_fraction=0.3),
+        "validation, momentum": Trust(PLAN, HEAVY, "validation", begin=1, trust_fraction=0.3, mix="A"),
+        "weights": Trust(replace(PLAN, realization="factored"), STEPS, "weights", begin=1, mix="product"),
+        "weights as published": Trust(AdapterPlan(2, ("linear",)), STEPS, "weights", "paper", begin=1),
+        "uniform, adamw": Trust(PLAN, ADAMW, "uniform", begin=1),
+        "oracle, momentum": Trust(PLAN, HEAVY, "oracle", begin=1, mix="B"),
+    },
     "fedsa_lora": {
         "": FedSALoRA(PLAN, STEPS),
         "frozen, momentum": FedSALoRA(replace(PLAN, realization="factored"), HEAVY, freeze_base=True),
@@ -112,6 +126,20 @@ CASES = {
         "frozen, momentum": FFALoRA(replace(PLAN, realization="factored"), HEAVY, freeze_base=True),
     },
     "flexlora": {"": FlexLoRA((1, 3), PLAN, STEPS), "one rank, momentum": FlexLoRA((), PLAN, HEAVY)},
+    "fedit": {
+        "": FedIT(PLAN, STEPS),
+        "frozen, momentum": FedIT(replace(PLAN, realization="factored"), HEAVY, freeze_base=True),
+    },
+    "feddpa": {
+        "T": FedDPA(PLAN, gate="constant", local=STEPS, freeze_base=False),
+        "F, frozen": FedDPA(replace(PLAN, realization="factored"), "F", gate="constant", local=STEPS),
+    },
+    "fl_tac": {
+        "": FLTAC(2, adapter=PLAN, local=STEPS),
+        "paper's": FLTAC(2, "raw", cannot_link=False, warm_start=False, adapter=PLAN, local=STEPS),
+        "delta, momentum": FLTAC(2, "delta", min_examples=1, adapter=PLAN, local=HEAVY),
+        "frozen, silhouette": FLTAC(0, "unit", adapter=PLAN, local=STEPS, freeze_base=True),
+    },
 }
 
 # Settings whose arithmetic on dyadic numbers is exact: no product of two trained tensors, and probs of 0, ½ or 1.
@@ -135,9 +163,16 @@ EXACT = {
     "fedem": {"one": FedEM(1, HALVES, mixes="outputs")},
     "ifca": {"one": IFCA(1, HALVES)},
     "threshold_clustering": {"one": ThresholdClustering(1, 1.0, alpha=1.0, local=HALVES)},
+    "trust": {
+        "uniform": Trust(BIASES, HALVES, "uniform", begin=1),
+        "oracle": Trust(BIASES, HALVES, "oracle", begin=1),
+    },
     "fedsa_lora": {"": FedSALoRA(BIASES, HALVES)},
     "ffa_lora": {"": FFALoRA(BIASES, HALVES)},
     "flexlora": {"": FlexLoRA((), BIASES, HALVES)},
+    "fedit": {"": FedIT(BIASES, HALVES)},
+    "feddpa": {"": FedDPA(BIASES, gate="constant", local=HALVES, freeze_base=False)},
+    "fl_tac": {"one": FLTAC(1, adapter=BIASES, local=HALVES)},
 }
 
 COUNTS = [5, 8, 1, 13, 8]

@@ -24,7 +24,7 @@ from umbel.adapters.bank import Bank, LowRank
 from umbel.adapters.lora_folders import seed_of
 from umbel.cli import app
 from umbel.errors import DataError, ModelError, RecipeError, RunFolderError
-from umbel.export import FILES, export, truncated
+from umbel.exporting import FILES, export, truncated
 from umbel.methods import METHODS
 from umbel.model.copies import copied
 from umbel.model.loss import Loss
@@ -372,7 +372,7 @@ def test_what_is_there_stays_unless_it_may_be_replaced(tmp_path, monkeypatch):
     def full(path, tensors):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("umbel.export.save_tensors", full)
+    monkeypatch.setattr("umbel.exporting.save_tensors", full)
     with pytest.raises(RunFolderError, match="own cannot be written: No space left"):
         list(export(result, [own], [0], overwrite=True))
     assert (own / "adapter_model.safetensors").read_bytes() == after

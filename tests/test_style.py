@@ -36,27 +36,31 @@ LAYERS = """
     schedule
     model mixing
     adapters
-    train
+    train clustering
     methods tasks
     cohort
     evaluate recipe
     rounds
     folder
-    runs
-    onboarding
+    scratch
+    pretrainable
+    pretraining runs
+    onboarding exporting serving
     tables
     plots
     report
     cli
 """
 INSIDE = {
-    "cli": "said \n options watch show \n jobs onboarding \n comparing \n app",
-    "adapters": "places bank \n lora_layers precondition \n mixture plan \n products \n averaging",
-    "methods": "protocol server \n routing lora settling \n"
-    "fedavg local floral ensemble fedsa_lora ffa_lora flexlora threshold_clustering \n"
+    "cli": "said \n options watch show \n jobs onboarding exporting \n comparing \n app",
+    "adapters": "places bank \n lora_layers lora_folders precondition \n mixture plan \n products \n averaging",
+    "methods": "protocol server gate \n routing lora settling \n similarity trusting \n"
+    "fedavg local floral ensemble fedsa_lora ffa_lora flexlora fedit feddpa fl_tac threshold_clustering trust \n"
     "fedem ifca fedprox finetune apfl partial local_adapter knnper \n ditto pfedme fedper fedbn \n fedrep",
     "model": "copies dropout nets pretrained \n stacked \n loss",
-    "tasks": "augment corpora partition task \n bases grouped \n cifar digits femnist mnist shakespeare synthetic",
+    "tasks": "augment corpora partition task \n bases grouped pool texts slots \n"
+    "tokens cifar digits femnist mnist shakespeare synthetic \n language cifar_vit glue dolly flan_feddpa \n"
+    "ag_news code_vs_prose multilingual shakespeare_roles \n unused",
 }
 # A report is made of what lies in run folders, never of a run.
 READERS = {"tables", "plots", "report"}
@@ -348,6 +352,11 @@ SMALL = {
     "cifar100": ["task.num_clients=2", "task.num_groups=2", "clients_per_round=2", "task.samples_per_client=0"],
     "shakespeare": ["task.num_clients=2", "clients_per_round=2", "task.hidden=8", "task.least_letters=161"],
     "femnist_digits": ["clients_per_round=2"],
+    "glue": [  # the small base is a GPT-2
+        "clients_per_round=2",
+        "local.steps=2",
+        *(f'method.{label}.adapter.peft.target_modules=["c_attn"]' for label in ("fl_tac", "fedit")),
+    ],
 }
 # Cells of a table that differ from another one in a task's setting: they are read, not run.
 ALIKE = {

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from umbel.adapters import AdapterPlan as AdapterPlan
     from umbel.cohort import Engine as Engine
     from umbel.errors import UmbelError as UmbelError
+    from umbel.exporting import export as export
     from umbel.methods import Ensemble as Ensemble
     from umbel.methods import FedAvg as FedAvg
     from umbel.methods import FLoRAL as FLoRAL
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
     from umbel.runs import resume as resume
     from umbel.runs import run as run
     from umbel.schedule import Schedule as Schedule
+    from umbel.serving import models_of as models_of
+    from umbel.serving import personal_logits as personal_logits
     from umbel.tasks import Task as Task
     from umbel.tasks import task_of as task_of
+    from umbel.tasks.bases import load_pretrained as load_pretrained
     from umbel.train import LocalTraining as LocalTraining
 
 _HOMES = {
@@ -39,7 +43,11 @@ _HOMES = {
     "Schedule": "umbel.schedule",
     "Task": "umbel.tasks",
     "UmbelError": "umbel.errors",
+    "export": "umbel.exporting",
+    "load_pretrained": "umbel.tasks.bases",
+    "models_of": "umbel.serving",
     "onboard": "umbel.onboarding",
+    "personal_logits": "umbel.serving",
     "resume": "umbel.runs",
     "run": "umbel.runs",
     "task_of": "umbel.tasks",

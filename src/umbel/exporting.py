@@ -80,6 +80,20 @@ class _Files:
 
 def export(
     result: Result,
+    folders: Sequence[str | Path],
+    clients: Sequence[int] = (),
+    adapter: int | None = None,
+    rank: int = 0,
+    overwrite: bool = False,
+    identity: str = "",
+) -> list[Exported]:
+    """What was written: a PEFT folder for each client, or one for a single adapter; see `export_each`."""
+    places = [Path(folder) for folder in folders]
+    return list(export_each(result, places, clients, adapter, rank, overwrite, identity))
+
+
+def export_each(
+    result: Result,
     folders: Sequence[Path],
     clients: Sequence[int] = (),
     adapter: int | None = None,

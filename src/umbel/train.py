@@ -212,9 +212,14 @@ class _Optimizer:
         if active is None and bool((count == count[0]).all()):  # PyTorch's own, in one pass over memory
             for rate in set(rates):
                 same = [k for k, other in enumerate(rates) if other == rate]
-                state = [[values[k] for k in same] for values in (leaves, grads, first, second)]
+                chosen_leaves, chosen_grads, m, v = (
+                    [values[k] for k in same] for values in (leaves, grads, first, second)
+                )
                 adamw(
-                    *state,
+                    chosen_leaves,
+                    chosen_grads,
+                    m,
+                    v,
                     [],
                     [count[0].clone() for _ in same],
                     fused=True,
@@ -229,12 +234,12 @@ class _Optimizer:
             count += 1
             return
         count += 1.0 if active is None else active.to(count.dtype)
-        for leaf, grad, m, v, rate in zip(leaves, grads, first, second, rates, strict=True):
-            m.copy_(_where(active, torch.lerp(grad, m, local.beta1), m))
-            v.copy_(_where(active, torch.lerp(grad.square(), v, local.beta2), v))
+        for leaf, grad, one, two, rate in zip(leaves, grads, first, second, rates, strict=True):
+            one.copy_(_where(active, torch.lerp(grad, one, local.beta1), one))
+            two.copy_(_where(active, torch.lerp(grad.square(), two, local.beta2), two))
             steps = count.view(-1, *[1] * (leaf.dim() - 1)).clamp(min=1)
-            size = (v / (1 - local.beta2**steps)).sqrt_().add_(local.eps)
-            moved = leaf * (1 - rate * local.weight_decay) - rate / (1 - local.beta1**steps) * m / size
+            size = (two / (1 - local.beta2**steps)).sqrt_().add_(local.eps)
+            moved = leaf * (1 - rate * local.weight_decay) - rate / (1 - local.beta1**steps) * one / size
             leaf.copy_(_where(active, moved, leaf))
 
 

@@ -14,7 +14,7 @@ from umbel.errors import RecipeError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from umbel.export import Exported
+    from umbel.exporting import Exported
 
 LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
 
@@ -37,7 +37,7 @@ def write(asked: Asked, json: str | None) -> None:
     """Writes the folders and says where they are."""
     if sum((asked.clients is not None, asked.everyone, asked.adapter is not None)) != 1:
         raise RecipeError("whose model? give one of --client 3, --all and --adapter 0")
-    from umbel.export import export
+    from umbel.exporting import export_each
     from umbel.folder import read_json
     from umbel.runs import opened
 
@@ -47,7 +47,7 @@ def write(asked: Asked, json: str | None) -> None:
     identity = str(read_json(asked.run / "run.json").get("identity", ""))
     clients = list(range(result.task.num_clients)) if asked.everyone else list(asked.clients or ())
     folders = _folders(asked, clients, result.task.num_clients)
-    coming = export(result, folders, clients, asked.adapter, asked.rank, asked.replace, identity)
+    coming = export_each(result, folders, clients, asked.adapter, asked.rank, asked.replace, identity)
     done: list[Exported] = []
     with _watched(len(folders), asked.quiet) as tell:
         for one in coming:

@@ -5,13 +5,16 @@ from umbel.methods.ditto import Ditto
 from umbel.methods.ensemble import Ensemble
 from umbel.methods.fedavg import FedAvg
 from umbel.methods.fedbn import FedBN
+from umbel.methods.feddpa import FedDPA
 from umbel.methods.fedem import FedEM
+from umbel.methods.fedit import FedIT
 from umbel.methods.fedper import FedPer
 from umbel.methods.fedprox import FedProx
 from umbel.methods.fedrep import FedRep
 from umbel.methods.fedsa_lora import FedSALoRA
 from umbel.methods.ffa_lora import FFALoRA
 from umbel.methods.finetune import FedAvgFinetune
+from umbel.methods.fl_tac import FLTAC
 from umbel.methods.flexlora import FlexLoRA
 from umbel.methods.floral import FLoRAL
 from umbel.methods.ifca import IFCA
@@ -21,6 +24,7 @@ from umbel.methods.local_adapter import LocalAdapter
 from umbel.methods.pfedme import PFedMe
 from umbel.methods.protocol import Method, Population
 from umbel.methods.threshold_clustering import ThresholdClustering
+from umbel.methods.trust import Trust
 
 METHODS: dict[str, type[Method]] = {
     "local": Local,
@@ -40,13 +44,18 @@ METHODS: dict[str, type[Method]] = {
     "fedem": FedEM,
     "ifca": IFCA,
     "threshold_clustering": ThresholdClustering,
+    "trust": Trust,
     "fedsa_lora": FedSALoRA,
     "ffa_lora": FFALoRA,
     "flexlora": FlexLoRA,
+    "fedit": FedIT,
+    "feddpa": FedDPA,
+    "fl_tac": FLTAC,
 }
 
 __all__ = [
     "APFL",
+    "FLTAC",
     "IFCA",
     "METHODS",
     "Ditto",
@@ -56,7 +65,9 @@ __all__ = [
     "FedAvg",
     "FedAvgFinetune",
     "FedBN",
+    "FedDPA",
     "FedEM",
+    "FedIT",
     "FedPer",
     "FedProx",
     "FedRep",
@@ -69,4 +80,5 @@ __all__ = [
     "PFedMe",
     "Population",
     "ThresholdClustering",
+    "Trust",
 ]

@@ -1,0 +1,78 @@
+"""FedIT: FedAvg of one low-rank adapter, and of heads, on a frozen base (Zhang et al. 2023, Algorithm 1).
+
+Towards Building the Federated GPT: Federated Instruction Tuning, https://arxiv.org/abs/2305.05644
+
+    model     u + B A
+    client    local training on f_k in A, B (and what else the task trains) from the server's
+    server    A ← Σ_k n_k A_k / Σ_k n_k , and B and the rest likewise
+
+Its factors are averaged one by one, and the mean of products is not the product of means. The base is what the
+task has frozen; `freeze_base = true` freezes all of it. With a task of several slots an owner, `pool = true`
+trains one adapter an owner, on batches mixed from all of its slots (tasks/pool.py).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from umbel import mixing
+from umbel.adapters import AdapterPlan, Bank, with_paths
+from umbel.clients import ClientData
+from umbel.methods import lora
+from umbel.methods.lora import Message, Shared, Upload
+from umbel.methods.protocol import Population, nothing_mixed
+from umbel.methods.server import ServerOptimizer
+from umbel.model.loss import Loss
+from umbel.train import LocalTraining
+from umbel.tree import Params, state
+
+
+@state
+class Private:
+    """Nothing stays with the client."""
+
+
+@dataclass(frozen=True)
+class FedIT:
+    adapter: AdapterPlan = field(default_factory=AdapterPlan)
+    local: LocalTraining = field(default_factory=LocalTraining)
+    server: ServerOptimizer = field(default_factory=ServerOptimizer)
+    freeze_base: bool = False
+
+    def bank(self, module: nn.Module) -> Bank:
+        """The plan of the adapter."""
+        return self.adapter.bank(module, self.local.batch_size, self.freeze_base)
+
+    def adapt(self, module: nn.Module) -> nn.Module:
+        return with_paths(module, self.bank(module))
+
+    def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
+        bank = self.bank(module)
+        base, adapter = lora.start(module, bank, self.freeze_base, population)
+        return lora.shared_of(module, bank, base, adapter, self.server), Private()
+
+    def send(self, shared: Shared, clients: Tensor) -> Message:
+        return lora.send(shared, len(clients))
+
+    def client_update(
+        self, loss: Loss, message: Message, private: Private, data: ClientData
+    ) -> tuple[Upload, Private]:
+        _, upload = lora.train(loss, message, {}, data, self.local)
+        return upload, private
+
+    def contribution(self, upload: Upload) -> dict[str, Any]:
+        return lora.contribution(upload)
+
+    def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
+        return lora.averaged(shared, self.server, mixing.total(map(self.contribution, uploads)))
+
+    def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
+        return private
+
+    def personalize(self, message: Message, private: Private) -> Params:
+        return lora.adapted(message.bank, message.base, message.adapter) | message.stats
+
+    def mixture(self, message: Message, private: Private) -> Tensor:
+        return nothing_mixed(len(next(iter(message.adapter.values()))))

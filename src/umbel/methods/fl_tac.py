@@ -1,0 +1,251 @@
+"""FL-TAC: an adapter for every task of a client, and on the server the mean of each cluster of adapters.
+
+Ping et al. 2024, FL-TAC: Enhanced Fine-Tuning in Federated Learning via Low-Rank, Task-Specific Adapter
+Clustering, Algorithms 1-3, https://arxiv.org/abs/2404.15384
+
+    unit      a slot (i, j): task j of client i. Which task it is nobody says; whose it is the server knows
+    slot      v_ij ← local training on its own examples from its own v_ij ; at the start v_ij = v⁰, one for all
+    sent      v_ij, n_ij
+    server    V_1 … V_C ← K-means of all v_ij                          (features: clustering.py)
+              v_c ← Σ_{V_c} n_ij v_ij / Σ_{V_c} n_ij
+              v_ij ← v_c for (i, j) in V_c
+
+v is the adapter with what else the task trains (heads). Beyond the paper: two slots of one client are different
+tasks and never share a cluster (`cannot_link`); the last round's centres are one of K-means' starts
+(`warm_start`); slots that sit a round out stay with their centre, which counts in K-means for them; a slot that
+has never trained serves the cluster that is nearest to what one local round makes of v⁰.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from umbel import mixing, tree
+from umbel.adapters import AdapterPlan, Bank, with_paths
+from umbel.clients import ClientData
+from umbel.clustering import (
+    MOST,
+    Cloud,
+    Features,
+    best_number,
+    distances,
+    inner_products,
+    k_means,
+    points,
+    renamed,
+)
+from umbel.errors import RecipeError
+from umbel.methods import lora
+from umbel.methods.protocol import Population
+from umbel.methods.settling import choose, stacked
+from umbel.model.loss import Loss, running_stats
+from umbel.train import LocalTraining
+from umbel.tree import Params, state
+
+S = TypeVar("S")
+
+
+@state
+class Adapter:
+    """What a slot has of its own; v."""
+
+    base: Params  # (…) heads, or whatever else the task trains
+    adapter: Params  # (…, 1, …)
+    stats: Params  # running statistics of BatchNorm layers
+
+
+@state
+class Shared:
+    start: Adapter  # leading axis 1, v⁰
+    centres: Adapter  # leading axis C, v_c; v⁰ where nobody has been yet
+    cluster: Tensor  # (slots,) int64; −1 for slots that never trained
+    owner: Tensor  # (slots,) int64
+    bank: Bank
+    seed: int
+
+    @property
+    def used(self) -> Tensor:
+        """(C,) bool, the clusters that have slots."""
+        num_clusters = len(next(iter(self.centres.adapter.values())))
+        return F.one_hot(self.cluster + 1, num_clusters + 1)[:, 1:].any(0)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """How many clusters have slots."""
+        return {"clusters": float(self.used.sum())}
+
+
+@dataclass(frozen=True)
+class AtServer:
+    """What a slot without a cluster is compared with; no tensor state, for it stays where it is."""
+
+    shared: Shared
+
+
+@state
+class Message(lora.Message):
+    route: Tensor  # (K, C) one-hot, the slot's cluster; zeros if it has none
+    server: AtServer
+
+
+@state
+class Private:
+    nearest: Tensor  # (K, C) one-hot, what a slot without a cluster has settled on; zeros else, and never kept
+
+
+@state
+class Upload(lora.Upload):
+    client: Tensor  # (K,) int64, which slot this is
+    examples: Tensor  # (K,) how many it has
+
+
+@dataclass(frozen=True)
+class FLTAC:
+    num_clusters: int = 0  # C; 0: as silhouettes have it, anew in every round
+    features: Features = "unit_product"  # the paper's: "raw"
+    cannot_link: bool = True
+    warm_start: bool = True
+    min_examples: int = 2  # a slot with fewer joins a cluster, but does not shape the partition
+    adapter: AdapterPlan = field(default_factory=AdapterPlan)
+    local: LocalTraining = field(default_factory=LocalTraining)
+    freeze_base: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_clusters < 0 or self.min_examples < 1:
+            raise RecipeError("fl_tac: num_clusters must not be negative, and min_examples at least 1")
+
+    def bank(self, module: nn.Module) -> Bank:
+        """The plan of an adapter."""
+        return self.adapter.bank(module, self.local.batch_size, self.freeze_base)
+
+    def adapt(self, module: nn.Module) -> nn.Module:
+        return with_paths(module, self.bank(module))
+
+    def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
+        bank, slots = self.bank(module), population.num_clients
+        base, adapter = lora.start(module, bank, self.freeze_base, population)
+        stats = {name: leaf.detach().clone() for name, leaf in running_stats(module).items()}
+        start = tree.broadcast(Adapter(base, adapter, stats), 1)
+        num_clusters = self.num_clusters or min(slots, MOST)
+        centres = tree.rows(start, torch.zeros(num_clusters, dtype=torch.long))
+        owner = torch.arange(slots) if population.owner is None else population.owner.cpu().long()
+        unknown = torch.full((slots,), -1)
+        nearest = torch.zeros(1, num_clusters, dtype=next(iter(adapter.values())).dtype)
+        return Shared(start, centres, unknown, owner, bank, population.seed), Private(nearest)
+
+    def send(self, shared: Shared, clients: Tensor) -> Message:
+        cluster = shared.cluster[clients]
+        own = tree.rows(joined(shared.start, shared.centres), cluster + 1)
+        route = F.one_hot(cluster + 1, len(shared.used) + 1)[:, 1:].to(next(iter(own.adapter.values())))
+        return Message(own.base, own.adapter, own.stats, shared.bank, route, AtServer(shared))
+
+    def client_update(
+        self, loss: Loss, message: Message, private: Private, data: ClientData
+    ) -> tuple[Upload, Private]:
+        _, sent = lora.train(loss, message, {}, data, self.local)
+        client = torch.from_numpy(data.clients).to(sent.loss.device)
+        upload = Upload(sent.base, sent.adapter, sent.stats, sent.weight, sent.loss, client, data.num_examples)
+        return upload, private
+
+    def contribution(self, upload: Upload) -> dict[str, Any]:
+        return {}  # no sum over slots will do
+
+    def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
+        every = joined(*uploads)
+        every = tree.rows(every, every.client.argsort())
+        num_slots, num_clusters = len(every.client), len(shared.used)
+        slots = joined(Adapter(every.base, every.adapter, every.stats), shared.centres)  # (K + C, …)
+        waiting = shared.cluster.index_fill(0, every.client, -1)  # the clusters of those that sit out
+        absent = F.one_hot(waiting + 1, num_clusters + 1).sum(0)[1:]
+        label = self.partition(shared, slots, every, absent)
+        cluster = torch.where(waiting >= 0, label[num_slots + waiting], -1)
+        member = F.one_hot(label, num_clusters)
+        weight = member * torch.cat([every.weight, absent.to(every.weight)]).unsqueeze(1)
+        moved = weight[:num_slots].sum(0) > 0
+        weight[num_slots:] *= ~moved  # an old centre counts where nobody of the cluster was here
+        centres = choose(weight.sum(0) > 0, mean_of(weight, slots), shared.centres)
+        return replace(shared, centres=centres, cluster=cluster.index_copy(0, every.client, label[:num_slots]))
+
+    def partition(self, shared: Shared, slots: Adapter, every: Upload, absent: Tensor) -> Tensor:
+        """(K + C,) the clusters of a round's slots, and of the centres for the slots that sit it out.
+
+        Args:
+            shared: with the centres as they were.
+            slots: (K + C, …) uploads and centres.
+            every: the uploads.
+            absent: (C,) how many slots each centre stands for.
+        """
+        num_slots, num_clusters = len(every.client), len(absent)
+        heavy = every.examples >= self.min_examples
+        mass = torch.cat([heavy if heavy.any() else ~heavy, absent]).double().cpu().numpy()
+        here = np.concatenate([np.ones(num_slots, dtype=bool), absent.cpu().numpy() > 0])
+        label = np.zeros(len(mass), dtype=np.int64)
+        if here.sum() <= self.num_clusters:  # everyone is alone
+            label[here] = np.arange(here.sum())
+        elif num_clusters > 1:
+            owner = np.full(len(mass), -1)
+            if self.cannot_link:
+                owner[:num_slots] = shared.owner[every.client].cpu().numpy()
+            cloud = Cloud(points(self.products(shared, slots)), mass, owner)
+            number = min(self.num_clusters, int((mass > 0).sum())) or best_number(cloud, num_clusters, shared.seed)
+            used = np.flatnonzero(shared.used.cpu().numpy())
+            warm = self.warm_start and len(used) == number
+            label = k_means(cloud, number, shared.seed, cloud.x[num_slots + used] if warm else None)
+        names = torch.where(shared.used, torch.arange(num_clusters, device=absent.device), -1)
+        before = torch.cat([shared.cluster[every.client], names]).cpu().numpy()
+        return torch.from_numpy(renamed(label, before, num_clusters)).to(absent.device)
+
+    def products(self, shared: Shared, slots: Adapter) -> np.ndarray:
+        """(n, n) the inner products of the slots' features."""
+        start = shared.start.adapter | shared.start.base
+        return inner_products(shared.bank, start, slots.adapter, slots.base, self.features)
+
+    def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
+        shared = message.server.shared
+        used, new = (found.nonzero().squeeze(1) for found in (shared.used, ~message.route.any(1)))
+        if not len(used) or not len(new):
+            return private
+
+        def work(message: Message, private: Private, data: ClientData) -> Upload:
+            return self.client_update(loss, message, private, data)[0]
+
+        sent = stacked(work, loss, tree.rows(message, new), tree.rows(private, new), data.among(new))
+        sound = tree.finite_rows(sent).nonzero().squeeze(1)
+        if not len(sound):
+            return private
+        sent = tree.rows(sent, sound)
+        both = joined(Adapter(sent.base, sent.adapter, sent.stats), tree.rows(shared.centres, used))
+        near = torch.from_numpy(distances(self.products(shared, both))[: len(sound), len(sound) :].argmin(1))
+        route = F.one_hot(used[near.to(used.device)], len(shared.used)).to(private.nearest)
+        return Private(private.nearest.index_copy(0, new[sound], route))
+
+    def personalize(self, message: Message, private: Private) -> Params:
+        own = Adapter(message.base, message.adapter, message.stats)
+        settled = private.nearest.any(1)
+        if bool(settled.any()):
+            nearest = tree.rows(message.server.shared.centres, private.nearest.argmax(1))
+            own = choose(settled, nearest, own)
+        return lora.adapted(message.bank, own.base, own.adapter) | own.stats
+
+    def mixture(self, message: Message, private: Private) -> Tensor:
+        return message.route + private.nearest
+
+
+def joined(*states: S) -> S:
+    """The rows of all of them, one after the other."""
+    first, *others = states
+    return tree.map_tensors(lambda *leaves: torch.cat(leaves), first, *others)
+
+
+def mean_of(weight: Tensor, slots: Adapter) -> Adapter:
+    """(C, …) Σ_k w_kc x_k / Σ_k w_kc with weights (K, C); 0 where they are all 0."""
+
+    def mean(leaf: Tensor) -> Tensor:
+        return mixing.mean({"": torch.tensordot(weight.T.to(leaf.dtype), leaf, 1)}, weight.sum(0))[""]
+
+    return tree.map_tensors(mean, slots)

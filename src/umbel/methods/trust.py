@@ -1,0 +1,300 @@
+"""Trust-weighted collaboration: every client mixes its adapter with those that it trusts.
+
+Wagner, Fan, Jaggi 2024, Personalized Collaborative Fine-Tuning for On-Device Large Language Models,
+https://arxiv.org/abs/2404.09753
+
+    client    φ_i ← local training on f_i from φ_i
+    sent      φ_i ; with "predictions" also p_i, its answers on the public inputs
+    W         softmax of each row of s / T ,  s_ij by "weights", "validation" or "predictions" (similarity.py)
+    mixed     φ_i ← Σ_j W_ij φ_j , for all at once
+
+φ is a low-rank adapter and all else that is trained. The server holds every φ and computes W, but for
+"validation": there a client receives all φ_j, finds ℓ_ij, its loss with φ_j on examples that it keeps from
+training, and mixes for itself as the next round begins. Departures: docs/methods.md.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from umbel import tree
+from umbel.adapters import AdapterPlan, Bank, with_paths
+from umbel.clients import ClientData
+from umbel.errors import RecipeError, RoundError
+from umbel.methods import lora, similarity, trusting
+from umbel.methods.protocol import Population
+from umbel.methods.similarity import Public
+from umbel.methods.trusting import Mix, Topology, figures_of, usable
+from umbel.model.loss import Loss, running_stats
+from umbel.seeds import generator
+from umbel.train import MOMENTS, Groups, LocalTraining, local_train, no_moments
+from umbel.tree import Params, state
+
+TRAINED = ("base", "adapter")  # parts of φ; the third, "stats", are BatchNorm's running statistics
+
+
+@state
+class Shared:
+    held: Groups  # (clients, …) φ
+    trust: Tensor  # (clients, clients) W, the rows of the last mix
+    heard: Tensor  # (clients,) int64 the round of a client's last upload; 0: never
+    predictions: Params  # (clients, M, k) on the public inputs
+    predicted: Tensor  # (clients,) int64 the round they are of; 0: none yet
+    linked: Tensor  # (clients, clients) bool, who may listen to whom
+    group: Tensor  # (clients,) int64 the hidden truth, for oracles and figures; (0,) where there is none
+    round: Tensor  # () int64 rounds done
+    figures: dict[str, Tensor]
+    bank: Bank
+    public: Public | None
+
+
+@state
+class Message:
+    own: Groups  # (K, …) φ_i
+    everyone: Groups  # (K, clients, …) in its place every φ_j, where clients mix for themselves
+    listens: Tensor  # (K, clients) bool to whom; (K, 0) where the server has mixed
+    trust: Tensor  # (K, clients) the client's row of W
+    client: Tensor  # (K,) int64 who this is
+    bank: Bank
+    public: Public | None
+
+
+@state
+class Private:
+    moments: Params  # (K, …) of AdamW
+
+
+@state
+class Served:
+    """What a client has mixed for itself."""
+
+    mixed: Groups  # (K, …)
+    trust: Tensor  # (K, clients)
+
+
+@state
+class Upload:
+    adapters: Groups  # (K, …) φ_i
+    predictions: Params  # (K, M, k)
+    trust: Tensor  # (K, clients) the row that the client has found; (K, 0) if the server does
+    client: Tensor  # (K,) int64 who this is
+    loss: Tensor  # (K,)
+
+
+@dataclass(frozen=True)
+class Trust:
+    """See the module.
+
+    Attributes:
+        scheme: what trust is made of; "oracle" trusts its own group evenly, "uniform" everyone, "none" itself.
+        mode: "paper" has the published formulas at T = 1, "umbel" ours.
+        temperature: T of "umbel": in cosines, in units of the loss, or as a share of a row's mean divergence.
+        threshold: lower scores are left out, but for the two highest.
+        top_k: so many are trusted; 0: all.
+        topology: who may listen to whom; or the edges, pairs of clients.
+        self_weight: a client trusts itself so much at least.
+        staleness: an adapter of so many rounds ago is still used.
+        begin: the first round after which there is mixing.
+        every: so many rounds from one mixing to the next.
+        mix: "factors" A and B one by one; only "A" or only "B", the other stays; "product" the mean of B A.
+        trust_fraction: the share of its training examples on which a client measures ℓ_ij and does not train.
+        top: so many probabilities of a prediction are sent; 0: all.
+        keep_moments: AdamW goes on from round to round, whatever is mixed.
+        shared_start: all begin with the same A.
+        freeze_base: nothing but the adapter is trained.
+    """
+
+    adapter: AdapterPlan = field(default_factory=AdapterPlan)
+    local: LocalTraining = field(default_factory=LocalTraining)
+    scheme: Literal["weights", "validation", "predictions", "none", "uniform", "oracle"] = "validation"
+    mode: Literal["umbel", "paper"] = "umbel"
+    temperature: float = 0.1
+    threshold: float = float("-inf")
+    top_k: int = 0
+    topology: Topology = "full"
+    self_weight: float = 0.0
+    staleness: int = 0
+    begin: int = 4
+    every: int = 1
+    mix: Mix = "factors"
+    trust_fraction: float = 0.1
+    top: int = 100
+    keep_moments: bool = True
+    shared_start: bool = True
+    freeze_base: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0 or not 0 <= self.self_weight <= 1 or not 0 < self.trust_fraction < 1:
+            raise RecipeError(
+                "trust: temperature must be positive, self_weight in [0, 1] and trust_fraction between 0 and 1"
+            )
+        if min(self.top_k, self.staleness, self.top) < 0 or min(self.begin, self.every) < 1:
+            raise RecipeError("trust: top_k, staleness and top must not be negative, begin and every at least 1")
+
+    def mixes(self, round: int) -> bool:
+        """Whether there is mixing after this round."""
+        return round >= self.begin and (round - self.begin) % self.every == 0
+
+    def bank(self, module: nn.Module) -> Bank:
+        """The plan of the adapter."""
+        return self.adapter.bank(module, self.local.batch_size, self.freeze_base)
+
+    def adapt(self, module: nn.Module) -> nn.Module:
+        return with_paths(module, self.bank(module))
+
+    def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
+        num_clients, bank = population.num_clients, self.bank(module)
+        linked = trusting.linked_of(self.scheme, self.topology, population)
+        public, predictions = None, {}
+        if self.scheme == "predictions":
+            public = similarity.public_of(module, population, self.mode == "paper", self.top)
+            predictions = similarity.no_answers(public, next(module.parameters()).dtype, num_clients)
+        base, adapter = lora.start(module, bank, self.freeze_base, population)
+        stats = {name: leaf.detach().clone() for name, leaf in running_stats(module).items()}
+        held = tree.broadcast({"base": base, "adapter": adapter, "stats": stats}, num_clients)
+        if not self.shared_start:
+            apart = bank.init(num_clients, generator(population.seed, "adapters"), 0.0)
+            held["adapter"] = {name: apart[name].to(leaf).unsqueeze(1) for name, leaf in adapter.items()}
+        never = torch.zeros(num_clients, dtype=torch.long)
+        group = population.group if population.group is not None else torch.empty(0, dtype=torch.long)
+        trust, rounds = torch.eye(num_clients), torch.zeros((), dtype=torch.long)
+        known = trust, never, predictions, never.clone(), linked, group, rounds
+        shared = Shared(tree.map_tensors(torch.clone, held), *known, figures_of(trust, group), bank, public)
+        kept = self.keep_moments and self.local.optimizer == "adamw"
+        first = {part: {name: leaf[:1] for name, leaf in held[part].items()} for part in TRAINED}
+        return shared, Private(no_moments(first) if kept else {})
+
+    def send(self, shared: Shared, clients: Tensor) -> Message:
+        who, size = clients.to(shared.trust.device), len(clients)
+        own: Groups = tree.rows(shared.held, who)
+        everyone: Groups = {part: {} for part in own}
+        listens = torch.empty(size, 0, dtype=torch.bool, device=who.device)
+        round = int(shared.round)
+        if self.scheme == "validation" and (self.mixes(round) or round == 0):
+            own, everyone = everyone, tree.broadcast(shared.held, size)
+            oneself = F.one_hot(who, len(shared.heard)).bool()
+            listens = (
+                shared.linked[who] & (usable(shared.heard, round, self.staleness) | oneself) & (shared.heard > 0)
+            )
+        return Message(own, everyone, listens, shared.trust[who], who, shared.bank, shared.public)
+
+    def client_update(
+        self, loss: Loss, message: Message, private: Private, data: ClientData
+    ) -> tuple[Upload, Private]:
+        train, served = self._split(data)[0], self.settle(loss, message, private, data)
+        start = {**self._served(message, served), MOMENTS: private.moments}
+        trained, mean_loss = local_train(
+            lambda groups, batch, _step: loss(model_of(message.bank, groups), batch),
+            start if private.moments else {part: leaf for part, leaf in start.items() if part != MOMENTS},
+            train,
+            self.local,
+            dict.fromkeys(TRAINED, self.local.lr),
+        )
+        kept = trained.pop(MOMENTS, {})
+        predictions = {}
+        if message.public and (self.mixes(data.round) or data.round == 1):
+            if self.mode == "umbel" and loss.name != "cross_entropy":
+                raise RecipeError("trust: predictions are probabilities; with this loss, take mode = 'paper'")
+            predictions = similarity.predicted(loss, model_of(message.bank, trained), message.public)
+        found = served.trust if isinstance(served, Served) else message.trust[:, :0]
+        return Upload(trained, predictions, found, message.client, mean_loss), Private(kept)
+
+    def contribution(self, upload: Upload) -> dict[str, Any]:
+        return {}  # no sum over clients will do
+
+    def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
+        new = tree.map_tensors(torch.clone, replace(shared, round=shared.round + 1))
+        for upload in uploads:
+            who = upload.client
+            tree.map_tensors(lambda old, row: old.index_copy_(0, who, row), new.held, upload.adapters)  # noqa: B023
+            new.heard[who] = new.round
+            for name, rows in upload.predictions.items():
+                new.predictions[name][who] = rows
+                new.predicted[who] = new.round
+            if upload.trust.shape[1]:
+                new.trust[who] = upload.trust
+        if self.scheme != "validation" and self.mixes(int(new.round)):
+            self._mix(new)
+        return replace(new, figures=figures_of(new.trust, new.group))
+
+    def settle(self, loss: Loss, message: Message, private: Any, data: ClientData) -> Any:
+        """What a client that mixes for itself makes of what it received."""
+        if not message.listens.shape[1]:
+            return private
+        held = tree.map_tensors(lambda leaf: leaf[0], message.everyone)
+        scores = -similarity.cross_losses(loss, model_of(message.bank, held), self._split(data)[1])
+        if self.mode == "paper":
+            scores = -(-scores.double()).exp()
+        weights = self._weights(scores, message.listens, message.client).to(message.trust.dtype)
+        return Served(trusting.combined(message.bank, held, weights, message.client, self.mix), weights)
+
+    def personalize(self, message: Message, private: Any) -> Params:
+        return model_of(message.bank, self._served(message, private))
+
+    def mixture(self, message: Message, private: Any) -> Tensor:
+        return private.trust if isinstance(private, Served) else message.trust
+
+    def _served(self, message: Message, private: Any) -> Groups:
+        """(K, …) φ_i, mixed if the client has done that."""
+        if isinstance(private, Served):
+            return private.mixed
+        if not message.listens.shape[1]:
+            return message.own
+        place = torch.arange(len(message.client), device=message.client.device)
+        return tree.map_tensors(lambda leaf: leaf[place, message.client], message.everyone)
+
+    def _mix(self, new: Shared) -> None:
+        """Mixes for this round's clients, in place; who was never there follows all whom it may listen to."""
+        stamp = new.predicted if self.scheme == "predictions" else new.heard
+        fresh = usable(stamp, int(new.round), self.staleness)
+        some = fresh.nonzero().squeeze(1)
+        scores = new.trust.new_zeros(len(fresh), len(fresh), dtype=torch.float64)
+        scores[some.unsqueeze(1), some] = self._scores(new, some).to(scores)
+        if bool(scores.isnan().any()):
+            who = int(scores.isnan().sum(1).argmax())
+            raise RoundError(
+                f"trust: client {who}'s adapter is so large that it cannot be compared; lower local.lr"
+            )
+        rows = ((new.heard == new.round) | (new.heard == 0)).nonzero().squeeze(1)
+        weights = self._weights(scores[rows], new.linked[rows] & fresh, rows).to(new.trust.dtype)
+        mixed = trusting.combined(new.bank, new.held, weights, rows, self.mix)
+        tree.map_tensors(lambda old, row: old.index_copy_(0, rows, row), new.held, mixed)
+        new.trust[rows] = weights
+
+    def _scores(self, new: Shared, some: Tensor) -> Tensor:
+        """(n, n) s of these clients."""
+        if self.scheme == "weights":
+            adapters = {name: leaf[some, 0] for name, leaf in new.held["adapter"].items()}
+            score = similarity.row_cosines if self.mode == "paper" else similarity.product_cosines
+            return score(new.bank, adapters)
+        if self.scheme == "predictions" and new.public is not None:
+            answers = tree.rows(new.predictions, some)
+            if self.mode == "umbel":
+                return -similarity.divergences(answers, new.public.num_labels)
+            return similarity.published_scores(similarity.logit_distances(answers, new.public.num_labels))
+        return torch.zeros(len(some), len(some))  # all whom it may listen to are alike
+
+    def _weights(self, scores: Tensor, allowed: Tensor, own: Tensor) -> Tensor:
+        """(K, clients) rows of W."""
+        temperature: Tensor | float = 1.0
+        if self.mode == "umbel":
+            if self.scheme in ("weights", "predictions"):
+                scores = trusting.nearest_for_own(scores, allowed, own)
+            relative = self.scheme == "predictions"
+            temperature = self.temperature * (trusting.mean_size(scores, allowed, own) if relative else 1.0)
+        return trusting.trust_of(scores, allowed, own, temperature, self.threshold, self.top_k, self.self_weight)
+
+    def _split(self, data: ClientData) -> tuple[ClientData, ClientData]:
+        """What the clients train on, and what they measure losses on."""
+        if self.scheme != "validation":
+            return data, data
+        return trusting.split(data, self.trust_fraction, self.local.batch_size)
+
+
+def model_of(bank: Bank, groups: Groups) -> Params:
+    """The tensors of K clients' models with their φ (K, …)."""
+    return lora.adapted(bank, groups["base"], groups["adapter"]) | groups["stats"]

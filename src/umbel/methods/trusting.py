@@ -1,0 +1,206 @@
+"""Trusting: from scores to rows of weights, and what rows of weights make of many adapters.
+
+W = softmax of each row of s / T, over those to whom a client may listen
+φ_i ← Σ_j W_ij φ_j
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from umbel.adapters import Bank
+from umbel.clients import ClientData
+from umbel.errors import RecipeError
+from umbel.methods import lora
+from umbel.methods.protocol import Population
+from umbel.seeds import generator
+from umbel.train import Groups
+from umbel.tree import Params
+
+Mix = Literal["factors", "A", "B", "product"]
+Topology = Literal["full", "ring", "star"] | tuple[tuple[int, int], ...]
+
+
+def trust_of(
+    scores: Tensor,
+    allowed: Tensor,
+    own: Tensor,
+    temperature: Tensor | float = 1.0,
+    threshold: float = float("-inf"),
+    top_k: int = 0,
+    self_weight: float = 0.0,
+) -> Tensor:
+    """(K, N) rows of W, each of which sums to 1: softmax of scores / T over those that are allowed.
+
+    Whoever may listen to nobody, or has no finite score, listens to itself.
+
+    Args:
+        scores: (K, N).
+        allowed: (K, N) bool; all others get exactly 0, for they are left out before the softmax.
+        own: (K,) int64 the column that is the client itself.
+        temperature: T, or (K, 1) one for each.
+        threshold: lower scores are left out, but for the two highest.
+        top_k: so many are kept; 0: all.
+        self_weight: a client trusts itself so much at least, if it may listen to itself.
+    """
+    scores = scores.double()
+    usable = allowed & scores.isfinite()
+    scores = scores.masked_fill(~usable, float("-inf"))
+    if threshold > float("-inf"):
+        usable &= (scores >= threshold) | _highest(scores, 2)
+    if top_k:
+        usable &= _highest(scores, top_k)
+    oneself = F.one_hot(own, scores.shape[1]).bool()
+    nobody = ~usable.any(1, keepdim=True)
+    usable, scores = usable | (nobody & oneself), scores.masked_fill(nobody, 0.0)
+    below = (scores - scores.amax(1, keepdim=True)).masked_fill(~usable, 0.0)
+    weights = (below / temperature).masked_fill(~usable, float("-inf")).softmax(1)
+    mine = weights.masked_fill(~oneself, 0.0).sum(1, keepdim=True)
+    lifted = torch.where(oneself, self_weight, weights * (1 - self_weight) / (1 - mine).clamp(min=1e-30))
+    too_low = (mine < self_weight) & (usable & oneself).any(1, keepdim=True)
+    return torch.where(too_low, lifted, weights)
+
+
+def _highest(scores: Tensor, count: int) -> Tensor:
+    """(K, N) bool: the `count` highest of each row."""
+    places = scores.topk(min(count, scores.shape[1]), 1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, places, True)
+
+
+def nearest_for_own(scores: Tensor, allowed: Tensor, own: Tensor) -> Tensor:
+    """(K, N) with the best other score in place of a client's own: to be like oneself is no merit."""
+    others = allowed & ~F.one_hot(own, scores.shape[1]).bool()
+    best = scores.masked_fill(~others, float("-inf")).amax(1)
+    return scores.scatter(1, own.unsqueeze(1), best.nan_to_num(neginf=0.0).unsqueeze(1))
+
+
+def mean_size(scores: Tensor, allowed: Tensor, own: Tensor) -> Tensor:
+    """(K, 1) the mean of −s over the others that are allowed and finite: what temperatures are measured in."""
+    others = allowed & scores.isfinite() & ~F.one_hot(own, scores.shape[1]).bool()
+    total = -scores.double().masked_fill(~others, 0.0).sum(1, keepdim=True)
+    return (total / others.sum(1, keepdim=True).clamp(min=1)).clamp(min=1e-30)
+
+
+def linked_of(scheme: str, topology: Topology, population: Population) -> Tensor:
+    """(clients, clients) bool: who may listen to whom; everyone to itself, and edges go both ways.
+
+    Raises:
+        RecipeError: an oracle without groups, or edges of clients that do not exist.
+    """
+    size = population.num_clients
+    own = torch.eye(size, dtype=torch.bool)
+    if scheme == "none":
+        return own
+    linked = torch.ones_like(own)
+    if topology != "full":
+        linked = own.clone()
+        for pair in _edges(topology, size):
+            if len(pair) != 2 or not all(0 <= client < size for client in pair):
+                raise RecipeError(
+                    f"topology: {list(pair)} is no edge between two of this task's {size} clients, 0 to {size - 1}"
+                )
+            linked[pair[0], pair[1]] = linked[pair[1], pair[0]] = True
+    if scheme == "oracle":
+        if population.group is None:
+            raise RecipeError("scheme = 'oracle' needs a task with known groups; this one has none")
+        linked &= population.group.unsqueeze(0) == population.group.unsqueeze(1)
+    return linked
+
+
+def _edges(topology: Topology, size: int) -> Iterable[tuple[int, int]]:
+    if topology == "ring":
+        return [(client, (client + 1) % size) for client in range(size)]
+    if topology == "star":
+        return [(0, client) for client in range(1, size)]
+    assert not isinstance(topology, str)
+    return topology
+
+
+def usable(round_of: Tensor, now: int, staleness: int) -> Tensor:
+    """(clients,) bool: whose last word, of a round from 1 on, is at most so many rounds old."""
+    return (round_of > 0) & (now - round_of <= staleness)
+
+
+def figures_of(trust: Tensor, group: Tensor) -> dict[str, Tensor]:
+    """The mean trust in oneself and, if groups (clients,) are known, in others of one's group and beyond."""
+    others = ~torch.eye(len(trust), dtype=torch.bool, device=trust.device)
+    figures = {"self_trust": trust.diagonal().mean()}
+    if len(group):
+        same = group.unsqueeze(0) == group.unsqueeze(1)
+        for name, chosen in (("trust_inside", same & others), ("trust_outside", ~same)):
+            figures[name] = trust.masked_fill(~chosen, 0.0).sum() / chosen.sum().clamp(min=1)
+    return figures
+
+
+def split(data: ClientData, fraction: float, batch_size: int) -> tuple[ClientData, ClientData]:
+    """The same clients with what they train on, and with the `fraction` that they do not (at least 1 example).
+
+    It is drawn once, for all rounds. One or two examples serve for both; in the last of the batches that are
+    trained on no example is left alone, on which BatchNorm could not train.
+    """
+    trained, held = [], []
+    for place, client in enumerate(data.clients.tolist()):
+        count, first = int(data.examples.count[client]), int(data.examples.start[client])
+        own = data.part[place] if data.part is not None else np.arange(first, first + count)
+        order = torch.randperm(len(own), generator=generator(data.seed, "trust", client)).numpy()
+        cut = min(max(1, round(fraction * len(own))), len(own) - 1) if len(own) > 2 else 0
+        cut += len(own) - cut > 1 and (len(own) - cut) % batch_size == 1
+        trained.append(own[np.sort(order[cut:])])
+        held.append(own[np.sort(order[:cut])] if cut else own)
+    return replace(data, part=tuple(trained)), replace(data, part=tuple(held))
+
+
+def combined(bank: Bank, held: Groups, weights: Tensor, own: Tensor, how: Mix) -> Groups:
+    """(K, …) Σ_j W_ij φ_j for `held` φ (N, …), by rows of weights (K, N).
+
+    Args:
+        bank: the adapters' plan.
+        held: φ by part; adapters are (N, 1, …).
+        weights: W.
+        own: (K,) int64 which of the N each of the K is.
+        how: "factors" one by one; "A" or "B" only that factor of the adapter (biases go with B), the other
+            stays one's own; "product" the nearest to the mean of B A. All but the adapter is mixed anyway.
+    """
+
+    def mean(leaf: Tensor) -> Tensor:
+        mixed: Tensor = torch.tensordot(weights.to(leaf.dtype), leaf, 1)
+        return mixed
+
+    mixed = {part: {name: mean(leaf) for name, leaf in tensors.items()} for part, tensors in held.items()}
+    reading = {lora.reading(part) for part in bank.low_rank}
+    if how in ("A", "B"):
+        for name, leaf in held["adapter"].items():
+            if (name in reading) != (how == "A"):
+                mixed["adapter"][name] = leaf[own]
+    if how == "product":
+        mixed["adapter"] |= _nearest(bank, held["adapter"], weights)
+    return mixed
+
+
+def _nearest(bank: Bank, adapters: Params, weights: Tensor) -> Params:
+    """The factors (K, 1, …) nearest to Σ_j W_ij B_j A_j (see adapters/products.py), for adapters (N, 1, …).
+
+    N adapters of rank r are one of rank N·r. With Q R of its two factors, what is decomposed for each client is no
+    larger than N·r × N·r.
+    """
+    found: Params = {}
+    for part in bank.low_rank:
+        a, b = adapters[part.a_name][:, 0], adapters[part.b_name][:, 0].movedim(2, 1)
+        q_a, r_a = torch.linalg.qr(a.flatten(2).flatten(0, 1).T)  # (in, R), (R, N·r)
+        q_b, r_b = torch.linalg.qr(b.flatten(2).flatten(0, 1).T)
+        each = weights.to(a.dtype).repeat_interleave(part.rank, 1).unsqueeze(1)  # (K, 1, N·r)
+        u, s, v = torch.linalg.svd((r_b * each) @ r_a.T, full_matrices=False)
+        noise = s[:, :1] * max(q_a.shape[0], q_b.shape[0]) * torch.finfo(s.dtype).eps
+        root = torch.where(s > noise, s, 0.0).sqrt()[:, : part.rank].unsqueeze(1)
+        of_b = q_b @ u[..., : part.rank]
+        sign = of_b.gather(1, of_b.abs().argmax(1, keepdim=True)).sign()
+        of_a = (q_a @ v.mT[..., : part.rank] * root * sign).mT
+        size = len(weights)
+        found[part.a_name] = of_a.reshape(size, 1, *a.shape[1:])
+        found[part.b_name] = (of_b * root * sign).mT.reshape(size, *b.shape[1:]).movedim(1, 2).unsqueeze(1)
+    return {name: leaf.contiguous() for name, leaf in found.items()}
