@@ -233,6 +233,19 @@ def test_the_same_comparison_again_repeats_nothing_and_adds_what_is_new():
     assert umbel("resume", "two", "-q").stderr == ""
 
 
+def test_a_run_from_before_a_setting_was_there_is_taken_as_made_with_its_default():
+    args = ["compare", "digits", "--methods", "local", "--seeds=0", "--rounds=2", "--out", "two", "-q"]
+    umbel(*args)
+    stored, facts = Path("two/local-seed0/recipe.toml"), Path("two/local-seed0/run.json")
+    lines = stored.read_text().splitlines(keepends=True)
+    assert "steps = 0\n" in lines
+    stored.write_text("".join(line for line in lines if line != "steps = 0\n"))
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"identity": "of another version"}))
+    assert umbel(*args).stderr == "", "something was trained"
+    stored.write_text("".join("steps = 1\n" if line == "steps = 0\n" else line for line in lines))
+    assert "local.steps: 1, now 0" in error(*args)
+
+
 def test_an_unfinished_run_is_gone_on_with_to_the_same_end():
     args = ["compare", "digits", "--methods", "local", "--seeds=0", "--rounds=4", "--checkpoint_every=2", "-q"]
     umbel(*args, "--out", "whole")

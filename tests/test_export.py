@@ -281,6 +281,11 @@ WITH_PLANS = [name for name, cls in METHODS.items() if "adapter" in cls.__datacl
 def test_any_method_with_a_plan_of_pefts_is_exported(name, tmp_path):
     method = METHODS[name](adapter=AdapterPlan(peft=LORA | {"target_modules": ["query"]}))
     method = replace(method, local=LocalTraining(lr=0.05, batch_size=2))
+    if name == "feddpa":
+        gated = run(task("bert"), method, rounds=1, engine=Engine("stacked"))
+        with pytest.raises(RecipeError, match="feddpa: a gate weighs"):
+            export(gated, [tmp_path / "gated"], [0])
+        method = replace(method, gate="constant")
     result = run(task("bert"), method, rounds=2, engine=Engine("stacked"))
     folders = [tmp_path / str(k) for k in range(CLIENTS)]
     list(export(result, folders, range(CLIENTS)))

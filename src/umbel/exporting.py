@@ -30,6 +30,7 @@ from umbel.errors import ModelError, RecipeError, RunFolderError
 from umbel.folder import save_tensors, write, write_json
 from umbel.methods import METHODS
 from umbel.methods.floral import FLoRAL, each_alone
+from umbel.methods.gate import Gated
 from umbel.recipe import name_of
 from umbel.runs import Result
 from umbel.tree import Params
@@ -166,6 +167,11 @@ def _base(result: Result) -> _Base:
         RecipeError: PEFT does not adapt it.
     """
     module = result.cohort.loss.module
+    if isinstance(module, Gated):
+        raise RecipeError(
+            f"{_method_name(result)}: a gate weighs its adapters instance by instance, for which a PEFT folder "
+            f"has no place; set gate = 'constant', or take the model from Result.personal_model(client)"
+        )
     prefix, inner = inner_of(module)
     layers = lora_layers(inner)
     if not layers:

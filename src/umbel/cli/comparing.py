@@ -22,6 +22,7 @@ from umbel.cli.show import comparison_document, grid_document, print_comparison,
 from umbel.errors import RecipeError, RunFolderError
 
 if TYPE_CHECKING:
+    from umbel.recipe import Recipe, Table
     from umbel.tables import Group
 
 
@@ -205,11 +206,25 @@ def _check_settings(path: Path, asked: Asked) -> None:
                 continue
             recipe = read(asked.table | {"seed": seed}, label)
             known = read_run(own)
-            if known.facts.get("identity") != RunFolder.opened(own, recipe.identity()).identity:
+            if known.facts.get("identity") == RunFolder.opened(own, recipe.identity()).identity:
+                continue
+            # Settings that were not there yet when the run was made are at their defaults in it.
+            if not _same(known.recipe, label, recipe):
                 how = differing(known.recipe, recipe.table()) or "by another version of umbel"
                 raise RunFolderError(
                     f"{own} was made with other settings ({how}); name another folder with --out, or remove it"
                 )
+
+
+def _same(table: "Table", label: str, recipe: "Recipe") -> bool:
+    """Whether a run's table, read by this version, is this recipe."""
+    from umbel.errors import RecipeError
+    from umbel.recipe import read
+
+    try:
+        return read(table, label).identity() == recipe.identity()
+    except RecipeError:
+        return False
 
 
 def _together(path: Path, asked: Asked) -> dict[str, Any]:
