@@ -7,8 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
-from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
+from umbel import tree
 from umbel.adapters import AdapterPlan
 from umbel.clients import ClientData
 from umbel.cohort import Engine
@@ -25,8 +32,10 @@ from umbel.train import LocalTraining
 
 LOCAL = LocalTraining(optimizer="adamw", lr=1e-2, batch_size=2)
 PLAN = AdapterPlan(peft={"r": 2, "lora_alpha": 8, "target_modules": "all-linear"})
-METHOD = FedDPA(PLAN, strength=0.8, samples=3, local=LOCAL)
+METHOD = FedDPA(PLAN, strength=0.8, samples=4, local=LOCAL)
 EVERYONE = np.arange(3)
+GPT2 = {"vocab_size": 19, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
+GPT2 |= {"bos_token_id": 0, "eos_token_id": 0}
 
 
 def texts(prompt=0):
@@ -105,6 +114,13 @@ def test_variant_f_fine_tunes_the_global_adapter_when_it_serves():
     assert (tuned < alone).all()
 
 
+def anchors(at, task, k):
+    """Embeddings of all four examples of a client, as many as are asked for."""
+    x, _ = task.train.of_client(k)
+    _, embedded = at((0.0, 1.0), x.unsqueeze(0), k)
+    return embedded[:, -1] if embedded.dim() == 3 else embedded
+
+
 @pytest.mark.parametrize("published", [False, True])
 @pytest.mark.parametrize("task", [texts, images])
 def test_the_gate_is_the_cosine_to_own_examples(task, published):
@@ -115,7 +131,7 @@ def test_the_gate_is_the_cosine_to_own_examples(task, published):
     x = torch.stack([task.test.of_client(k)[0] for k in range(3)])
     found = cohort.loss.outputs(method.personalize(message, served), x)
 
-    def at(weights, k):
+    def at(weights, x, k):
         """The model with the adapters at these weights, and its last hidden state."""
         one = {n: leaf[k : k + 1] for n, leaf in message.adapter.items()}
         own = {n: leaf[k : k + 1] for n, leaf in served.adapter.items()}
@@ -125,19 +141,20 @@ def test_the_gate_is_the_cosine_to_own_examples(task, published):
         seen = []
         layer = cohort.loss.module.inner.get_submodule(cohort.loss.module.layer)
         handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        out = cohort.loss.outputs(constant, x[k : k + 1])[0]
+        out = cohort.loss.outputs(constant, x)[0]
         handle.remove()
         return out, seen[0]
 
     for k in range(3):
-        _, embedded = at((0.0, 1.0), k)
-        cosines = F.cosine_similarity(embedded.unsqueeze(-2), served.anchors[k], dim=-1)
+        _, embedded = at((0.0, 1.0), x[k : k + 1], k)
+        cosines = F.cosine_similarity(embedded.unsqueeze(-2), anchors(at, task, k), dim=-1)
         alpha = (0.8 * cosines.mean(-1)).clamp(0, 1)
         assert alpha.max() - alpha.min() > 1e-3
         for row in range(len(x[k])):
             for place in range(x.shape[2]) if alpha.dim() == 2 else [None]:
                 own = (alpha[row] if place is None else alpha[row, place]).item()
-                expected, _ = at((own, 1 - own) if published else (1 - own, own), k)
+                weights = (own, 1 - own) if published else (1 - own, own)
+                expected, _ = at(weights, x[k : k + 1], k)
                 if place is None:
                     assert_close(found[k, row], expected[row], rtol=1e-4, atol=1e-5)
                 elif place == 0:  # later places see hidden states of earlier ones, at their own weights
@@ -162,8 +179,44 @@ def test_anchors_are_taken_at_the_end_of_the_prompt():
     changed = texts(prompt=3)
     changed.train.x[:, 4:] = (changed.train.x[:, 4:] + 7) % 19  # the answers
     data = ClientData(changed.train, EVERYONE, 0, 0)
-    again = METHOD._anchors(cohort.loss, message, served.adapter, data)
-    assert_close(again, served.anchors)
+    again = METHOD._anchor(cohort.loss, message, served.adapter, data)
+    assert_close(again, served.anchor)
+
+
+def test_clients_with_few_examples_have_their_own_anchor_however_they_are_stacked():
+    task = texts()
+    few = [tuple(part[:n] for part in task.train.of_client(k)) for k, n in enumerate((1, 2, 4))]
+    task = task_of(task.model, few, test=few)
+    cohort, message, private, served = parts(METHOD, task)
+    for k in range(3):
+        one = torch.tensor([k])
+        data = ClientData(cohort.train, np.array([k]), 0, 0)
+        alone = METHOD.settle(cohort.loss, tree.rows(message, one), tree.rows(private, one), data)
+        assert_close(alone.anchor[0], served.anchor[k])
+
+
+def test_a_decoder_with_labels_is_gated_by_its_last_place():
+    with seeded(0, "gpt2"):
+        config = GPT2Config(
+            vocab_size=19,
+            n_positions=16,
+            n_embd=8,
+            n_layer=1,
+            n_head=2,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+        model = GPT2ForSequenceClassification(config)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 19, (3, 4, 8), generator=draw)
+    ids[:, 1:3, 5:] = 0
+    clients = [(own, torch.tensor([0, 1, 1, 0])) for own in ids]
+    task = task_of(of_transformers(model, "text"), clients, test=clients)
+    cohort, message, _, served = parts(METHOD, task)
+    params = METHOD.personalize(message, served)
+    padded = torch.nn.functional.pad(ids, (0, 2))
+    assert_close(cohort.loss.outputs(params, padded), cohort.loss.outputs(params, ids))
 
 
 def test_at_strength_0_the_global_adapter_serves_alone():
@@ -198,5 +251,5 @@ def test_settings_that_make_no_sense_are_refused(settings):
 def test_served_is_not_what_is_kept():
     _, _, private, served = parts(METHOD, texts())
     assert isinstance(served, Served)
-    assert served.anchors.shape == (3, 3, 8)
-    assert not hasattr(private, "anchors")
+    assert served.anchor.shape == (3, 8)
+    assert not hasattr(private, "anchor")

@@ -79,6 +79,25 @@ def test_gradients_that_are_views_are_stepped_along_all_the_same():
     assert_close(groups["b"]["w"], torch.full((4, 1, 3), 0.9))
 
 
+def test_tensors_that_lie_in_another_order_are_stepped_alike():
+    data = ClientData(clients(4, 4), np.arange(2), 0, 1)
+    target = torch.randn(2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    local = LocalTraining(optimizer="adamw", lr=0.1, batch_size=2)
+
+    def objective(groups, _batch, _step):
+        return ((groups["w"]["w"] - target) ** 2).flatten(1).sum(1)
+
+    ends = []
+    for start in (torch.zeros(2, 3, 4, 5, 6), torch.zeros(2, 3, 5, 6, 4).permute(0, 1, 4, 2, 3)):
+        groups, _ = local_train(objective, {"w": {"w": start}}, data, local, {"w": 0.1})
+        ends.append(groups["w"]["w"])
+    assert_close(*ends)
+
+
+def test_steps_are_counted_in_numbers_that_can():
+    assert no_moments({"w": {"w": torch.zeros(2, 3, dtype=torch.bfloat16)}})["t"].dtype == torch.float32
+
+
 def test_moments_go_on_where_they_were_left():
     examples = clients(8, 8)
     start = no_moments(

@@ -31,6 +31,7 @@ from umbel.folder import save_tensors, write, write_json
 from umbel.methods import METHODS
 from umbel.methods.floral import FLoRAL, each_alone
 from umbel.methods.gate import Gated
+from umbel.model.dropout import KEY
 from umbel.recipe import name_of
 from umbel.runs import Result
 from umbel.tree import Params
@@ -244,7 +245,7 @@ def _files(base: _Base, params: Params, rank: int) -> _Files:
         for name, leaf in zip(factor_names(path, layer), (a, b), strict=True):
             tensors[f"base_model.model.{path}{name.removeprefix(path).replace(f'.{NAME}', '')}"] = leaf
     for head in heads:
-        kept = base.inner.get_submodule(head).state_dict()
+        kept = [name for name in base.inner.get_submodule(head).state_dict() if name.rpartition(".")[2] != KEY]
         tensors |= {f"base_model.model.{head}.{name}": own[f"{head}.{name}"] for name in kept}
     return _Files(tensors, _config(base, ranks, heads), errors, full_rank)
 
@@ -284,7 +285,7 @@ def _heads(base: _Base, names: set[str]) -> tuple[str, ...]:
         found.add(owner)
     heads = tuple(sorted(head for head in found if not any(head.startswith(f"{other}.") for other in found)))
     for head in heads:
-        clash = next((p for p in base.paths if p != head and p.endswith(head)), None)
+        clash = next((p for p in base.paths if p not in heads and p.endswith(head)), None)
         clash = clash or next((p for p in base.layers if p.startswith(f"{head}.")), None)
         if clash is not None:
             raise ModelError(

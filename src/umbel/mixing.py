@@ -17,7 +17,11 @@ from umbel.tree import Params
 
 
 def weighted_sum(weights: Tensor, values: Params) -> Params:
-    """Σ_k w_k x_k for x (K, …) with w (K,), or for each adapter c, Σ_k w_kc x_kc for x (K, C, …) with w (K, C)."""
+    """Σ_k w_k x_k for x (K, …) with w (K,), or for each adapter c, Σ_k w_kc x_kc for x (K, C, …) with w (K, C).
+
+    Tensors of half precision come as float32: a sum over clients has more digits than they have.
+    """
+    values = {name: x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for name, x in values.items()}
     if weights.dim() == 1:
         return {name: torch.tensordot(weights.to(x.dtype), x, dims=1) for name, x in values.items()}
     return {name: (as_leading(weights.to(x.dtype), x) * x).sum(0) for name, x in values.items()}
@@ -39,8 +43,9 @@ def mean(sums: Params, weights: Tensor) -> Params:
 def step_to(old: Params, mean: Params, step: Tensor | float) -> Params:
     """Old + step · (mean − old); step is a number in [0, 1], or one for each adapter (C,).
 
-    At step 1 this is the mean, and at step 0 old, to the last bit.
+    At step 1 this is the mean, and at step 0 old, to the last bit. The result has the type of `old`.
     """
+    mean = {name: mean[name].to(leaf.dtype) for name, leaf in old.items()}
     if not isinstance(step, Tensor):
         return mean if step == 1 else {name: torch.lerp(old[name], mean[name], step) for name in old}
     return {

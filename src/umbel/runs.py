@@ -118,7 +118,7 @@ def opened(folder: str | Path, task: Task | None = None, method: Method | None =
 
 def module_with(module: nn.Module, params: Params) -> nn.Module:
     """A copy of the module on the CPU, in evaluation mode, with the first row of these tensors as its own."""
-    copy = copied(module).cpu().eval()
+    copy = copied(module, but=params).cpu().eval()
     for name, leaf in params.items():
         path, _, own_name = name.rpartition(".")
         owner, value = copy.get_submodule(path), leaf[0].detach().clone().cpu()

@@ -99,7 +99,10 @@ def local_train(
         precondition: (tensors, gradients) of the trained groups → gradients to step along.
         plain: groups that are stepped by SGD without momentum and weight decay (routers).
     """
-    groups: Groups = {g: {n: leaf.clone() for n, leaf in params.items()} for g, params in start.items()}
+    whole = torch.contiguous_format  # what AdamW's fused step takes for granted
+    groups: Groups = {
+        g: {n: leaf.clone(memory_format=whole) for n, leaf in params.items()} for g, params in start.items()
+    }
     trained: Groups = {g: groups[g] for g in lr}
     leaves = [leaf.requires_grad_(True) for params in trained.values() for leaf in params.values()]
     optimizer = _Optimizer(local, trained, lr, plain, groups.get(MOMENTS), len(data.clients))
@@ -135,7 +138,7 @@ def no_moments(groups: Groups) -> Params:
     named = {f"{g}/{n}": leaf for g, params in groups.items() for n, leaf in params.items()}
     zeros = {f"{part}/{name}": torch.zeros_like(leaf) for part in ("m", "v") for name, leaf in named.items()}
     some = next(iter(named.values()))
-    return zeros | {"t": some.new_zeros(some.shape[:1])}
+    return zeros | {"t": some.new_zeros(some.shape[:1], dtype=torch.float32)}  # counts what half cannot
 
 
 _steps: ContextVar[list[int] | None] = ContextVar("steps", default=None)

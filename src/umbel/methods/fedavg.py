@@ -82,7 +82,7 @@ class FedAvg:
         sums = mixing.total(self.contribution(upload) for upload in uploads)
         mean = mixing.mean(sums["values"], sums["weight"])
         params, moments = self.server.step(shared.params, mean, shared.moments)
-        return Shared(params, {n: mean[n] for n in shared.stats}, moments)
+        return Shared(params, {n: mean[n].to(leaf.dtype) for n, leaf in shared.stats.items()}, moments)
 
     def settle(self, loss: Loss, message: Message, private: Any, data: ClientData) -> Any:
         return private

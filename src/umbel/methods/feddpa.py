@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umbel import mixing, tree
@@ -49,7 +50,7 @@ class Served:
     """What a client serves with."""
 
     adapter: Params  # (K, 1, …) l
-    anchors: Tensor  # (K, S, width) e(x_s), or (K, 0) where α is λ itself
+    anchor: Tensor  # (K, width) the mean of e(x_s) / ‖e(x_s)‖, or (K, 0) where α is λ itself
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class FedDPA:
         return lora.averaged(shared, self.server, mixing.total(map(self.contribution, uploads)))
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Served:
-        """The local adapter, made from the global one in variant F, and the embeddings of own examples."""
+        """The local adapter, made from the global one in variant F, and where the client's own examples lie."""
         own = private.adapter
         if self.variant == "F":
 
@@ -126,7 +127,7 @@ class FedDPA:
             own = choose(tree.finite_rows(replace(private, adapter=tuned)), tuned, message.adapter)
         if self.gate == "constant":
             return Served(own, private.seen.new_empty(len(private.seen), 0))
-        return Served(own, self._anchors(loss, message, own, data))
+        return Served(own, self._anchor(loss, message, own, data))
 
     def personalize(self, message: Message, private: Served) -> Params:
         if self.gate == "constant":
@@ -135,22 +136,23 @@ class FedDPA:
                 | message.stats
             )
         both = self._mixed(message, message.base, message.adapter, private.adapter, (1.0, 1.0)) | message.stats
-        return inside(both) | {"anchors": private.anchors}
+        return inside(both) | {"anchor": private.anchor}
 
     def mixture(self, message: Message, private: Served) -> Tensor:
         """(K, 2) the weights of the global and the local adapter; with a gate those at a cosine of 1."""
         some = next(iter(message.adapter.values()))
         return some.new_tensor(self._weights()).expand(len(some), 2)
 
-    def _anchors(self, loss: Loss, message: Message, own: Params, data: ClientData) -> Tensor:
-        """(K, S, width) of the clients' own examples: a text's at its prompt's end, or at its last place."""
+    def _anchor(self, loss: Loss, message: Message, own: Params, data: ClientData) -> Tensor:
+        """(K, width) of the clients' own examples: a text's at its prompt's end, or at its last place."""
         gated = loss.module
         assert isinstance(gated, Gated)
         params = self._mixed(message, message.base, message.adapter, own, (1.0, 1.0)) | message.stats
         view = Loss(Embedding(gated), loss.name)
-        anchors = []
+        some = data.some(self.samples, "anchors")
+        total: Any = 0.0
         with torch.no_grad():
-            for batch in data.some(self.samples, "anchors").in_order(self.samples):
+            for batch in some.in_order(self.samples):
                 found = view.outputs(inside(params, "gated.inner"), batch.x)  # (K, S, width) or (K, S, T, width)
                 if found.dim() == 4:
                     counted = batch.y != IGNORED
@@ -160,8 +162,10 @@ class FedDPA:
                     found = found.gather(
                         2, place[..., None, None].expand(*place.shape, 1, found.shape[3])
                     ).squeeze(2)
-                anchors.append(found)
-        return torch.cat(anchors, 1)
+                unit = F.normalize(found, dim=-1)
+                total = total + (unit if batch.weight is None else unit * batch.weight.unsqueeze(-1)).sum(1)
+        anchor: Tensor = total / some.num_examples.unsqueeze(1)
+        return anchor
 
     def _weights(self) -> tuple[float, float]:
         alpha = self.strength

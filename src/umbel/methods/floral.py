@@ -287,7 +287,7 @@ class FLoRAL:
                 base=base,
                 adapters=adapters,
                 remainder={name: self._remainder(shared, name, target[name], share) for name in shared.remainder},
-                stats={name: mean.get(name, leaf) for name, leaf in shared.stats.items()},
+                stats={name: mean.get(name, leaf).to(leaf.dtype) for name, leaf in shared.stats.items()},
                 moments={"base": base_moments, "adapters": moments},
                 routes=shared.routes.after(self.router, sums),
                 figures={"averaging_error": factor_error(shared.bank, sums["adapters"]).float()}

@@ -1,7 +1,7 @@
 """A gate between two adapters that looks at the instance: PEFT layers of rank 2·r whose halves are weighed by row.
 
     e(x)     the input of the model's last linear layer, by the second adapter alone
-    α(x)     λ mean_s cos(e(x), e(x_s)) in [0, 1], for the anchors e(x_s)
+    α(x)     λ mean_s cos(e(x), e(x_s)) = λ ⟨e(x) / ‖e(x)‖, anchor⟩ in [0, 1], anchor = mean_s e(x_s) / ‖e(x_s)‖
     answer   the model's at weights (1 − α, α)
 
 Where the last layer answers every place of a text, there is an e and an α for every place, of what stands before
@@ -40,15 +40,15 @@ class GatedLinear(StackedLinear):
 
 
 class Gated(nn.Module):
-    """The module with its adapters' halves weighed for each row, once there are anchors; as it is without."""
+    """The module with its adapters' halves weighed for each row, once there is an anchor; as it is without."""
 
-    client_axis = ("anchors",)
+    client_axis = ("anchor",)
 
     def __init__(self, inner: nn.Module, layer: str, strength: float, published: bool = False) -> None:
         super().__init__()
         self.inner, self.layer, self.strength, self.published = inner, layer, strength, published
         self.rows_apart = getattr(inner, "rows_apart", False)
-        self.register_buffer("anchors", torch.empty(0))
+        self.register_buffer("anchor", torch.empty(0))
         self.weights = Weights()
         for path, found in inner.named_modules():
             if hasattr(found, "lora_A"):
@@ -58,11 +58,11 @@ class Gated(nn.Module):
                 found.lora_A[NAME].weights = self.weights
 
     def forward(self, x: Tensor) -> Tensor:
-        anchors = self.get_buffer("anchors")
-        if anchors.numel() == 0:
+        anchor = self.get_buffer("anchor")
+        if anchor.numel() == 0:
             logits: Tensor = self.inner(x)
             return logits
-        alpha = self.share(self.embedding(x), anchors)
+        alpha = self.share(self.embedding(x), anchor)
         pair = (alpha, 1 - alpha) if self.published else (1 - alpha, alpha)
         weights = torch.stack(pair, -1)
         return self._at(weights if weights.dim() == 3 else weights.unsqueeze(1), x)[0]
@@ -71,11 +71,10 @@ class Gated(nn.Module):
         """(rows, width) or (rows, places, width) e(x)."""
         return self._at(x.new_tensor([[[0.0, 1.0]]], dtype=torch.float32), x)[1]
 
-    def share(self, embedded: Tensor, anchors: Tensor) -> Tensor:
-        """(rows, …) α of embeddings (rows, …, width), for anchors (S, width) or, for K clients, (K, S, width)."""
-        anchors = F.normalize(anchors if anchors.dim() == 3 else anchors.unsqueeze(0), dim=-1)
-        own = F.normalize(embedded, dim=-1).reshape(len(anchors), -1, embedded.shape[-1])
-        similar = (own @ anchors.mT).mean(-1)
+    def share(self, embedded: Tensor, anchor: Tensor) -> Tensor:
+        """(rows, …) α of embeddings (rows, …, width); anchor (width,), or (K, width) for the rows of K clients."""
+        own = F.normalize(embedded, dim=-1).reshape(anchor.numel() // anchor.shape[-1], -1, embedded.shape[-1])
+        similar = own @ anchor.reshape(len(own), -1, 1)
         return (self.strength * similar).clamp(0, 1).view(embedded.shape[:-1])
 
     def _at(self, weights: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,8 +88,14 @@ class Gated(nn.Module):
         finally:
             handle.remove()
             self.weights.now = None
+        if len(seen) == 1 and seen[0].dim() == 3 and logits.dim() == 2 and x.dim() == 2:  # a decoder with labels
+            last = x.shape[1] - 1 - (x != getattr(self.inner, "pad_id", -1)).flip(1).int().argmax(1)
+            seen = [seen[0][torch.arange(len(x), device=x.device), last]]
         if len(seen) != 1 or seen[0].shape[:-1] != logits.shape[:-1]:
-            raise ModelError(f"{self.layer}: this layer's input is no embedding for each of the model's answers")
+            raise ModelError(
+                f"{self.layer}: this layer's input is no embedding for each of the model's answers; "
+                f"take gate = 'constant'"
+            )
         return logits, seen[0]
 
 

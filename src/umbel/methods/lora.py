@@ -120,7 +120,8 @@ def averaged(shared: S, server: ServerOptimizer, sums: dict[str, Any]) -> S:
     base, base_moments = server.step(shared.base, mean["base"], shared.moments["base"])
     adapter, moments = server.step(shared.adapter, mean["adapter"], shared.moments["adapter"])
     both = {"base": base_moments, "adapter": moments}
-    return replace(shared, base=base, adapter=adapter, stats=mean["stats"], moments=both)
+    stats = {name: mean["stats"][name].to(leaf.dtype) for name, leaf in shared.stats.items()}
+    return replace(shared, base=base, adapter=adapter, stats=stats, moments=both)
 
 
 def reading(part: LowRank) -> str:

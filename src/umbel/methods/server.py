@@ -71,6 +71,7 @@ class ServerOptimizer:
                 Where it is 0 (nobody used the adapter, its mean means nothing) old stays, bit for bit.
         """
         count = moments.rounds + 1
+        mean = {name: mean[name].to(leaf.dtype) for name, leaf in old.items()}
         shares = share if isinstance(share, dict) else dict.fromkeys(old, share)
         target = {
             name: mixing.step_to({name: x}, {name: mean[name]}, shares[name])[name] for name, x in old.items()

@@ -14,7 +14,7 @@ from torch.func import functional_call, vmap
 from umbel.clients import Batch, ClientData
 from umbel.errors import DataError, ModelError
 from umbel.model.dropout import dropout_keys
-from umbel.model.stacked import RowsMeetError, rows_of, takes_client_axis
+from umbel.model.stacked import rows_of, takes_client_axis
 from umbel.tree import Params, is_broadcast
 
 LossName = Literal["cross_entropy", "mse"]
@@ -82,7 +82,7 @@ class Loss:
         Raises:
             ModelError: K > 1 and PyTorch cannot stack a layer of the module.
         """
-        if self.module.training != training:
+        if any(layer.training != training for layer in self.module.modules()):
             self.module.train(training)
         if training and key is not None:
             params = params | dict.fromkeys(self.dropouts, key)
@@ -97,8 +97,10 @@ class Loss:
                 with rows_of(x.shape[0] * x.shape[1]):
                     rows: Tensor = self._forward(shared | own, x.flatten(0, 1))
                 return rows.view(*x.shape[:2], *rows.shape[1:])
-            except RowsMeetError:
-                pass  # vmap keeps them apart
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                pass  # RowsMeetError, or a layer that makes something else of so many rows: vmap keeps them apart
         x_dim = None if is_broadcast(x) and own else 0
         try:
             forward = vmap(lambda p, x: self._forward(shared | p, x), in_dims=(0, x_dim))

@@ -31,6 +31,7 @@ class Pretrained(nn.Module):
     def __init__(self, model: nn.Module, kind: Kind, base: str = "") -> None:
         super().__init__()
         self.model, self.kind, self.base = model, kind, base
+        self.train(model.training)
         config: Any = model.config
         pad = getattr(config, "pad_token_id", None)
         if kind == "text" and pad is None:
@@ -60,4 +61,8 @@ def of_transformers(model: nn.Module, kind: Kind, base: str = "") -> Pretrained:
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
+    for name in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):  # the newer one first
+        if (disable := getattr(model, name, None)) is not None:
+            disable()  # what backward computes again would be with the module's own tensors, not the clients'
+            break
     return Pretrained(model.eval(), kind, base)

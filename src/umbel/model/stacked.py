@@ -2,7 +2,7 @@
 
 The rows of K clients' batches lie one client after the other, (K·B, …), as in one large batch. Layers with a
 tensor for all run as always, so that a frozen base costs one matrix product for everyone; a layer with a
-tensor for each client is one batched product. No `vmap`: attention kernels, checkpointing, mixed precision and
+tensor for each client is one batched product. No `vmap`: attention kernels, masks that look at their data and
 quantised layers work as they do in one model.
 """
 

@@ -14,15 +14,19 @@ from umbel.tasks.corpora import data_folder
 Precision = Literal["float32", "bfloat16", "float16"]
 
 _NO_DROPOUT = (
+    "activation_dropout",
     "attention_dropout",
     "attention_probs_dropout_prob",
     "attn_pdrop",
     "classifier_dropout",
     "classifier_dropout_prob",
+    "dropout",
+    "dropout_rate",
     "embd_pdrop",
     "embedding_dropout",
     "hidden_dropout",
     "hidden_dropout_prob",
+    "layerdrop",
     "resid_pdrop",
 )
 

@@ -63,11 +63,7 @@ class Task:
                 )
 
     def _check_labels(self) -> None:
-        was_training = self.model.training
-        self.model.eval()
-        with torch.no_grad():
-            num_labels = self.model(self.train.x[:1]).shape[-1]
-        self.model.train(was_training)
+        num_labels = self._answers()
         for split, examples in (("train", self.train), ("test", self.test)):
             if examples.y.is_floating_point():
                 raise DataError(f"{split}: cross_entropy needs whole-number labels, got {examples.y.dtype}")
@@ -87,12 +83,17 @@ class Task:
         """How many labels the model tells apart; 1 where an example's target is no single label."""
         if self.loss != "cross_entropy" or self.train.y.dim() != 1:
             return 1
-        was_training = self.model.training
+        return self._answers()
+
+    def _answers(self) -> int:
+        """How many numbers the model answers with, on the last axis; each of its layers keeps its mode."""
+        modes = {layer: layer.training for layer in self.model.modules()}
         self.model.eval()
         with torch.no_grad():
-            num_labels = self.model(self.train.x[:1]).shape[-1]
-        self.model.train(was_training)
-        return int(num_labels)
+            count = int(self.model(self.train.x[:1]).shape[-1])
+        for layer, mode in modes.items():
+            layer.training = mode
+        return count
 
     @property
     def num_clients(self) -> int:
