@@ -133,7 +133,7 @@ def test_a_partition_is_a_partition_and_keeps_owners_slots_apart(seed):
 def test_an_owners_slots_are_dealt_out_at_the_least_cost():
     distance = rng().random((6, 4))
     owner = np.array([7, 7, 7, -1, 3, -1])
-    labels = assigned(distance, owner)
+    labels = assigned(distance, owner, np.ones(len(owner)))
     best = min(permutations(range(4), 3), key=lambda order: distance[[0, 1, 2], list(order)].sum())
     assert labels[:3].tolist() == list(best)
     assert labels[3:].tolist() == distance[3:].argmin(1).tolist()
@@ -349,6 +349,14 @@ def test_a_slot_of_one_example_shapes_no_partition():
         found[least] = agreement(after.cluster[:4].numpy(), np.array([0, 0, 1, 1]))["cluster_accuracy"]
         assert after.cluster.min() >= 0  # it is served all the same
     assert found == {1: 0.5, 2: 1.0}
+
+
+def test_a_slot_without_mass_takes_what_its_owners_other_slots_leave():
+    # The first two are one owner's: the heavy one is at 0, the light one beyond it.
+    distance = np.array([[0.0, 5.0], [1.0, 6.0], [0.1, 4.9], [5.0, 0.0]])
+    owner = np.array([0, 0, 1, 2])
+    assert assigned(distance, owner, np.array([9.0, 0.0, 1.0, 1.0])).tolist() == [0, 1, 0, 1]
+    assert assigned(distance, owner, np.array([0.0, 9.0, 1.0, 1.0])).tolist() == [1, 0, 0, 1]
 
 
 def test_slots_renumbered_are_clustered_and_averaged_alike():

@@ -128,7 +128,7 @@ def lloyd(cloud: Cloud, centres: np.ndarray) -> tuple[np.ndarray, float]:
     labels = np.full(len(cloud.x), -1)
     for _ in range(ITERATIONS):
         distance = np.square(cloud.x[:, None] - centres).sum(2)
-        now = assigned(distance, cloud.owner)
+        now = assigned(distance, cloud.owner, cloud.mass)
         if (now == labels).all():
             break
         labels = now
@@ -139,19 +139,22 @@ def lloyd(cloud: Cloud, centres: np.ndarray) -> tuple[np.ndarray, float]:
     return labels, float(cloud.mass @ distance)
 
 
-def assigned(distance: np.ndarray, owner: np.ndarray) -> np.ndarray:
+def assigned(distance: np.ndarray, owner: np.ndarray, mass: np.ndarray) -> np.ndarray:
     """(n,) the cluster for each row of `distance` (n, C), as near as may be.
 
-    The rows of one owner get different clusters, those with the least sum of distances (Hungarian method); the
-    rows of nobody (−1), and of an owner with more than C, get their nearest.
+    The rows of one owner get different clusters, those with the least sum of distances (Hungarian method): first the
+    rows with mass, then those without among the clusters that are left. The rows of nobody (−1), and of an owner
+    with more than C, get their nearest.
     """
     from scipy.optimize import linear_sum_assignment
 
     labels: np.ndarray = distance.argmin(1)
     owners, counts = np.unique(owner[owner >= 0], return_counts=True)
     for one in owners[(counts > 1) & (counts <= distance.shape[1])]:
-        rows = np.flatnonzero(owner == one)
-        labels[rows] = linear_sum_assignment(distance[rows])[1]
+        left = np.arange(distance.shape[1])
+        for rows in (np.flatnonzero((owner == one) & own) for own in (mass > 0, mass <= 0)):
+            taken = linear_sum_assignment(distance[np.ix_(rows, left)])[1]
+            labels[rows], left = left[taken], np.delete(left, taken)
     return labels
 
 
