@@ -452,3 +452,12 @@ def test_some_of_the_examples_are_other_ones_every_round():
     assert not all(np.array_equal(a, b) for a, b in zip(drawn[0], drawn[2], strict=True))
     alone = [ClientData(examples, everyone[k : k + 1], 0, 1).some(3, "routes").part for k in everyone]
     assert all(alone[k] is None or np.array_equal(alone[k][0], some.part[k]) for k in everyone)
+
+
+def test_a_text_counts_by_its_places_in_a_forward_pass():
+    images = Examples.of([(torch.zeros(3, 5), torch.zeros(3, dtype=torch.long))] * 4)
+    texts = Examples.of([(torch.zeros(3, 8, dtype=torch.long), torch.zeros(3, 8, dtype=torch.long))] * 4)
+    numbers = Examples.of([(torch.zeros(3, 5), torch.zeros(3, 8))] * 4)
+    fits = [ClientData(examples, np.arange(4), 0, 0).fitting(1024) for examples in (images, texts, numbers)]
+    assert fits == [256, 8, 256]
+    assert ClientData(texts, np.arange(4), 0, 0).fitting(1) == 1

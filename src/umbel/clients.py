@@ -145,6 +145,15 @@ class ClientData:
             part.append(rows + first if own is None else own[rows])
         return replace(self, part=tuple(part))
 
+    def fitting(self, num_rows: int) -> int:
+        """How many examples of each client go through a forward pass of so many rows, all clients together.
+
+        A text counts as four rows for each of its places, for each is answered by a vocabulary.
+        """
+        y = self.examples.y
+        rows = 4 * y[0].numel() if y.dim() > 1 and not y.is_floating_point() else 1
+        return max(1, num_rows // (rows * len(self.clients)))
+
     def num_steps(self, size: int, epochs: int = 1, steps: int = 0) -> int:
         """The steps of the client with the most of them; `steps`, if given, are everyone's for each slot."""
         return int(self._steps(steps).max()) if steps else epochs * -(-int(self._counts.max()) // size)

@@ -142,9 +142,9 @@ def lloyd(cloud: Cloud, centres: np.ndarray) -> tuple[np.ndarray, float]:
 def assigned(distance: np.ndarray, owner: np.ndarray, mass: np.ndarray) -> np.ndarray:
     """(n,) the cluster for each row of `distance` (n, C), as near as may be.
 
-    The rows of one owner get different clusters, those with the least sum of distances (Hungarian method): first the
-    rows with mass, then those without among the clusters that are left. The rows of nobody (−1), and of an owner
-    with more than C, get their nearest.
+    The rows of one owner get different clusters, those with the least sum of distances (Hungarian method): first
+    the rows with mass, then those without among the clusters that are left. The rows of nobody (−1), and of an
+    owner with more than C, get their nearest.
     """
     from scipy.optimize import linear_sum_assignment
 

@@ -144,7 +144,7 @@ class FedEM:
         one = Loss(loss.module.get_submodule("models.0"), loss.name)
         found = []
         with torch.no_grad():
-            for batch in data.in_order(max(1, FORWARD_EXAMPLES // len(data.clients))):
+            for batch in data.in_order(data.fitting(FORWARD_EXAMPLES)):
                 each = (
                     one.outputs({n: leaf[:, c] for n, leaf in message.models.items()}, batch.x)
                     for c in range(self.num_models)

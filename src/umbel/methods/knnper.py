@@ -139,7 +139,7 @@ def remembered(loss: Loss, params: Params, data: ClientData) -> Served:
     features: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.no_grad():
-        for batch in data.in_order(max(1, FORWARD_EXAMPLES // len(data.clients))):
+        for batch in data.in_order(data.fitting(FORWARD_EXAMPLES)):
             if not labels:
                 num_labels = loss.outputs(params, batch.x[:, :1]).shape[-1]
             found = behind.outputs(params, batch.x)

@@ -280,7 +280,7 @@ def losses_of(
     counts = some.new_zeros(num_clients * num_labels)
     first = torch.arange(num_clients, device=some.device).unsqueeze(1) * num_labels
     with torch.no_grad():
-        for batch in data.in_order(max(1, FORWARD_EXAMPLES // num_clients)):
+        for batch in data.in_order(data.fitting(FORWARD_EXAMPLES)):
             label = batch.y if num_labels > 1 else 0
             place = (first + label).expand(batch.y.shape[:2]).flatten()
             weight = (

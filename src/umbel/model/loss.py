@@ -115,7 +115,7 @@ class Loss:
         """(K,) each client's mean loss over its own examples, in evaluation mode, without gradients."""
         total = torch.zeros(len(data.clients), device=data.examples.x.device)
         with torch.no_grad():
-            for batch in data.in_order(max(1, FORWARD_EXAMPLES // len(data.clients))):
+            for batch in data.in_order(data.fitting(FORWARD_EXAMPLES)):
                 weight = 1.0 if batch.weight is None else batch.weight
                 total += (self.per_example(self.outputs(params, batch.x), batch.y) * weight).sum(1)
         return total / data.num_examples
