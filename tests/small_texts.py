@@ -62,7 +62,7 @@ def write_texts(folder):
         [
             {
                 "instruction": f"say {n}",
-                "context": "c" * (n % 3) * 20,
+                "context": f"c{n // 16} " * 5 * (n % 3 > 0),  # two of a category may have the same, and others
                 "response": f"r{n}!",
                 "category": kinds[n % 8],
             }
@@ -88,11 +88,12 @@ def glue_rows():
     for name, pair in (("cola", 0), ("mrpc", 1), ("qnli", 1), ("rte", 1), ("sst2", 0)):
         for split, count in (("train", 0 if name == "qnli" else 120), ("dev", 60)):
             for n in range(count):
-                second = f"{name[1]}{n}" if pair else ""
+                linked = name == "qnli"  # a question is there twice, and of four rows two share a sentence
+                second = f"{name[1]}{n - (linked and n % 4 == 2)}" if pair else ""
                 yield {
                     "task": name,
                     "split": split,
-                    "sentence1": f"{name[0]}{split}{n}",
+                    "sentence1": f"{name[0]}{split}{n // 2 if linked else n}",
                     "sentence2": second,
                     "label": n % 2.0,
                 }

@@ -23,12 +23,13 @@ from umbel.tasks import (
     FlanFedDPA,
     Multilingual,
     ShakespeareRoles,
+    dolly,
     texts,
 )
 from umbel.tasks.cifar import DEVIATION, MEAN
 from umbel.tasks.cifar_vit import divided
-from umbel.tasks.glue import sentences
-from umbel.tasks.slots import Holders
+from umbel.tasks.glue import _split, sentences
+from umbel.tasks.slots import Holders, held
 from umbel.tasks.tokens import Tokenizer
 
 SMALL = {"length": 16, "tokens_per_client": 640, "public_windows": 10}
@@ -179,6 +180,14 @@ def test_news_can_be_classified(small):
     assert marks(task.train.x).isdisjoint(marks(task.test.x) | marks(task.public))
 
 
+def test_too_few_news_are_told_with_the_settings_to_change(small):
+    recipe = AGNews(task="classification", clients_per_class=150, length=32, public_windows=6)
+    with pytest.raises(RecipeError, match=r"client \d+ .*train.*clients_per_class.*test_fraction"):
+        AGNews(**vars(recipe) | {"heterogeneity": "mixed"}).load(0)
+    with pytest.raises(RecipeError, match=r"client \d+ .*for test.*clients_per_class"):
+        AGNews(**vars(recipe) | {"clients_per_class": 60}).load(0)
+
+
 def test_too_little_text_is_told(small):
     with pytest.raises(RecipeError, match="client 0 has too little text"):
         Multilingual(clients_per_language=400).load(0)
@@ -241,6 +250,28 @@ def test_every_example_of_a_task_is_dealt_once_and_no_slot_is_tiny(seed, num_exa
     assert ((sizes == 0) | (sizes >= 0.01 * num_examples - 1)).all()
 
 
+@pytest.mark.parametrize(("num_holders", "alpha"), [(150, 100.0), (150, 0.5), (1000, 1e4), (2000, 0.01)])
+def test_many_holders_share_every_example_of_a_task(num_holders, alpha):
+    dealt = Holders(num_holders, alpha, 1, 0).dealt(10_000, 0, 0)
+    assert len(dealt) == num_holders
+    assert sorted(np.concatenate(dealt).tolist()) == list(range(10_000))
+    if alpha >= 100:
+        assert min(len(own) for own in dealt) > 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_examples_that_share_a_key_or_are_linked_are_held_together(seed):
+    keys = [(f"a{n // 2}", f"b{(n + 1) // 2}" if n % 10 else f"c{n}") for n in range(200)]  # ten in a chain
+    keys += [(f"d{n}",) for n in range(100)]
+    rows = held(keys, ["x"] * 100 + ["y"] * 200, 0.2, seed, "test")
+    assert len(set(rows)) == len(rows)
+    assert sum(row < 100 for row in rows) == 20
+    assert sum(row >= 100 for row in rows) == 40
+    mine = {key for row in rows for key in keys[row]}
+    assert mine.isdisjoint(key for row in set(range(300)).difference(rows) for key in keys[row])
+    assert rows != held(keys, ["x"] * 100 + ["y"] * 200, 0.2, seed + 1, "test")
+
+
 def test_shares_are_more_even_the_higher_alpha():
     sizes = [[len(own) for own in Holders(10, alpha, 1, 0).dealt(10_000, 0, 0)] for alpha in (0.1, 100.0)]
     assert np.std(sizes[0]) > 5 * np.std(sizes[1])
@@ -277,6 +308,17 @@ def test_glue_trains_on_nothing_that_it_tests_on_and_on_all_else(small):
     assert len(train) + len(test) == 4 * 180 + 60
     fewer = GLUE(tasks=("rte", "sst2"), length=24, train_examples=50, num_holders=3).load(0)
     assert fewer.train.count.sum() == 100
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_question_and_no_sentence_of_qnlis_test_is_trained_on(seed, small):
+    task = GLUE(tasks=("qnli",), length=24, test_examples=0, num_holders=2).load(seed)
+    train, test = (
+        [said(row).replace("<pad>", "").split("\n") for row in part.x] for part in (task.train, task.test)
+    )
+    assert len(train) == 48
+    for column in (0, 1):
+        assert {pair[column] for pair in train}.isdisjoint(pair[column] for pair in test)
 
 
 def test_pairs_are_joined_and_padding_is_the_bases_own(small):
@@ -326,7 +368,9 @@ def test_only_a_response_and_its_end_count_and_no_prompt_has_it(small):
     for examples in (task.train, task.test):
         for x, y in zip(examples.x, examples.y, strict=True):
             given, answer = counted(x, y)
-            context = re.fullmatch(r"(### Context:\nc+\n\n)?### Instruction:\nsay (\d+)\n\n### Response:\n", given)
+            context = re.fullmatch(
+                r"(### Context:\n[c\d ]+\n\n)?### Instruction:\nsay (\d+)\n\n### Response:\n", given
+            )
             assert answer == f"r{context[2]}!|"
             assert answer[:-1] not in given
             end = len(given) + len(answer) - 1
@@ -351,6 +395,40 @@ def test_dollys_test_part_is_held_back_and_common_to_a_category(small):
         assert task.test.count[slot] == 6  # a tenth of 60
     fewer = Dolly(num_holders=2, train_examples=20, categories=("open_qa",)).load(0)
     assert fewer.train.count.sum() == 20
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_context_of_dollys_test_is_trained_on_in_any_category(seed, small):
+    parts = dolly.divided(dolly.by_category(), 0.1, seed)
+    train, test = ([pair for own in part.values() for pair in own] for part in parts)
+    assert len(set(train) | set(test)) == len(train) + len(test) == 480
+    contexts = [
+        {found[0] for prompt, _ in part if (found := re.search(r"c\d+", prompt))} for part in (train, test)
+    ]
+    assert contexts[1]
+    assert contexts[0].isdisjoint(contexts[1])
+
+
+def test_an_instruction_with_and_without_context_is_held_together():
+    pairs = [
+        (f"### Context:\nc{n}\n\n" * two + f"{dolly._ASKED}say {n}", "r") for n in range(20) for two in (0, 1)
+    ]
+    train, test = dolly.divided({"a": pairs[::2], "b": pairs[1::2]}, 0.2, 0)
+    assert [len(own) for own in (train["a"], train["b"], test["a"], test["b"])] == [16, 16, 4, 4]
+    assert {one.split()[-1] for one, _ in test["a"]} == {one.split()[-1] for one, _ in test["b"]}
+
+
+def test_a_fraction_that_empties_a_part_is_told(small):
+    with pytest.raises(RecipeError, match=r"test_fraction.*brainstorming"):
+        Dolly(test_fraction=0.999, num_holders=2).load(0)
+
+
+def test_a_long_prompt_loses_its_contexts_front_and_keeps_its_instruction(small):
+    prompt = f"### Context:\n{'c' * 300}\n\n{dolly._ASKED}say 1\n\n### Response:\n"
+    x, y = Tokenizer("models/stories260K").answered([(prompt, "r1!")], 64)
+    given, answer = counted(x[0], y[0])
+    assert re.fullmatch(r"c+\n\n### Instruction:\nsay 1\n\n### Response:\n", given)
+    assert answer == "r1!|"
 
 
 def test_what_is_too_long_is_cut(small):
@@ -515,6 +593,28 @@ def test_true_texts_are_as_many_as_told(real_data):
     assert texts.speeches()[0][0].source == "hamlet/HAMLET"
     assert len(sentences("sst2")[0].label) == 67_349
     assert len(sentences("qnli")[0].label) == 0
+    assert sum(len(own) for own in dolly.by_category().values()) == 14_824
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_true_test_parts_share_nothing_with_training(seed, real_data):
+    train, test = _split("qnli", seed)
+    assert len(test.label) == 1093
+    assert set(train.first).isdisjoint(test.first)
+    assert set(train.second).isdisjoint(test.second)
+    instructions = dolly.by_category()
+    train, test = dolly.divided(instructions, 0.1, seed)
+    for category, own in instructions.items():
+        assert len(test[category]) == round(0.1 * len(own))
+        assert len(train[category]) + len(test[category]) == len(own)
+    seen, asked = ({one for own in of.values() for p, _ in own for one in parts(p)} for of in (train, test))
+    assert seen.isdisjoint(asked)
+
+
+def parts(prompt):
+    """A prompt's context, if it has one, and its instruction."""
+    context, _, instruction = prompt.partition("### Instruction:\n")
+    return {instruction.strip()} | ({context.strip()} if context else set())
 
 
 def test_a_true_base_predicts_true_text(real_data):

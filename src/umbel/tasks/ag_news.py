@@ -66,10 +66,15 @@ class AGNews:
             return tokenizer.padded([one.text for one in documents], [], self.length, model.pad_id)
 
         parts = []
-        for clients in (texts.train, texts.test):
+        for split, clients in (("train", texts.train), ("test", texts.test)):
             owned = []
-            for own, share in zip(clients, shares.tolist(), strict=True):
+            for client, (own, share) in enumerate(zip(clients, shares.tolist(), strict=True)):
                 few = min(len(documents) // part for documents, part in zip(own, share, strict=True) if part)
+                if not few:
+                    raise RecipeError(
+                        f"task: client {client} has too few news of its classes for {split}; lower "
+                        f"clients_per_class or public_windows, or change test_fraction or tokens_per_client"
+                    )
                 kept = [documents[: part * few] for documents, part in zip(own, share, strict=True)]
                 labels = torch.arange(len(CLASSES)).repeat_interleave(torch.tensor([len(some) for some in kept]))
                 owned.append((ids([one for some in kept for one in some]), labels))

@@ -1,9 +1,12 @@
 """glue: sentence classification, ten holders with slots of five tasks of GLUE (as FL-TAC, Ping et al. 2024).
 
 A slot is what a holder has of a task and counts as a client; `owner` and `group` say whose and which. Shares of
-a task are drawn from a Dirichlet distribution, and those below one per cent or `least_examples` go to others.
+a task are drawn from a Dirichlet distribution, and those below one per cent (or, with more than ten holders, a
+tenth of an even share) or `least_examples` go to others.
 Every slot is tested on the same part of its task's development set. All tasks have two labels and one head.
-Of QNLI the data folder has the development set only: a fifth of it, drawn by the seed, is for testing.
+Of QNLI the data folder has the development set only: a fifth of it, drawn by the seed, is for testing, and no
+question or sentence of that fifth is trained on. A base gets ids and nothing else: one like BERT, which was
+pretrained with segment ids (token_type_ids), reads both sentences of a pair as the first segment.
 """
 
 from collections.abc import Sequence
@@ -16,7 +19,7 @@ from torch import Tensor
 from umbel.errors import DataError, RecipeError
 from umbel.seeds import generator
 from umbel.tasks.bases import Precision, load_pretrained
-from umbel.tasks.slots import Holders
+from umbel.tasks.slots import Holders, held
 from umbel.tasks.task import Task
 from umbel.tasks.texts import Hub, from_hub, rows
 from umbel.tasks.tokens import Tokenizer
@@ -118,13 +121,13 @@ def _from_hub(name: Name, split: str, missing: DataError) -> Sentences:
 
 
 def _split(name: Name, seed: int) -> tuple[Sentences, Sentences]:
-    """What is for training and for testing."""
+    """What is for training and for testing; without a training set no sentence is in both."""
     train, test = sentences(name)
     if train.label:
         return train, test
-    order = _drawn(test, 0, seed, name, "split")
-    cut = len(order) // 5
-    return test.of(order[cut:]), test.of(order[:cut])
+    keys = [(f"first {one}", f"second {two}") for one, two in zip(test.first, test.second, strict=True)]
+    tested = held(keys, [name] * len(keys), 1 / 5, seed, "glue", name, "split")
+    return test.of(sorted(set(range(len(keys))).difference(tested))), test.of(tested)
 
 
 def _drawn(of: Sentences, most: int, seed: int, *path: str) -> list[int]:

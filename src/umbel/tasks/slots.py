@@ -4,6 +4,7 @@ A task's training data is dealt to holders by shares drawn from a Dirichlet dist
 client of its own: a holder with three tasks has three adapters, and the server is not told of which tasks.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from umbel.errors import RecipeError
 from umbel.seeds import generator, seed_of
 
 LEAST_SHARE = 0.01  # of a task; a smaller one is set to 0
+LEAST_OF_EVEN = 0.1  # of an even share, where that is less: so the largest share is never set to 0
 Labelled = tuple[Tensor, Tensor]
 
 
@@ -79,11 +81,12 @@ class Holders:
             raise RecipeError(f"task: task {task} has {num_examples} examples; lower least_examples")
         draw = np.random.Generator(np.random.Philox(key=seed_of(seed, "shares", task)))
         share = draw.dirichlet(np.full(self.num_holders, self.alpha))
-        share[share < LEAST_SHARE] = 0
+        share[share < min(LEAST_SHARE, LEAST_OF_EVEN / self.num_holders)] = 0
         count = _rounded(share, num_examples)
         while (short := (count > 0) & (count < self.least_examples)).any():
             share[np.flatnonzero(short)[share[short].argmin()]] = 0  # its data goes to the others
             count = _rounded(share, num_examples)
+        assert count.sum() == num_examples
         order = torch.randperm(num_examples, generator=generator(seed, "slots", task)).numpy()
         return np.split(order, count.cumsum()[:-1])
 
@@ -96,6 +99,48 @@ class Holders:
             kept.append((x[rows], y[rows]))
         tasks = Examples.of(kept)
         return Examples(tasks.x, tasks.y, tasks.start[group.numpy()], tasks.count[group.numpy()])
+
+
+def held(keys: Sequence[Sequence[str]], kinds: Sequence[str], fraction: float, seed: int, *path: str) -> list[int]:
+    """The rows of examples that are for testing: no key of theirs is one of the others'.
+
+    They are `fraction` of each kind, one at least, or somewhat fewer where examples that share keys are too many.
+
+    Args:
+        keys: what each example may share with others; those linked by others stay together too.
+        kinds: each example's.
+        fraction: for testing.
+        seed: which they are, with what the draw is for.
+    """
+    room = Counter({kind: max(1, round(fraction * count)) for kind, count in Counter(kinds).items()})
+    parts = _linked(keys)
+    rows: list[int] = []
+    for at in torch.randperm(len(parts), generator=generator(seed, *path)).tolist():
+        needed = Counter(kinds[row] for row in parts[at])
+        if needed <= room:
+            rows += parts[at]
+            room -= needed
+    return rows
+
+
+def _linked(keys: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Rows by what they share: those with a key in common, or linked by others, are in one list."""
+    above = list(range(len(keys)))
+    first: dict[str, int] = {}
+
+    def top(row: int) -> int:
+        while above[row] != row:
+            above[row] = above[above[row]]  # so that the next search is shorter
+            row = above[row]
+        return row
+
+    for row, own in enumerate(keys):
+        for key in own:
+            above[top(row)] = top(first.setdefault(key, row))
+    parts: dict[int, list[int]] = {}
+    for row in range(len(keys)):
+        parts.setdefault(top(row), []).append(row)
+    return list(parts.values())
 
 
 def _rounded(share: np.ndarray, total: int) -> np.ndarray:
