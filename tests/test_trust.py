@@ -2,6 +2,7 @@
 
 import tomllib
 from dataclasses import replace
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from umbel.adapters.products import factors, products
 from umbel.clients import ClientData, Examples
 from umbel.cohort import Cohort, Engine, PrivateStore, Tally
 from umbel.errors import RecipeError, RoundError
-from umbel.methods import FLoRAL, Population, Trust, similarity, trusting
+from umbel.methods import FLoRAL, Population, Trust, similarity, trust, trusting
 from umbel.methods.routing import losses_of
 from umbel.methods.similarity import (
     divergences,
@@ -33,12 +34,14 @@ from umbel.model.dropout import seed_dropout
 from umbel.model.loss import Loss
 from umbel.model.pretrained import of_transformers
 from umbel.recipe import read
+from umbel.report import write_report
 from umbel.rounds import rounds, start
+from umbel.runs import run_recipe
 from umbel.schedule import Schedule
 from umbel.seeds import seeded
 from umbel.tasks import Task
 from umbel.tasks.digits import Digits
-from umbel.train import LocalTraining
+from umbel.train import LocalTraining, local_train
 
 PLAN = AdapterPlan(2, ("linear", "bias"))
 STEPS = LocalTraining(lr=0.1, batch_size=4, epochs=2)
@@ -426,6 +429,32 @@ def test_validation_trains_on_what_is_left():
     assert equal(Run(method, clients=changed).go().shared.held, run.shared.held)
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
+@pytest.mark.parametrize("scheme", ["weights", "predictions", "none", "uniform", "oracle", "validation"])
+def test_every_scheme_trains_on_the_same_examples(scheme, fraction, monkeypatch):
+    if scheme == "validation" and not fraction:
+        return
+    seen = []
+
+    def spied(objective, groups, data, *rest):
+        seen.append(data)
+        return local_train(objective, groups, data, *rest)
+
+    monkeypatch.setattr(trust, "local_train", spied)
+    run = Run(Trust(PLAN, STEPS, scheme, begin=1, trust_fraction=fraction)).go()
+    expected = split(ClientData(run.cohort.train, run.everyone, 0, 1), 0.5, 4)[0].part if fraction else None
+    found = seen[0].part
+    assert (found is None) == (expected is None)
+    assert fraction == 0 or all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["trust", "languages"])
+def test_recipes_compare_schemes_on_equal_data(name):
+    table = tomllib.loads((resources.files("umbel.recipes") / f"{name}.toml").read_text())
+    methods = [read(table, label).method for label in table["method"]]
+    assert {method.trust_fraction for method in methods if isinstance(method, Trust)} == {0.1}
+
+
 def test_evaluation_is_the_same_every_time():
     for scheme in ("validation", "predictions"):
         run = Run(Trust(PLAN, STEPS, scheme, begin=1), net(dropout=0.5)).go().go()
@@ -446,7 +475,7 @@ def test_the_oracles_rows_are_even_within_the_group_and_sum_to_1():
 @pytest.mark.parametrize("method", [Trust(PLAN, STEPS, "uniform"), Trust(PLAN, STEPS, "weights", temperature=1e9)])
 def test_even_trust_is_fed_avg_where_all_have_equally_many_examples(method):
     clients = labelled([8, 8, 8])
-    run = Run(replace(method, begin=1), clients=clients).go().go().go()
+    run = Run(replace(method, begin=1, trust_fraction=0.0), clients=clients).go().go().go()
     floral, _ = simulate(FLoRAL(1, PLAN, local=STEPS, init_std=0.0), net(), clients, 3, "cross_entropy")
     for k in range(3):
         one = tree.map_tensors(lambda leaf, k=k: leaf[k], run.shared.held)
@@ -507,6 +536,68 @@ def test_an_absent_client_keeps_what_it_has_and_is_heard_for_a_while():
         heard = 5 if staleness == 2 else 3
         assert_close(weights, torch.tensor([1 / heard] * heard + [0.0] * (5 - heard)))
     assert torch.equal(runs[1].shared.held["adapter"]["0.weight_lora_B"][4], before)
+
+
+def listened(run):
+    return [row.nonzero().squeeze(1).tolist() for row in run.served()[1]]
+
+
+def served_of(run, client):
+    return {name: leaf[client].clone() for name, leaf in run.served()[0].items()}
+
+
+def test_a_client_that_mixes_for_itself_keeps_what_it_has_unless_a_mix_is_due():
+    # Round 2 is the first with mixing: client 4 was not there and has nothing to mix, 0 to 2 have.
+    run = Run(Trust(PLAN, STEPS, "validation", begin=2, temperature=10.0)).go()
+    before = served_of(run, 4)
+    run.go([0, 1, 2])
+    assert listened(run) == [[0, 1, 2]] * 3 + [[3], [4]]
+    assert equal(served_of(run, 4), before)
+    # Stale or not: others may be heard for a while, but who has nothing due does not mix.
+    stale = Run(Trust(PLAN, STEPS, "validation", begin=2, temperature=10.0, staleness=1)).go().go([0, 1, 2])
+    assert listened(stale) == [[0, 1, 2, 3, 4]] * 3 + [[3], [4]]
+
+
+@pytest.mark.parametrize("chunk", [64, 1])
+def test_a_client_that_mixes_for_itself_keeps_its_row_from_mix_to_mix(chunk):
+    method = Trust(PLAN, STEPS, "validation", begin=1, every=3, temperature=10.0, mix="product")
+    run = Run(method, chunk=chunk).go()
+    first = run.served()
+    run.go([0, 1])
+    # 0 and 1 have mixed, have trained since and keep their rows; to the others the mix of round 1 is still due.
+    assert_close(run.served()[1][:2], first[1][:2])
+    assert_close(run.shared.trust[:2], first[1][:2])
+    assert listened(run) == [[0, 1, 2, 3, 4]] * 5
+    own = method.personalize(replace(run.message(0), own=rows_of(run, 0), listens=torch.zeros(1, 0)), None)
+    assert equal({name: leaf[0] for name, leaf in own.items()}, served_of(run, 0))
+
+
+def rows_of(run, client):
+    return tree.map_tensors(lambda leaf: leaf[client : client + 1], run.shared.held)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_mix_that_is_due_is_not_lost_on_a_client_that_comes_late(every):
+    # Client 4 is heard with 3 in round 1, which ends with a mix, and comes again in round 3.
+    run = Run(Trust(PLAN, STEPS, "validation", begin=1, every=every, temperature=10.0)).go([3, 4]).go([0, 1])
+    held = run.shared.held["adapter"]["0.weight_lora_B"][4].clone()
+    assert listened(run)[4] == [0, 1, 3, 4]
+    assert torch.equal(run.shared.held["adapter"]["0.weight_lora_B"][4], held)
+    run.go([4])
+    assert run.shared.trust[4].nonzero().squeeze(1).tolist() == [0, 1, 3, 4]
+    # It has mixed: that is not done again before the next mix.
+    assert every == 1 or torch.equal(run.served()[1][4], run.shared.trust[4])
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_clients_that_mix_for_themselves_hear_the_absent_for_a_while(staleness):
+    run = Run(Trust(PLAN, STEPS, "validation", begin=1, staleness=staleness, temperature=10.0)).go()
+    before = run.shared.held["adapter"]["0.weight_lora_B"][4].clone()
+    run.go([0, 1, 2], [0, 1, 2])
+    assert listened(run)[0] == ([0, 1, 2, 3, 4] if staleness == 2 else [0, 1, 2])
+    assert listened(run)[4] == [0, 1, 2, 3, 4]  # those of its round, 3 as well, and since
+    assert torch.equal(run.shared.held["adapter"]["0.weight_lora_B"][4], before)
+    assert torch.equal(run.shared.trust[4], torch.eye(5)[4])  # it has not come to mix
 
 
 @pytest.mark.parametrize("scheme", ["uniform", "weights", "predictions"])
@@ -580,7 +671,7 @@ def recovered(method, chunk=8):
     cohort, at = start(task, method, Schedule(rounds=4, evaluate_every=4), Engine("stacked", chunk=chunk))
     at = list(rounds(cohort, at, task, Schedule(rounds=4, evaluate_every=4)))[-1]
     mixture = torch.from_numpy(at.scores.mixture)
-    figures = trusting.figures_of(mixture, task.group)
+    figures = trusting.figures_of(mixture, task.group, torch.ones(8))
     return float(figures["trust_inside"]), float(figures["trust_outside"]), at.figures
 
 
@@ -604,6 +695,39 @@ def test_hidden_groups_are_found_by_all_but_published_weights(scheme, mode, bloc
         assert inside < 1.1 * outside
     if scheme != "validation":
         assert_close((figures["trust_inside"], figures["trust_outside"]), (inside, outside))
+
+
+def test_figures_are_of_clients_that_were_heard():
+    trust, group = torch.full((4, 4), 0.2), torch.tensor([0, 0, 1, 1])
+    trust[0] = torch.tensor([0.5, 0.3, 0.2, 0.0])
+    found = trusting.figures_of(trust, group, torch.tensor([1, 2, 1, 0]))
+    expected = {"self_trust": 0.9 / 3, "trust_inside": 0.5 / 2, "trust_outside": 0.8 / 4}
+    assert {name: round(float(value), 5) for name, value in found.items()} == {
+        name: round(value, 5) for name, value in expected.items()
+    }
+    run = Run(Trust(PLAN, STEPS, "uniform", begin=1)).go([0, 1, 2])
+    assert_close(run.shared.figures["self_trust"], torch.tensor(1 / 3))
+    assert_close(run.shared.figures["trust_inside"], torch.tensor(1 / 3))
+
+
+def test_clients_are_no_routes():
+    figures = recovered(Trust(AdapterPlan(4), DIGITS, "none"))[2]
+    assert not {"nmi", "ari", "cluster_accuracy", "usage", "dead", "entropy_nats"} & set(figures)
+    assert (figures["self_trust"], figures["trust_inside"], figures["trust_outside"]) == (1, 0, 0)
+
+
+def test_reports_show_who_trusts_whom(tmp_path):
+    recipe = {
+        "task": {"name": "digits", "num_clients": 8},
+        "rounds": 1,
+        "method": {"trust": {"scheme": "uniform"}},
+    }
+    run_recipe(read(recipe, "trust"), tmp_path / "run")
+    html = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
+    assert "Who trusts whom" in html
+    assert "itself 1.000; inside 0.000; outside 0.000" in html
+    assert "How routes settle" not in html
+    assert "NMI" not in html
 
 
 # What travels.
@@ -695,7 +819,9 @@ def test_what_cannot_be_compared_is_said_before_any_work():
     [
         {"temperature": 0.0},
         {"self_weight": 1.5},
-        {"trust_fraction": 0.0},
+        {"trust_fraction": -0.1},
+        {"trust_fraction": 1.0},
+        {"trust_fraction": 0.0, "scheme": "validation"},
         {"top_k": -1},
         {"staleness": -1},
         {"begin": 0},

@@ -15,7 +15,7 @@ from umbel.cohort import Cohort, PrivateStore
 from umbel.model.loss import IGNORED
 from umbel.tree import Params
 
-BATCH = 16384  # examples in one forward pass, of all stacked clients together
+BATCH = 16384  # rows in one forward pass, of all stacked clients together
 WORST = 0.1  # the share of clients that "worst decile" speaks of
 
 
@@ -25,7 +25,7 @@ class Scores:
 
     loss: np.ndarray  # (K,)
     accuracy: np.ndarray | None  # (K,)
-    mixture: np.ndarray  # (K, C) how each client weighs what it mixes; (K, 0) if nothing
+    mixture: np.ndarray  # (K, C) how each client weighs what it mixes, adapters or clients; (K, 0) if nothing
 
     def summary(self) -> dict[str, float]:
         """Means over clients, and the mean over the worst tenth of them."""
@@ -79,7 +79,7 @@ def scores(cohort: Cohort, serve: Serve, examples: Examples, clients: np.ndarray
             data = ClientData(examples, chunk, cohort.seed, 0)
             loss = torch.zeros(len(chunk), dtype=torch.float64, device=examples.x.device)
             right = torch.zeros_like(loss)
-            for batch in data.in_order(max(1, BATCH // len(chunk))):
+            for batch in data.in_order(data.fitting(BATCH)):
                 outputs = cohort.loss.outputs(params, batch.x)
                 weight = 1.0 if batch.weight is None else batch.weight
                 loss += (cohort.loss.per_example(outputs, batch.y) * weight).sum(1)
@@ -99,7 +99,9 @@ def scores(cohort: Cohort, serve: Serve, examples: Examples, clients: np.ndarray
 
 
 def routing(mixture: np.ndarray, group: np.ndarray | None) -> dict[str, Any]:
-    """What the clients' mixtures (K, C) look like, {} where nothing is mixed.
+    """What the clients' mixtures (K, C) of adapters or models look like, {} where nothing is mixed.
+
+    Of a mixture of the clients themselves (`mixes_clients` of a method) none of this would say anything.
 
     Returns:
         entropy_nats: mean over clients of −Σ_c π log π, between 0 and log C.

@@ -163,6 +163,31 @@ def routes(run: Run, salt: str) -> str:
     return _svg(draw, 5.6, upper + 1.55, salt)
 
 
+def trust(run: Run, salt: str) -> str:
+    """Whom the clients trust at the end: a row for each client, a column for each whom it may mix."""
+    mark = [line for line in run.snapshots if line.get("mixture")][-1]
+    weights, group = np.array(mark["mixture"]), mark.get("group")
+    rows = np.argsort(group, kind="stable") if group is not None else np.arange(len(weights))
+    columns = rows if weights.shape[0] == weights.shape[1] else np.arange(weights.shape[1])
+    shown = weights[rows][:, columns]
+    pixels = np.empty((*shown.shape, 4))
+    pixels[..., :3] = _rgb()[0]
+    pixels[..., 3] = shown.clip(0, 1) / max(float(shown.max()), 1e-30)
+
+    def draw(figure: "Figure") -> None:
+        axes = _axes(figure)
+        axes.imshow(
+            pixels, extent=(0, shown.shape[1], len(shown), 0), aspect="auto", interpolation="none", rasterized=True
+        )
+        _group_lines(axes, None if group is None else np.array(group)[rows])
+        axes.set_xticks([])
+        axes.set_xlabel("trusted clients")
+        if group is None:
+            axes.set_ylabel("clients")
+
+    return _svg(draw, 4.0, 3.6, salt)
+
+
 def onboarding(found: Onboarded, salt: str) -> str:
     """How well unseen clients do over the number of their samples, a line for each way, and those that trained."""
 

@@ -87,6 +87,8 @@ def _sections(groups: Sequence[Group]) -> Iterator[str]:
             ),
         )
     mixed = [group for group in groups if any(_mixes(run) for run in group.runs)]
+    trusting = [group for group in mixed if any(_trusts(run) for run in group.runs)]
+    mixed = [group for group in mixed if group not in trusting]
     routed = [group for group in mixed if not group.oracle] or mixed  # an oracle's routes never change
     if routed:
         yield _section(
@@ -100,6 +102,19 @@ def _sections(groups: Sequence[Group]) -> Iterator[str]:
                 + ". Left: the colour is the route that the client weighs most after that round, its strength the "
                 "weight (faint: undecided). Right: all weights after the last round. Colours are the routes' "
                 "numbers and mean nothing across methods."
+            ),
+        )
+    if trusting:
+        yield _section(
+            "Who trusts whom",
+            '<div class="row">',
+            *(_trust(group, place) for place, group in enumerate(trusting)),
+            "</div>",
+            _caption(
+                "Each row is a client and each column a client whose adapter it mixes"
+                + (", both by true groups, which only oracles know" if _knows_groups(trusting) else "")
+                + ". The stronger, the more it weighs after the last round; full strength is the figure's highest "
+                "weight. Inside and outside: the mean weight of another client of one's group and beyond."
             ),
         )
     unseen = [(group, found) for group in groups if (found := onboarded(group)) is not None]
@@ -221,6 +236,15 @@ def _routes(group: Group, place: int) -> str:
     return f"<figure><h3>{escape(group.label)} <small>{'; '.join(facts)}</small></h3>{figure}</figure>"
 
 
+def _trust(group: Group, place: int) -> str:
+    run = next(run for run in group.runs if _mixes(run))
+    names = {"self_trust": "itself", "trust_inside": "inside", "trust_outside": "outside"}
+    facts = [f"seed {run.seed}"]
+    facts += [f"{said} {run.scored[-1][key]:.3f}" for key, said in names.items() if key in run.scored[-1]]
+    figure = plots.trust(run, f"trust-{place}")
+    return f"<figure><h3>{escape(group.label)} <small>{'; '.join(facts)}</small></h3>{figure}</figure>"
+
+
 def _runs_table(groups: Sequence[Group]) -> str:
     heads = (
         "method",
@@ -299,6 +323,11 @@ def _device(run: Run) -> str:
 
 def _mixes(run: Run) -> bool:
     return any(line.get("mixture") for line in run.snapshots)
+
+
+def _trusts(run: Run) -> bool:
+    """Whether what is mixed are the other clients themselves."""
+    return bool(run.scored) and "self_trust" in run.scored[-1]
 
 
 def _knows_nmi(run: Run) -> bool:

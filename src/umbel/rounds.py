@@ -125,7 +125,9 @@ def rounds(
         scores = None
         if round % schedule.evaluate_every == 0 or round == schedule.rounds:
             scores = evaluate(cohort, shared, store, test, tests, serves)
-            figures |= scores.summary() | routing(scores.mixture, group)
+            figures |= scores.summary()
+            if not getattr(method, "mixes_clients", False):  # such a method has figures of its own
+                figures |= routing(scores.mixture, group)
             if group is not None:
                 figures |= scores.of_groups(group)
         figures["seconds"] = perf_counter() - begin

@@ -67,7 +67,10 @@ class Method(Protocol):
         """The tensors of the model that each client serves; used by evaluation, export and onboarding."""
 
     def mixture(self, message: Any, private: Any) -> Tensor:
-        """(K, C) how each client weighs what it mixes; (K, 0) where nothing is mixed."""
+        """(K, C) how each client weighs what it mixes; (K, 0) where nothing is mixed.
+
+        A method whose C are the clients themselves says so with `mixes_clients = True`: those are no routes.
+        """
 
 
 def nothing_mixed(num_clients: int) -> Tensor:

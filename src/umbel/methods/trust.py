@@ -10,15 +10,14 @@ https://arxiv.org/abs/2404.09753
 
 φ is a low-rank adapter and all else that is trained. The server holds every φ and computes W, but for
 "validation": there a client receives all φ_j, finds ℓ_ij, its loss with φ_j on examples that it keeps from
-training, and mixes for itself as the next round begins. Departures: docs/methods.md.
+training, and mixes for itself when it next comes, or is served. Departures: docs/methods.md.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umbel import tree
@@ -27,6 +26,7 @@ from umbel.clients import ClientData
 from umbel.errors import RecipeError, RoundError
 from umbel.methods import lora, similarity, trusting
 from umbel.methods.protocol import Population
+from umbel.methods.settling import choose
 from umbel.methods.similarity import Public
 from umbel.methods.trusting import Mix, Topology, figures_of, usable
 from umbel.model.loss import Loss, running_stats
@@ -101,7 +101,8 @@ class Trust:
         begin: the first round after which there is mixing.
         every: so many rounds from one mixing to the next.
         mix: "factors" A and B one by one; only "A" or only "B", the other stays; "product" the mean of B A.
-        trust_fraction: the share of its training examples on which a client measures ℓ_ij and does not train.
+        trust_fraction: the share of its examples on which a client measures ℓ_ij and does not train, whatever the
+            scheme, so that all schemes train on the same; 0: none.
         top: so many probabilities of a prediction are sent; 0: all.
         keep_moments: AdamW goes on from round to round, whatever is mixed.
         shared_start: all begin with the same A.
@@ -126,12 +127,15 @@ class Trust:
     keep_moments: bool = True
     shared_start: bool = True
     freeze_base: bool = False
+    mixes_clients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0 or not 0 <= self.self_weight <= 1 or not 0 < self.trust_fraction < 1:
+        if not self.temperature > 0 or not 0 <= self.self_weight <= 1 or not 0 <= self.trust_fraction < 1:
             raise RecipeError(
-                "trust: temperature must be positive, self_weight in [0, 1] and trust_fraction between 0 and 1"
+                "trust: temperature must be positive, self_weight in [0, 1] and trust_fraction in [0, 1)"
             )
+        if self.scheme == "validation" and self.trust_fraction == 0:
+            raise RecipeError("trust: scheme = 'validation' measures on trust_fraction, which must not be 0")
         if min(self.top_k, self.staleness, self.top) < 0 or min(self.begin, self.every) < 1:
             raise RecipeError("trust: top_k, staleness and top must not be negative, begin and every at least 1")
 
@@ -162,8 +166,8 @@ class Trust:
         never = torch.zeros(num_clients, dtype=torch.long)
         group = population.group if population.group is not None else torch.empty(0, dtype=torch.long)
         trust, rounds = torch.eye(num_clients), torch.zeros((), dtype=torch.long)
-        known = trust, never, predictions, never.clone(), linked, group, rounds
-        shared = Shared(tree.map_tensors(torch.clone, held), *known, figures_of(trust, group), bank, public)
+        known = trust, never, predictions, never.clone(), linked, group, rounds, figures_of(trust, group, never)
+        shared = Shared(tree.map_tensors(torch.clone, held), *known, bank, public)
         kept = self.keep_moments and self.local.optimizer == "adamw"
         first = {part: {name: leaf[:1] for name, leaf in held[part].items()} for part in TRAINED}
         return shared, Private(no_moments(first) if kept else {})
@@ -173,13 +177,10 @@ class Trust:
         own: Groups = tree.rows(shared.held, who)
         everyone: Groups = {part: {} for part in own}
         listens = torch.empty(size, 0, dtype=torch.bool, device=who.device)
-        round = int(shared.round)
-        if self.scheme == "validation" and (self.mixes(round) or round == 0):
-            own, everyone = everyone, tree.broadcast(shared.held, size)
-            oneself = F.one_hot(who, len(shared.heard)).bool()
-            listens = (
-                shared.linked[who] & (usable(shared.heard, round, self.staleness) | oneself) & (shared.heard > 0)
-            )
+        if self.scheme == "validation":
+            due = trusting.due_of(shared.heard, int(shared.round), self.begin, self.every, self.staleness)[who]
+            if bool(due.any()) or int(shared.round) == 0:
+                own, everyone, listens = everyone, tree.broadcast(shared.held, size), shared.linked[who] & due
         return Message(own, everyone, listens, shared.trust[who], who, shared.bank, shared.public)
 
     def client_update(
@@ -219,7 +220,7 @@ class Trust:
                 new.trust[who] = upload.trust
         if self.scheme != "validation" and self.mixes(int(new.round)):
             self._mix(new)
-        return replace(new, figures=figures_of(new.trust, new.group))
+        return replace(new, figures=figures_of(new.trust, new.group, new.heard))
 
     def settle(self, loss: Loss, message: Message, private: Any, data: ClientData) -> Any:
         """What a client that mixes for itself makes of what it received."""
@@ -230,7 +231,8 @@ class Trust:
         if self.mode == "paper":
             scores = -(-scores.double()).exp()
         weights = self._weights(scores, message.listens, message.client).to(message.trust.dtype)
-        return Served(trusting.combined(message.bank, held, weights, message.client, self.mix), weights)
+        mixed = Served(trusting.combined(message.bank, held, weights, message.client, self.mix), weights)
+        return choose(message.listens.any(1), mixed, Served(self._served(message, None), message.trust))
 
     def personalize(self, message: Message, private: Any) -> Params:
         return model_of(message.bank, self._served(message, private))
@@ -290,8 +292,6 @@ class Trust:
 
     def _split(self, data: ClientData) -> tuple[ClientData, ClientData]:
         """What the clients train on, and what they measure losses on."""
-        if self.scheme != "validation":
-            return data, data
         return trusting.split(data, self.trust_fraction, self.local.batch_size)
 
 

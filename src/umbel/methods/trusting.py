@@ -126,23 +126,41 @@ def usable(round_of: Tensor, now: int, staleness: int) -> Tensor:
     return (round_of > 0) & (now - round_of <= staleness)
 
 
-def figures_of(trust: Tensor, group: Tensor) -> dict[str, Tensor]:
-    """The mean trust in oneself and, if groups (clients,) are known, in others of one's group and beyond."""
-    others = ~torch.eye(len(trust), dtype=torch.bool, device=trust.device)
-    figures = {"self_trust": trust.diagonal().mean()}
+def due_of(heard: Tensor, now: int, begin: int, every: int, staleness: int) -> Tensor:
+    """(clients, clients) bool: who mixes whom, where clients mix for themselves; a row of nobody: nothing is due.
+
+    A mix is due to those last `heard` (clients,) in a round with mixing, of that round, and to those never heard,
+    of the last such round: of all that were heard in it, at most `staleness` rounds before, or since.
+    """
+    last = begin + (now - begin) // every * every
+    since = torch.where(heard > 0, heard, last).unsqueeze(1)
+    due = (since >= begin) & ((since - begin) % every == 0)
+    return due & (heard > 0) & (heard >= since - staleness)
+
+
+def figures_of(trust: Tensor, group: Tensor, heard: Tensor) -> dict[str, Tensor]:
+    """The mean trust in oneself and, if groups (clients,) are known, in others of one's group and beyond.
+
+    They are of the clients ever `heard` (clients,), among each other; 0 where there are no such pairs.
+    """
+    there, own = heard > 0, torch.eye(len(trust), dtype=torch.bool, device=trust.device)
+    pairs = {"self_trust": own}
     if len(group):
         same = group.unsqueeze(0) == group.unsqueeze(1)
-        for name, chosen in (("trust_inside", same & others), ("trust_outside", ~same)):
-            figures[name] = trust.masked_fill(~chosen, 0.0).sum() / chosen.sum().clamp(min=1)
-    return figures
+        pairs |= {"trust_inside": same & ~own, "trust_outside": ~same}
+    known = {name: chosen & there & there.unsqueeze(1) for name, chosen in pairs.items()}
+    return {n: trust.masked_fill(~pair, 0.0).sum() / pair.sum().clamp(min=1) for n, pair in known.items()}
 
 
 def split(data: ClientData, fraction: float, batch_size: int) -> tuple[ClientData, ClientData]:
     """The same clients with what they train on, and with the `fraction` that they do not (at least 1 example).
 
-    It is drawn once, for all rounds. One or two examples serve for both; in the last of the batches that are
-    trained on no example is left alone, on which BatchNorm could not train.
+    It is drawn once, for all rounds; with a fraction of 0 both are all there is. One or two examples serve for
+    both; in the last of the batches that are trained on no example is left alone, on which BatchNorm could not
+    train.
     """
+    if not fraction:
+        return data, data
     trained, held = [], []
     for place, client in enumerate(data.clients.tolist()):
         count, first = int(data.examples.count[client]), int(data.examples.start[client])
