@@ -87,7 +87,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class Trust:
-    """See the module.
+    """every client mixes its adapter with those of the clients that it trusts (Wagner et al. 2024).
 
     Attributes:
         scheme: what trust is made of; "oracle" trusts its own group evenly, "uniform" everyone, "none" itself.
