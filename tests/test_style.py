@@ -55,8 +55,9 @@ INSIDE = {
     "cli": "said \n options watch show \n jobs onboarding exporting \n comparing \n app",
     "adapters": "places bank \n lora_layers lora_folders precondition \n mixture plan \n products \n averaging",
     "methods": "protocol server gate \n routing lora settling \n similarity trusting \n"
-    "fedavg local floral ensemble fedsa_lora ffa_lora flexlora fedit feddpa fl_tac threshold_clustering trust \n"
-    "fedem ifca fedprox finetune apfl partial local_adapter knnper \n ditto pfedme fedper fedbn \n fedrep",
+    "fedavg local floral ensemble fedsa_lora flexlora fedit feddpa fl_tac threshold_clustering trust \n"
+    "ffa_lora fedem ifca fedprox finetune apfl partial local_adapter knnper \n"
+    "ditto pfedme fedper fedbn \n fedrep",
     "model": "copies dropout nets pretrained \n stacked \n loss",
     "tasks": "augment corpora partition task \n bases grouped pool texts slots \n"
     "tokens cifar digits femnist mnist shakespeare synthetic \n language cifar_vit glue dolly flan_feddpa \n"

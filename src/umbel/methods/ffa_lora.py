@@ -11,43 +11,21 @@ is exact. A₀ does not travel, for it follows from the seed. In the paper u is 
 `freeze_base = false`, the default, trains and averages it too, for tasks that start from nothing.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import nn
 
-from umbel import mixing
-from umbel.adapters import AdapterPlan, Bank, with_paths
 from umbel.clients import ClientData
 from umbel.methods import lora
+from umbel.methods.fedit import FedIT, Private
 from umbel.methods.lora import Message, Shared, Upload
-from umbel.methods.protocol import Population, nothing_mixed
-from umbel.methods.server import ServerOptimizer
+from umbel.methods.protocol import Population
 from umbel.model.loss import Loss
-from umbel.train import LocalTraining
-from umbel.tree import Params, state
-
-
-@state
-class Private:
-    """Nothing stays with the client."""
+from umbel.tree import Params
 
 
 @dataclass(frozen=True)
-class FFALoRA:
-    adapter: AdapterPlan = field(default_factory=AdapterPlan)
-    local: LocalTraining = field(default_factory=LocalTraining)
-    server: ServerOptimizer = field(default_factory=ServerOptimizer)
-    freeze_base: bool = False
-
-    def bank(self, module: nn.Module) -> Bank:
-        """The plan of the adapter."""
-        return self.adapter.bank(module, self.local.batch_size, self.freeze_base)
-
-    def adapt(self, module: nn.Module) -> nn.Module:
-        return with_paths(module, self.bank(module))
-
+class FFALoRA(FedIT):
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
         bank = self.bank(module)
         base, adapter = lora.start(module, bank, self.freeze_base, population)
@@ -55,29 +33,14 @@ class FFALoRA:
         bank = replace(bank, frozen=bank.frozen | drawn)
         return lora.shared_of(module, bank, base, adapter, self.server), Private()
 
-    def send(self, shared: Shared, clients: Tensor) -> Message:
-        return lora.send(shared, len(clients))
-
     def client_update(
         self, loss: Loss, message: Message, private: Private, data: ClientData
     ) -> tuple[Upload, Private]:
         _, upload = lora.train(loss, message, {}, data, self.local, fixed(message))
         return upload, private
 
-    def contribution(self, upload: Upload) -> dict[str, Any]:
-        return lora.contribution(upload)
-
-    def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
-        return lora.averaged(shared, self.server, mixing.total(map(self.contribution, uploads)))
-
-    def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
-        return private
-
     def personalize(self, message: Message, private: Private) -> Params:
         return lora.adapted(message.bank, message.base, message.adapter | fixed(message)) | message.stats
-
-    def mixture(self, message: Message, private: Private) -> Tensor:
-        return nothing_mixed(len(next(iter(message.adapter.values()))))
 
 
 def fixed(message: Message) -> Params:

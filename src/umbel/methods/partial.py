@@ -8,6 +8,7 @@ Which tensors are h_k is each method's own: it says so of parameters and running
 client that has not trained yet serves what its first round would give it (settling.py).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,12 +33,12 @@ class Private:
 
 
 @dataclass(frozen=True)
-class Partial(FedAvg):
+class Partial(FedAvg, ABC):
     """FedAvg of all tensors but those that `staying` names."""
 
+    @abstractmethod
     def staying(self, module: nn.Module, names: list[str]) -> set[str]:
         """Which of the module's tensors stay with the client."""
-        raise NotImplementedError
 
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
         params = trained_params(module)
