@@ -461,3 +461,10 @@ def test_a_text_counts_by_its_places_in_a_forward_pass():
     fits = [ClientData(examples, np.arange(4), 0, 0).fitting(1024) for examples in (images, texts, numbers)]
     assert fits == [256, 8, 256]
     assert ClientData(texts, np.arange(4), 0, 0).fitting(1) == 1
+
+
+def test_perplexity_is_the_mean_of_the_clients_and_only_of_texts():
+    loss = np.log([2.0, 4.0])
+    assert Scores(loss, np.zeros(2), np.empty((2, 0)), of_texts=True).summary()["perplexity"] == pytest.approx(3.0)
+    assert "perplexity" not in Scores(loss, np.zeros(2), np.empty((2, 0))).summary()
+    assert np.isfinite(Scores(np.full(2, 1e5), None, np.empty((2, 0)), of_texts=True).summary()["perplexity"])

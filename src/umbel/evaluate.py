@@ -26,11 +26,14 @@ class Scores:
     loss: np.ndarray  # (K,)
     accuracy: np.ndarray | None  # (K,)
     mixture: np.ndarray  # (K, C) how each client weighs what it mixes, adapters or clients; (K, 0) if nothing
+    of_texts: bool = False  # whether an example has many targets, so that loss is in nats a token
 
     def summary(self) -> dict[str, float]:
-        """Means over clients, and the mean over the worst tenth of them."""
+        """Means over clients, and the mean over the worst tenth of them; of texts the perplexity too."""
         worst = max(1, round(WORST * len(self.loss)))
         figures = {"loss": float(self.loss.mean())}
+        if self.of_texts:
+            figures["perplexity"] = float(np.exp(np.minimum(self.loss, 700)).mean())
         if self.accuracy is None:
             return figures | {"worst_decile": float(np.sort(self.loss)[-worst:].mean())}
         return figures | {
@@ -95,6 +98,7 @@ def scores(cohort: Cohort, serve: Serve, examples: Examples, clients: np.ndarray
         torch.cat(losses).cpu().numpy(),
         torch.cat(rights).cpu().numpy() if labels else None,
         torch.cat(mixtures).cpu().numpy(),
+        labels and examples.y.dim() > 1,
     )
 
 

@@ -172,7 +172,8 @@ def totals(run: Run) -> dict[str, float]:
     figures: dict[str, float] = {}
     if run.scored:
         last = run.scored[-1]
-        figures = {key: last[key] for key in ("accuracy", "loss", "worst_decile", "nmi") if _number(last.get(key))}
+        shown = ("accuracy", "loss", "perplexity", "worst_decile", "nmi")
+        figures = {key: last[key] for key in shown if _number(last.get(key))}
     clients = _per_round(run) or 1
     for key in ("bytes_up", "bytes_down", "steps", "flops"):
         if any(key in line for line in run.history):
@@ -194,6 +195,7 @@ def columns(groups: Sequence[Group]) -> list[Column]:
     candidates = [
         Column("accuracy", "accuracy", 1, "%") if percent else Column("loss", "loss", -1, ""),
         Column("worst_decile", "worst decile", 1 if percent else -1, "%" if percent else ""),
+        Column("perplexity", "perplexity", -1, ""),
         Column("nmi", "NMI", 1, "share"),
     ]
     return [column for column in candidates if column.key in found]

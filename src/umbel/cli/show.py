@@ -52,6 +52,7 @@ def run_table(figures: dict[str, Any], sums: dict[str, Any], travels: dict[str, 
             _with("worst_decile", "{:.2f} %", figures) if "accuracy" in figures else None,
         ),
         ("loss, mean over clients", _with("loss", "{:.4g}", figures)),
+        ("perplexity, mean over clients", _with("perplexity", "{:.4g}", figures)),
         (
             "  worst tenth of the clients",
             None if "accuracy" in figures else _with("worst_decile", "{:.4g}", figures),

@@ -92,7 +92,8 @@ class Trust:
     Attributes:
         scheme: what trust is made of; "oracle" trusts its own group evenly, "uniform" everyone, "none" itself.
         mode: "paper" has the published formulas at T = 1, "umbel" ours.
-        temperature: T of "umbel": in cosines, in units of the loss, or as a share of a row's mean divergence.
+        temperature: T of "umbel": in cosines, in units of the loss, or as a share of a row's mean divergence;
+            0: the scheme's own, 0.3 of "validation" and 0.1 of the others.
         threshold: lower scores are left out, but for the two highest.
         top_k: so many are trusted; 0: all.
         topology: who may listen to whom; or the edges, pairs of clients.
@@ -113,7 +114,7 @@ class Trust:
     local: LocalTraining = field(default_factory=LocalTraining)
     scheme: Literal["weights", "validation", "predictions", "none", "uniform", "oracle"] = "validation"
     mode: Literal["umbel", "paper"] = "umbel"
-    temperature: float = 0.1
+    temperature: float = 0.0
     threshold: float = float("-inf")
     top_k: int = 0
     topology: Topology = "full"
@@ -130,9 +131,9 @@ class Trust:
     mixes_clients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0 or not 0 <= self.self_weight <= 1 or not 0 <= self.trust_fraction < 1:
+        if not self.temperature >= 0 or not 0 <= self.self_weight <= 1 or not 0 <= self.trust_fraction < 1:
             raise RecipeError(
-                "trust: temperature must be positive, self_weight in [0, 1] and trust_fraction in [0, 1)"
+                "trust: temperature must not be negative, self_weight in [0, 1] and trust_fraction in [0, 1)"
             )
         if self.scheme == "validation" and self.trust_fraction == 0:
             raise RecipeError("trust: scheme = 'validation' measures on trust_fraction, which must not be 0")
@@ -287,7 +288,10 @@ class Trust:
             if self.scheme in ("weights", "predictions"):
                 scores = trusting.nearest_for_own(scores, allowed, own)
             relative = self.scheme == "predictions"
-            temperature = self.temperature * (trusting.mean_size(scores, allowed, own) if relative else 1.0)
+            own_of_scheme = 0.3 if self.scheme == "validation" else 0.1
+            temperature = (self.temperature or own_of_scheme) * (
+                trusting.mean_size(scores, allowed, own) if relative else 1.0
+            )
         return trusting.trust_of(scores, allowed, own, temperature, self.threshold, self.top_k, self.self_weight)
 
     def _split(self, data: ClientData) -> tuple[ClientData, ClientData]:
