@@ -337,6 +337,9 @@ def test_a_slot_that_sits_out_stays_with_its_centre():
     new = RAW.server_update(low_only, iter([upload_of(low_only, at([2.5, 8.0]), [1.0] * 2, [1, 4])]))
     sent = RAW.send(new, torch.arange(5)).adapter["weight_lora_B"].flatten().tolist()
     assert sent == [2.5, 2.5, 8.0, 8.0, 8.0]
+    # Those who sat out are seen where their centre was: at 2.5 like slot 1, which has not moved, and at 9.
+    assert_close(new.places[[0, 2]], new.places[[1, 3]])
+    assert_close((new.places[[1, 4]] - new.places[2]).norm(dim=1), torch.tensor([6.5, 1.0]))
 
 
 def test_a_slot_of_one_example_shapes_no_partition():

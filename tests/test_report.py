@@ -202,3 +202,13 @@ def test_sizes_and_times():
         "5 min 20 s",
         "2 h 5 min",
     ]
+
+
+def test_adapters_are_shown_where_the_server_saw_them(tmp_path):
+    run = trained(tmp_path / "run", "fl_tac", "method.fl_tac.num_clusters=2", "clients_per_round=20")
+    text = write_report([run], tmp_path / "report.html").read_text()
+    assert "Adapters as the server saw them" in text
+    marks = read_run(run).snapshots
+    assert all(len(mark["places"]) == 40 for mark in marks)
+    assert len({tuple(place) for place in marks[-1]["places"]}) > 20
+    assert Tags(text).balanced

@@ -188,6 +188,28 @@ def trust(run: Run, salt: str) -> str:
     return _svg(draw, 4.0, 3.6, salt)
 
 
+def places(run: Run, salt: str, most: int = 4) -> str:
+    """Where the server saw the adapters: a panel for a round, a colour for a cluster, a letter for a group."""
+    marks = [line for line in run.snapshots if line.get("places")]
+    marks = [marks[at] for at in sorted({round(at) for at in np.linspace(0, len(marks) - 1, most)})]
+
+    def draw(figure: "Figure") -> None:
+        for axes, mark in zip(figure.subplots(1, len(marks), squeeze=False)[0], marks, strict=True):
+            at, weights = np.array(mark["places"]), np.array(mark["mixture"])
+            group = np.array(mark.get("group", np.zeros(len(at), dtype=int)))
+            for cluster in np.unique(weights.argmax(1)):
+                for one in np.unique(group):
+                    own = (weights.argmax(1) == cluster) & (group == one) & (weights.max(1) > 0)
+                    mark_of = f"${_LETTERS[one % len(_LETTERS)]}$" if "group" in mark else "o"
+                    axes.scatter(*at[own].T, color=_colour(int(cluster)), marker=mark_of, s=26, linewidths=0.4)
+            axes.set_title(f"round {mark['round']}")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.grid(False)
+
+    return _svg(draw, 2.3 * len(marks) + 0.2, 2.5, salt)
+
+
 def onboarding(found: Onboarded, salt: str) -> str:
     """How well unseen clients do over the number of their samples, a line for each way, and those that trained."""
 
@@ -222,6 +244,8 @@ _X_LABELS = {
     "bytes": "bytes sent and received, per client",
     "seconds": "seconds of training",
 }
+
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",

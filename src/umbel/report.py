@@ -117,6 +117,20 @@ def _sections(groups: Sequence[Group]) -> Iterator[str]:
                 "weight. Inside and outside: the mean weight of another client of one's group and beyond."
             ),
         )
+    placed = [group for group in groups if any(_placed(run) for run in group.runs)]
+    if placed:
+        yield _section(
+            "Adapters as the server saw them",
+            '<div class="row">',
+            *(_places(group, place) for place, group in enumerate(placed)),
+            "</div>",
+            _caption(
+                "Each mark is a client's adapter, in the plane of the two principal components of that round's "
+                "features; its colour is the cluster"
+                + (", its letter the true group, which only oracles know" if _knows_groups(placed) else "")
+                + ". Planes of different rounds have different axes."
+            ),
+        )
     unseen = [(group, found) for group in groups if (found := onboarded(group)) is not None]
     if unseen:
         yield _section(
@@ -245,6 +259,15 @@ def _trust(group: Group, place: int) -> str:
     return f"<figure><h3>{escape(group.label)} <small>{'; '.join(facts)}</small></h3>{figure}</figure>"
 
 
+def _places(group: Group, place: int) -> str:
+    run = next(run for run in group.runs if _placed(run))
+    facts = [f"seed {run.seed}"]
+    if "cluster_accuracy" in run.scored[-1]:
+        facts.append(f"at the end {100 * run.scored[-1]['cluster_accuracy']:.0f} % in their group's cluster")
+    figure = plots.places(run, f"places-{place}")
+    return f"<figure><h3>{escape(group.label)} <small>{'; '.join(facts)}</small></h3>{figure}</figure>"
+
+
 def _runs_table(groups: Sequence[Group]) -> str:
     heads = (
         "method",
@@ -328,6 +351,10 @@ def _mixes(run: Run) -> bool:
 def _trusts(run: Run) -> bool:
     """Whether what is mixed are the other clients themselves."""
     return bool(run.scored) and "self_trust" in run.scored[-1]
+
+
+def _placed(run: Run) -> bool:
+    return any(line.get("places") for line in run.snapshots)
 
 
 def _knows_nmi(run: Run) -> bool:

@@ -220,6 +220,9 @@ def _record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> 
             line["accuracy"] = _short(scores.accuracy)
         if scores.mixture.shape[1]:
             line["mixture"] = _rounded(scores.mixture)
+        places = getattr(at.shared, "places", None)  # where the server saw the clients' adapters, in a plane
+        if places is not None and task.serves is None:
+            line["places"] = _rounded(places[participants(task.num_clients, schedule)].cpu().numpy())
         if task.group is not None:
             line["group"] = task.group[task.tests_of(participants(task.num_clients, schedule))].tolist()
         folder.append("clients.jsonl", line)

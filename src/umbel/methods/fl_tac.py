@@ -36,6 +36,7 @@ from umbel.clustering import (
     distances,
     inner_products,
     k_means,
+    plane,
     points,
     renamed,
 )
@@ -65,6 +66,7 @@ class Shared:
     centres: Adapter  # leading axis C, v_c; v⁰ where nobody has been yet
     cluster: Tensor  # (slots,) int64; −1 for slots that never trained
     owner: Tensor  # (slots,) int64
+    places: Tensor  # (slots, 2) where this round's partition saw them, or the centres they stayed with
     bank: Bank
     seed: int
 
@@ -136,7 +138,8 @@ class FLTAC:
         owner = torch.arange(slots) if population.owner is None else population.owner.cpu().long()
         unknown = torch.full((slots,), -1)
         nearest = torch.zeros(1, num_clusters, dtype=next(iter(adapter.values())).dtype)
-        return Shared(start, centres, unknown, owner, bank, population.seed), Private(nearest)
+        places = torch.zeros(slots, 2)
+        return Shared(start, centres, unknown, owner, places, bank, population.seed), Private(nearest)
 
     def send(self, shared: Shared, clients: Tensor) -> Message:
         cluster = shared.cluster[clients]
@@ -162,21 +165,26 @@ class FLTAC:
         slots = joined(Adapter(every.base, every.adapter, every.stats), shared.centres)  # (K + C, …)
         waiting = shared.cluster.index_fill(0, every.client, -1)  # the clusters of those that sit out
         absent = F.one_hot(waiting + 1, num_clusters + 1).sum(0)[1:]
-        label = self.partition(shared, slots, every, absent)
+        x = points(self.products(shared, slots))
+        label = self.partition(shared, x, every, absent)
         cluster = torch.where(waiting >= 0, label[num_slots + waiting], -1)
         member = F.one_hot(label, num_clusters)
         weight = member * torch.cat([every.weight, absent.to(every.weight)]).unsqueeze(1)
         moved = weight[:num_slots].sum(0) > 0
         weight[num_slots:] *= ~moved  # an old centre counts where nobody of the cluster was here
         centres = choose(weight.sum(0) > 0, mean_of(weight, slots), shared.centres)
-        return replace(shared, centres=centres, cluster=cluster.index_copy(0, every.client, label[:num_slots]))
+        seen = torch.from_numpy(plane(x)).to(shared.places)
+        places = torch.where(waiting.unsqueeze(1) >= 0, seen[num_slots + waiting], shared.places)
+        places = places.index_copy(0, every.client, seen[:num_slots])
+        cluster = cluster.index_copy(0, every.client, label[:num_slots])
+        return replace(shared, centres=centres, cluster=cluster, places=places)
 
-    def partition(self, shared: Shared, slots: Adapter, every: Upload, absent: Tensor) -> Tensor:
+    def partition(self, shared: Shared, x: np.ndarray, every: Upload, absent: Tensor) -> Tensor:
         """(K + C,) the clusters of a round's slots, and of the centres for the slots that sit it out.
 
         Args:
             shared: with the centres as they were.
-            slots: (K + C, …) uploads and centres.
+            x: (K + C, d) features of uploads and centres.
             every: the uploads.
             absent: (C,) how many slots each centre stands for.
         """
@@ -191,7 +199,7 @@ class FLTAC:
             owner = np.full(len(mass), -1)
             if self.cannot_link:
                 owner[:num_slots] = shared.owner[every.client].cpu().numpy()
-            cloud = Cloud(points(self.products(shared, slots)), mass, owner)
+            cloud = Cloud(x, mass, owner)
             number = min(self.num_clusters, int((mass > 0).sum())) or best_number(cloud, num_clusters, shared.seed)
             used = np.flatnonzero(shared.used.cpu().numpy())
             warm = self.warm_start and len(used) == number
