@@ -323,6 +323,8 @@ def main() -> None:
         *said("results/languages.json", LANGUAGES),
         *section("Trust: one language", "results/one_language.json", language_table),
         *section("Trust on digits, label shift", "results/trust.json", accuracy_table),
+        *section("The same, every client's A drawn for itself", "results/trust_starts.json", accuracy_table),
+        *section("The same, and products are averaged", "results/trust_starts_product.json", accuracy_table),
         "## Speed",
         "",
         "Each line was measured side by side in one run, one core.",
