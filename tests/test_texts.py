@@ -36,6 +36,7 @@ SMALL = {"length": 16, "tokens_per_client": 640, "public_windows": 10}
 LANGUAGE = {  # each with its categories' letters
     "captions": (Multilingual(**SMALL), "dfc"),
     "captions_mixed": (Multilingual(**SMALL, heterogeneity="mixed"), "dfc"),
+    "one": (Multilingual(**SMALL, languages=("fr",)), "f"),
     "two_mixed": (Multilingual(**SMALL, heterogeneity="mixed", languages=("en", "fr")), "ef"),
     "paragraphs": (Multilingual(**SMALL, text="paragraphs", languages=("es", "zh"), clients_per_language=2), "el"),
     "code": (CodeVsProse(**SMALL, clients_per_kind=2), "pw"),
@@ -199,7 +200,9 @@ def test_too_little_text_is_told(small):
     ("recipe", "told"),
     [
         (lambda: Multilingual(languages=("de", "xx")), "xx.*languages are cs, de, en, fr"),
-        (lambda: Multilingual(languages=("de",)), "languages"),
+        (lambda: Multilingual(languages=("de",), heterogeneity="mixed"), "languages"),
+        (lambda: Multilingual(languages=("de", "de")), "once each"),
+        (lambda: Multilingual(languages=()), "one at least"),
         (lambda: Multilingual(clients_per_language=0), "clients_per_language"),
         (lambda: CodeVsProse(length=1), "length"),
         (lambda: CodeVsProse(clients_per_kind=0), "clients_per_kind"),

@@ -45,8 +45,9 @@ class Multilingual:
             raise RecipeError(
                 f"task: there are no {self.text} in {unknown[0]!r}; languages are {', '.join(known)}"
             )
-        if len(set(self.languages)) < max(2, len(self.languages)):
-            raise RecipeError("task: languages must be at least two, each named once")
+        least = 2 if self.heterogeneity == "mixed" else 1
+        if len(set(self.languages)) < max(least, len(self.languages)):
+            raise RecipeError("task: languages must be named once each, one at least, and two for mixed clients")
         if self.clients_per_language < 1:
             raise RecipeError("task: clients_per_language must be at least 1")
 
