@@ -53,7 +53,8 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
         ),
     )
     shared, fresh = (tree.map_tensors(lambda leaf: leaf.to(device), state) for state in (shared, fresh))
-    loss = Loss(stackable(seed_dropout(method.adapt(model))).to(device), task.loss)
+    module = stackable(seed_dropout(method.adapt(model))).to(device)
+    loss = Loss(module, task.loss, method.local.precision)
     train = task.train.to(device)
     cohort = Cohort(method, loss, train, schedule.seed, 1, schedule.weighting, task.augment, schedule.rounds)
     store = PrivateStore(fresh, task.num_clients)
