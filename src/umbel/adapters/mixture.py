@@ -3,7 +3,8 @@
     W + Σ_c π_c B_c A_c  =  W + [π_1 B_1 … π_C B_C] [A_1; …; A_C]
 
 so a mixture is never a loop over adapters. Two exact realizations: "merged" adds the product to the
-weight and the plain layer runs; "factored" runs the rank C·r path beside the layer (`with_paths`).
+weight and the plain layer runs; "factored" runs the rank C·r path beside the layer (`with_paths`), in training
+with π as gates between the two factors.
 """
 
 from typing import Any

@@ -53,6 +53,11 @@ def rows_of(num_rows: int) -> Iterator[None]:
         _num_rows.reset(token)
 
 
+def current_rows() -> int:
+    """The number that `rows_of` has set, 0 outside of it."""
+    return _num_rows.get()
+
+
 def _each_row(x: Tensor) -> Tensor:
     """(K·B, …) for x (K·B, …) or (1, …)."""
     wanted = _num_rows.get()
