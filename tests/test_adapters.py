@@ -16,6 +16,7 @@ from umbel.adapters.mixture import stack_rank
 from umbel.adapters.precondition import EPSILON, precondition
 from umbel.errors import ModelError, RecipeError
 from umbel.model.loss import Loss, running_stats
+from umbel.model.stacked import stackable
 
 ALL = ("linear", "conv", "embedding", "norm", "bias")
 SCALE = 0.5
@@ -335,6 +336,22 @@ def test_gradients_do_not_depend_on_the_realization():
         outputs = Loss(with_paths(module, bank), "mse").outputs(mix(bank, base, adapters, probs), x)
         found[realization] = torch.autograd.grad(outputs.square().sum(), leaves)
     assert_close(found["merged"], found["factored"])
+
+
+@pytest.mark.parametrize("num_clients", [1, 3])
+@pytest.mark.parametrize("realization", ["merged", "factored"])
+def test_gates_are_as_good_as_scaled_factors(realization, num_clients):
+    module = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+    bank = AdapterPlan(2, ALL, scale=SCALE, realization=realization).bank(module)
+    base, adapters, probs = clients(module, bank, num_clients)
+    leaves = [leaf.requires_grad_() for leaf in (*base.values(), *adapters.values(), probs)]
+    loss = Loss(stackable(with_paths(module, bank)), "mse")
+    x = torch.arange(num_clients * 10).view(num_clients, 5, 2) % 5
+    found = []
+    for gates in (False, True):
+        outputs = loss.outputs(mix(bank, base, adapters, probs, gates=gates), x)
+        found.append((outputs, *torch.autograd.grad(outputs.square().sum(), leaves)))
+    assert_close(*found)
 
 
 @pytest.mark.parametrize("realization", ["merged", "factored"])

@@ -47,6 +47,7 @@ def clients(num=3, size=8, **changes):
         ("method.floral.like=floral-oracle", "goes round in a circle"),
         ("method.floral.server.momentum=1.5", "momentum, beta1 and beta2 must be in"),
         ("method.floral.local.lr=nan", "positive"),
+        ("method.floral.local.precision=float16", r"local.precision: invalid enum value .*'float16'"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_path(override, message):

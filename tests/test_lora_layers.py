@@ -201,6 +201,37 @@ def test_clients_together_are_what_each_is_alone_in_training_too(name, peft):
     assert bool((grads[0][-1].abs() > 1e-7).all()), "no gradient reaches the mixture"
 
 
+@pytest.mark.parametrize(("name", "peft"), CASES.values(), ids=CASES)
+def test_gates_are_as_good_as_scaled_factors(name, peft):
+    module, bank, adapters, probs = adapted(name, peft, torch.float64)
+    loss, x = loss_of(module, bank), inputs(module, K, B, dtype=torch.float64)
+    wanted = [leaf.requires_grad_() for leaf in (*adapters.values(), probs)]
+    for rows in (slice(0, K), slice(0, 1)):
+        own = {n: leaf[rows] for n, leaf in adapters.items()}
+        found = []
+        for gates in (False, True):
+            outputs = loss.outputs(mix(bank, {}, own, probs[rows], gates=gates), x[rows])
+            found.append((outputs, *torch.autograd.grad(outputs.square().sum(), wanted)))
+        assert_close(*found)
+
+
+def test_a_served_layer_can_be_merged_and_switched_off_as_in_peft():
+    module, bank, adapters, probs = adapted("llama", {"target_modules": ["q_proj"]}, num_clients=1)
+    served, x = with_paths(module, bank), inputs(module, B)
+    load = {n: leaf.squeeze(0) for n, leaf in mix(bank, {}, adapters, probs).items()}
+    assert not any("lora_gate" in name for name in (*load, *served.state_dict()))
+    with torch.no_grad():
+        for name, leaf in load.items():
+            served.get_parameter(name).set_(leaf)
+        found, plain = served(x), module(x)
+        for layer in lora_layers(served).values():
+            layer.merge()
+        assert_close(served(x), found, rtol=1e-4, atol=1e-4)
+        for layer in lora_layers(served).values():
+            layer.enable_adapters(False)
+        assert_close(served(x), plain, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "target"),
     [

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from umbel.model.dropout import KEY, seed_dropout
 from umbel.model.loss import Loss
 from umbel.model.nets import CharLSTM, CharTransformer, cifar10_cnn, mlp
-from umbel.model.stacked import linear, stackable, takes_client_axis
+from umbel.model.stacked import linear, low_rank, stackable, takes_client_axis
 from umbel.seeds import seeded
 
 K, B = 3, 4
@@ -77,6 +77,36 @@ def test_the_product_passes_gradcheck():
     shapes = (K * B, 2, 4), (K, 3, 4), (K, 3)
     inputs = [torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True) for shape in shapes]
     assert torch.autograd.gradcheck(linear, inputs)
+
+
+FACTORS = {"a": (6, 4), "b": (3, 6), "gate": (2,)}
+
+
+@pytest.mark.parametrize("own", [(), ("a",), ("b",), ("gate",), ("a", "b", "gate")])
+def test_low_rank_paths_are_added_and_pass_gradcheck(own):
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(K * B, 2, 3), (K * B, 2, 4), *((K, *s) if n in own else s for n, s in FACTORS.items())]
+    inputs = [torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    out, x, *factors = inputs
+    with torch.no_grad():
+        found = low_rank(*inputs).unflatten(0, (K, B))
+        for k in range(K):
+            a, b, gate = (leaf[k] if n in own else leaf for n, leaf in zip(FACTORS, factors, strict=True))
+            paths = sum(gate[c] * x @ (b[:, 3 * c : 3 * c + 3] @ a[3 * c : 3 * c + 3]).T for c in range(2))
+            assert_close(found[k], (out + paths).unflatten(0, (K, B))[k])
+    assert torch.autograd.gradcheck(low_rank, inputs)
+
+
+@pytest.mark.parametrize("constant", range(5))
+def test_a_low_rank_path_has_no_gradient_for_what_is_frozen(constant):
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(K * B, 3), (K * B, 4), *((K, *s) for s in FACTORS.values())]
+    inputs = [torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    expected = torch.autograd.grad(low_rank(*inputs).square().sum(), inputs)
+    inputs[constant] = inputs[constant].detach()
+    wanted = [i for i in range(5) if i != constant]
+    found = torch.autograd.grad(low_rank(*inputs).square().sum(), [inputs[i] for i in wanted])
+    assert_close(found, tuple(expected[i] for i in wanted))
 
 
 def test_dropout_in_one_pass_is_each_clients_own():

@@ -58,7 +58,7 @@ INSIDE = {
     "fedavg local floral ensemble fedsa_lora flexlora fedit feddpa fl_tac threshold_clustering trust \n"
     "ffa_lora fedem ifca fedprox finetune apfl partial local_adapter knnper \n"
     "ditto pfedme fedper fedbn \n fedrep",
-    "model": "copies dropout nets pretrained \n stacked \n loss",
+    "model": "copies dropout nets pretrained \n stacked \n loss recompute",
     "tasks": "augment corpora partition task \n bases grouped pool texts slots \n"
     "tokens cifar digits femnist mnist shakespeare synthetic \n language cifar_vit glue dolly flan_feddpa \n"
     "ag_news code_vs_prose multilingual shakespeare_roles \n unused",

@@ -34,6 +34,8 @@ class Engine:
     chunk: clients stacked at once; 0 takes as many as fit into `memory_gb`.
     device: "cpu", "cuda", "cuda:1", …
     threads: PyTorch's threads on the CPU; 0 leaves them as they are.
+    recompute: blocks of a model of transformers keep only their inputs for backward, which computes the rest again
+        (gradient checkpointing): less memory, so more clients at once, for about a third more time.
     """
 
     mode: Literal["auto", "stacked", "looped"] = "auto"
@@ -41,6 +43,7 @@ class Engine:
     memory_gb: float = 2.0
     device: str = "cpu"
     threads: int = 0
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         if self.chunk < 0 or self.threads < 0 or self.memory_gb <= 0:

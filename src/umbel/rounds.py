@@ -18,6 +18,7 @@ from umbel.methods.protocol import Method, Population
 from umbel.model.copies import copied
 from umbel.model.dropout import seed_dropout
 from umbel.model.loss import Loss, check_repeatable
+from umbel.model.recompute import recomputing
 from umbel.model.stacked import stackable
 from umbel.schedule import Schedule
 from umbel.seeds import choose
@@ -53,7 +54,10 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
         ),
     )
     shared, fresh = (tree.map_tensors(lambda leaf: leaf.to(device), state) for state in (shared, fresh))
-    loss = Loss(stackable(seed_dropout(method.adapt(model))).to(device), task.loss)
+    module = stackable(seed_dropout(method.adapt(model))).to(device)
+    if engine.recompute:
+        recomputing(module)
+    loss = Loss(module, task.loss, method.local.precision)
     train = task.train.to(device)
     cohort = Cohort(method, loss, train, schedule.seed, 1, schedule.weighting, task.augment, schedule.rounds)
     store = PrivateStore(fresh, task.num_clients)

@@ -13,6 +13,7 @@ from torch.optim.adamw import adamw
 
 from umbel.clients import Batch, ClientData
 from umbel.errors import RecipeError
+from umbel.model.loss import Precision
 from umbel.tree import Params
 
 Groups = dict[str, Params]
@@ -35,6 +36,9 @@ class LocalTraining:
         weight_decay: of SGD in the gradient, of AdamW decoupled from it.
         warmup: the share of the run in which rates rise linearly to `lr`.
         decay: how they fall from there to `final` · lr at the end of the run.
+        precision: in what passes forward and backward compute products and convolutions. With "bfloat16"
+            (PyTorch's autocast) all that is kept stays float32: weights, adapters, routers, losses, gradients, the
+            optimizer's memory; and so does evaluation.
     """
 
     lr: float = 0.1
@@ -51,6 +55,7 @@ class LocalTraining:
     decay: Literal["none", "cosine"] = "none"
     final: float = 0.0
     shuffle: bool = True
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < float("inf") or self.batch_size < 1 or self.epochs < 1 or self.steps < 0:

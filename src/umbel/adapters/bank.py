@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from umbel.errors import RecipeError
+from umbel.model.stacked import GATE
 from umbel.tree import Params
 
 Kind = Literal["linear", "conv", "embedding", "norm", "bias"]
@@ -37,6 +38,7 @@ class LowRank:
     factored: bool  # whether the low-rank path runs beside the layer instead of inside its weight
     names: tuple[str, str] | None = None  # of A and B where PEFT has named them; its embeddings are transposed
     scaling: float = 1.0  # of PEFT's layer, which multiplies the product by it itself
+    gated: bool = False  # whether the path beside the layer has a gate between the two (model/stacked.py)
 
     @property
     def a_name(self) -> str:
@@ -45,6 +47,12 @@ class LowRank:
     @property
     def b_name(self) -> str:
         return self.names[1] if self.names else f"{self.name}_lora_B"
+
+    @property
+    def gate_name(self) -> str:
+        """The name of the gate's buffer, which is there if `gated` and `factored`."""
+        path = self.name.rpartition(".")[0]
+        return f"{path}.{GATE}" if path else GATE
 
     @property
     def indexed(self) -> str | None:

@@ -116,7 +116,8 @@ def parts_of(module: nn.Module, table: Mapping[str, Any]) -> tuple[LowRank, ...]
         kind: Kind = "embedding" if "embedding" in names[0] else "linear" if a.dim() == 2 else "conv"
         shape = (b.shape[0], *a.shape[1:])
         on_a = (True,) * (a.dim() - 2)
-        parts.append(LowRank(f"{path}.weight", kind, shape, a.shape[0], on_a, True, names, layer.scaling[NAME]))
+        scaling, gated = layer.scaling[NAME], stacked.GATE in layer._buffers
+        parts.append(LowRank(f"{path}.weight", kind, shape, a.shape[0], on_a, True, names, scaling, gated))
     return tuple(parts)
 
 
@@ -156,6 +157,7 @@ def with_lora(module: nn.Module, table: Mapping[str, Any]) -> nn.Module:
         ModelError: see `parts_of`.
     """
     from peft import inject_adapter_in_model
+    from peft.tuners.lora.layer import Linear
 
     adapted = copied(module)
     _, inner = inner_of(adapted)
@@ -179,6 +181,9 @@ def with_lora(module: nn.Module, table: Mapping[str, Any]) -> nn.Module:
         _check_layer(path, layer)
         if _in_rows(inner, layer):
             layer.__class__ = _embedding_in_rows()
+        if type(layer) is Linear:  # those of quantised layers keep PEFT's own path
+            layer.__class__ = _gated_linear()  # type: ignore[assignment]
+            layer.register_buffer(stacked.GATE, torch.ones(1), persistent=False)
     for name, leaf in inner.named_parameters():  # PEFT has frozen the head too
         leaf.requires_grad_(requires.get(name, "lora_" in name))
     return adapted
@@ -235,6 +240,24 @@ def _embedding_in_rows() -> type[nn.Module]:
             return torch.add(embedded, path).to(embedded.dtype)
 
     return EmbeddingInRows
+
+
+@cache
+def _gated_linear() -> type[nn.Module]:
+    """PEFT's layer beside a linear one, but that it runs as `stacked.low_rank`, with a gate."""
+    from peft.tuners.lora.layer import Linear
+
+    class GatedLinear(Linear):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if args or kwargs or self.merged or self.disable_adapters:
+                as_peft: Tensor = super().forward(x, *args, **kwargs)
+                return as_peft
+            base: Any = self.get_base_layer()
+            a, b = factors_of(self)
+            gate = self.get_buffer(stacked.GATE) * self.scaling[NAME]
+            return stacked.low_rank(base(x), self.lora_dropout[NAME](x), a, b, gate)
+
+    return GatedLinear
 
 
 def _for_layers(inner: nn.Module, table: Mapping[str, Any]) -> dict[str, Any]:

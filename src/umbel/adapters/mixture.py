@@ -3,7 +3,8 @@
     W + Σ_c π_c B_c A_c  =  W + [π_1 B_1 … π_C B_C] [A_1; …; A_C]
 
 so a mixture is never a loop over adapters. Two exact realizations: "merged" adds the product to the
-weight and the plain layer runs; "factored" runs the rank C·r path beside the layer (`with_paths`).
+weight and the plain layer runs; "factored" runs the rank C·r path beside the layer (`with_paths`), in training
+with π as gates between the two factors.
 """
 
 from typing import Any
@@ -19,7 +20,14 @@ from umbel.model.copies import copied
 from umbel.tree import Params
 
 
-def mix(bank: Bank, base: Params, adapters: Params, probs: Tensor, remainder: Params | None = None) -> Params:
+def mix(
+    bank: Bank,
+    base: Params,
+    adapters: Params,
+    probs: Tensor,
+    remainder: Params | None = None,
+    gates: bool = False,
+) -> Params:
     """The tensors of K clients' models: base + Σ_c π_kc · adapter c, differentiable in all three.
 
     Args:
@@ -27,6 +35,8 @@ def mix(bank: Bank, base: Params, adapters: Params, probs: Tensor, remainder: Pa
         adapters: the bank's tensors, leading axes K, C.
         probs: (K, C), each row on the simplex; or (K, L, C), a row for each of the bank's layers.
         remainder: dense updates (K, C, …) of merged weights, by the parts' names.
+        gates: where a path has a gate, `probs` go there instead of into B: faster in training, for then nothing
+            of the adapters' size is scaled, but not to be stored, for B alone is no longer the mixture's.
 
     Returns:
         `base`'s names with updated tensors, and for factored layers their A (K, C·r, in, …) and
@@ -43,7 +53,11 @@ def mix(bank: Bank, base: Params, adapters: Params, probs: Tensor, remainder: Pa
     for update in bank.additive:
         params[update.name] = base[update.name] + _mean(adapters[update.name], weights(update.name))
     for part in bank.low_rank:
-        a, b = stack_rank(adapters[part.a_name], adapters[part.b_name], weights(part.name) * bank.scale)
+        share = weights(part.name) * bank.scale
+        gated = gates and part.gated and part.factored
+        a, b = stack_rank(adapters[part.a_name], adapters[part.b_name], None if gated else share)
+        if gated:
+            params[part.gate_name] = share
         if part.factored:
             params[part.a_name], params[part.b_name] = a, b
             continue
@@ -60,13 +74,14 @@ def _mean(deltas: Tensor, probs: Tensor) -> Tensor:
     return torch.bmm(probs.to(deltas.dtype).unsqueeze(1), flat).squeeze(1).view_as(deltas[:, 0])
 
 
-def stack_rank(a: Tensor, b: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+def stack_rank(a: Tensor, b: Tensor, probs: Tensor | None) -> tuple[Tensor, Tensor]:
     """One adapter of rank C·r: a (K, C, r, in, …) → (K, C·r, in, …), b (K, C, out, r, …) → (K, out, C·r, …).
 
-    b's columns are scaled by probs (K, C).
+    b's columns are scaled by probs (K, C), if any.
     """
-    scaled = b * probs.to(b.dtype).reshape(*probs.shape, *[1] * (b.dim() - 2))
-    return a.flatten(1, 2), scaled.transpose(1, 2).flatten(2, 3)
+    if probs is not None:
+        b = b * probs.to(b.dtype).reshape(*probs.shape, *[1] * (b.dim() - 2))
+    return a.flatten(1, 2), b.transpose(2, 3).flatten(1, 2).transpose(1, 2)
 
 
 def _merged(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -95,6 +110,8 @@ def with_paths(module: nn.Module, bank: Bank) -> nn.Module:
             layer = adapted.get_submodule(path)
             for name in (f"{own_name}_lora_A", f"{own_name}_lora_B"):
                 layer.register_parameter(name, nn.Parameter(torch.empty(0)))
+            if part.gated:
+                layer.register_buffer(stacked.GATE, torch.ones(1), persistent=False)
             layer.register_forward_hook(_path(part, own_name))
     return adapted
 
@@ -112,7 +129,7 @@ def _path(part: LowRank, own_name: str) -> Any:
             return output + path
         if isinstance(layer, nn.modules.conv._ConvNd):
             return output + _conv_path(layer, part.on_a, inputs[0], a, b)
-        return output + stacked.linear(stacked.linear(inputs[0], a), b)
+        return stacked.low_rank(output, inputs[0], a, b, layer.get_buffer(stacked.GATE))
 
     return hook
 

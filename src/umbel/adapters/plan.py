@@ -127,7 +127,7 @@ class AdapterPlan:
                 f"lower it, give a budget below 1, or leave the layer out with adapter.targets"
             )
         cheaper = self._is_factored(kind, layer, shape, per_rank, 0 if frozen else batch_size)
-        return LowRank(name, kind, shape, rank, on_a, cheaper)
+        return LowRank(name, kind, shape, rank, on_a, cheaper, gated=kind == "linear")
 
     def _is_factored(
         self, kind: Kind, layer: nn.Module, shape: tuple[int, ...], per_rank: int, batch_size: int

@@ -13,7 +13,7 @@ as logits. With `mixes = "outputs"` the outputs themselves are mixed, as squared
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -94,7 +94,7 @@ class FedEM:
         q = (private.probs.log().unsqueeze(1) - losses).softmax(2)  # (K, n, C)
         first = torch.as_tensor(data.examples.start[data.clients], device=q.device).unsqueeze(1)
         loss.module.train()  # the whole of it: were only a copy put into this mode, nobody would put it back
-        one = Loss(loss.module.get_submodule("models.0"), loss.name)
+        one = replace(loss, module=loss.module.get_submodule("models.0"))
 
         def objective(groups: Groups, batch: Batch, _step: int) -> Tensor:
             own = groups["models"] | groups["stats"]

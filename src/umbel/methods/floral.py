@@ -227,7 +227,7 @@ class FLoRAL:
             if noise is not None:
                 theta = theta + noise[:, step].view(len(theta), *[1] * (theta.dim() - 2), -1)
             probs = among(theta, message.alive).softmax(-1)
-            mixed = mix(bank, groups["base"], groups["adapters"], probs, message.remainder)
+            mixed = mix(bank, groups["base"], groups["adapters"], probs, message.remainder, gates=True)
             return loss(mixed | groups["stats"], batch)
 
         lr = {"base": local.lr, "adapters": local.lr * self.adapter_lr}

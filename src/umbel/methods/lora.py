@@ -73,10 +73,10 @@ def send(shared: Shared, num_clients: int) -> Message:
     return Message(base, adapter, stats, shared.bank)
 
 
-def adapted(bank: Bank, base: Params, adapter: Params) -> Params:
-    """The tensors of K clients' models."""
+def adapted(bank: Bank, base: Params, adapter: Params, gates: bool = False) -> Params:
+    """The tensors of K clients' models; `gates` see `mix`."""
     some = next(iter(adapter.values()))
-    return mix(bank, base, adapter, some.new_ones(len(some), 1))
+    return mix(bank, base, adapter, some.new_ones(len(some), 1), gates=gates)
 
 
 def train(
@@ -95,7 +95,7 @@ def train(
 
     def objective(groups: Groups, batch: Any, _step: int) -> Tensor:
         adapter = groups["adapter"] | groups["own"] | (fixed or {})
-        return loss(adapted(message.bank, groups["base"], adapter) | groups["stats"], batch)
+        return loss(adapted(message.bank, groups["base"], adapter, gates=True) | groups["stats"], batch)
 
     trained, mean_loss = local_train(
         objective,

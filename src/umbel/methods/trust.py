@@ -190,7 +190,7 @@ class Trust:
         train, served = self._split(data)[0], self.settle(loss, message, private, data)
         start = {**self._served(message, served), MOMENTS: private.moments}
         trained, mean_loss = local_train(
-            lambda groups, batch, _step: loss(model_of(message.bank, groups), batch),
+            lambda groups, batch, _step: loss(model_of(message.bank, groups, gates=True), batch),
             start if private.moments else {part: leaf for part, leaf in start.items() if part != MOMENTS},
             train,
             self.local,
@@ -299,6 +299,6 @@ class Trust:
         return trusting.split(data, self.trust_fraction, self.local.batch_size)
 
 
-def model_of(bank: Bank, groups: Groups) -> Params:
-    """The tensors of K clients' models with their φ (K, …)."""
-    return lora.adapted(bank, groups["base"], groups["adapter"]) | groups["stats"]
+def model_of(bank: Bank, groups: Groups, gates: bool = False) -> Params:
+    """The tensors of K clients' models with their φ (K, …); `gates` see `mix`."""
+    return lora.adapted(bank, groups["base"], groups["adapter"], gates) | groups["stats"]

@@ -18,6 +18,7 @@ from umbel.model.stacked import rows_of, takes_client_axis
 from umbel.tree import Params, is_broadcast
 
 LossName = Literal["cross_entropy", "mse"]
+Precision = Literal["float32", "bfloat16"]
 IGNORED = -100  # the target of a place in a text that counts nothing: padding, or what was given
 FORWARD_EXAMPLES = 8192  # in one forward pass without gradients, of all stacked clients together
 
@@ -63,10 +64,17 @@ class Loss:
     does not name is the module's own. A tensor whose leading axis is a broadcast (stride 0) is one for all,
     so that K clients share one matrix product. One client runs the module as it is; several are the rows of one
     batch where every layer with a client's own tensor can take that (stacked.py), and go through `vmap` elsewhere.
+
+    Attributes:
+        module: the model.
+        name: what is made of its outputs.
+        precision: "bfloat16" computes products and convolutions of training passes in it (PyTorch's autocast).
+            Tensors, gradients, losses and everything in evaluation stay as they are.
     """
 
     module: nn.Module
     name: LossName
+    precision: Precision = "float32"
 
     def __call__(self, params: Params, batch: Batch, training: bool = True) -> Tensor:
         return batch.mean(self.per_example(self.outputs(params, batch.x, training, batch.key), batch.y))
@@ -82,6 +90,12 @@ class Loss:
         Raises:
             ModelError: K > 1 and PyTorch cannot stack a layer of the module.
         """
+        if self.precision == "float32" or not training:
+            return self._outputs(params, x, training, key)
+        with torch.autocast(x.device.type, getattr(torch, self.precision)):
+            return self._outputs(params, x, training, key).float()
+
+    def _outputs(self, params: Params, x: Tensor, training: bool, key: Tensor | None) -> Tensor:
         if any(layer.training != training for layer in self.module.modules()):
             self.module.train(training)
         if training and key is not None:

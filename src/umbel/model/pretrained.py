@@ -63,6 +63,6 @@ def of_transformers(model: nn.Module, kind: Kind, base: str = "") -> Pretrained:
             layer.p = 0.0
     for name in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):  # the newer one first
         if (disable := getattr(model, name, None)) is not None:
-            disable()  # what backward computes again would be with the module's own tensors, not the clients'
+            disable()  # backward would compute with the module's own tensors, not the clients'; see recompute.py
             break
     return Pretrained(model.eval(), kind, base)

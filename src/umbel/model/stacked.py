@@ -33,6 +33,9 @@ _APART = (
 )  # layers that look at one row at a time
 
 
+GATE = "lora_gate"  # the buffer with what each of C adapters counts in a low-rank path: (C,), or (K, C)
+
+
 class RowsMeetError(RuntimeError):
     """A layer with a client's own tensor sees something else than the rows of the batch."""
 
@@ -48,6 +51,11 @@ def rows_of(num_rows: int) -> Iterator[None]:
         yield
     finally:
         _num_rows.reset(token)
+
+
+def current_rows() -> int:
+    """The number that `rows_of` has set, 0 outside of it."""
+    return _num_rows.get()
 
 
 def _each_row(x: Tensor) -> Tensor:
@@ -94,11 +102,42 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x = _each_row(x)
         return F.linear(x, weight) + _for_rows(bias, x)
     x = _each_row(x)
-    rows = x.reshape(len(weight), -1, x.shape[-1])
+    rows = x.reshape(len(weight), -1, x.shape[-1]).to(_computed_in(x, x.dtype))
     if bias is not None and bias.dim() == 1:
         bias = bias.expand(len(weight), -1)
     product: Tensor = _Product.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
     return product.view(*x.shape[:-1], weight.shape[1])
+
+
+def low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
+    """(K·B, …, out) out + Σ_c gate_c B_c A_c x: low-rank paths beside a layer that made `out` of x (K·B, …, in).
+
+    They are computed in a's type, as PEFT does, or in autocast's; the result has out's type.
+
+    Args:
+        out: what the paths are added to.
+        x: the layer's input.
+        a: (C·r, in) or (K, C·r, in).
+        b: (out, C·r) or (K, out, C·r).
+        gate: (C,) or (K, C).
+    """
+    kind = _computed_in(x, a.dtype)
+    x, a, b, gate = (leaf.to(kind) for leaf in (x, a, b, gate))
+    num_clients = max(len(leaf) if leaf.dim() == dim else 0 for leaf, dim in ((a, 3), (b, 3), (gate, 2)))
+    if not num_clients:
+        hidden = F.linear(x, a).unflatten(-1, (len(gate), -1)) * gate.unsqueeze(1)
+        return torch.add(out, F.linear(hidden.flatten(-2), b)).to(out.dtype)
+    out, x = _each_row(out), _each_row(x)
+    rows = [part.reshape(num_clients, -1, part.shape[-1]) for part in (out, x)]
+    factors = [leaf.expand(num_clients, *leaf.shape[-2:]) for leaf in (a, b)]
+    path: Tensor = _Path.apply(*rows, *factors, gate.expand(num_clients, -1))  # type: ignore[no-untyped-call]
+    return path.view(out.shape)
+
+
+def _computed_in(x: Tensor, kind: torch.dtype) -> torch.dtype:
+    """The type in which products with x are computed: autocast's, or `kind` without it."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else kind
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
@@ -143,6 +182,43 @@ class _Product(torch.autograd.Function):
         return to_x, to_weight, grad.sum(1).to(weight.dtype) if ctx.has_bias else None
 
 
+class _Path(torch.autograd.Function):
+    """out (K, R, out), x (K, R, in), a (K, C·r, in), b (K, out, C·r), gate (K, C) → out + Σ_c gate_c B_c A_c x.
+
+    Nothing of the factors' size is made but their gradients: gates are where the path is thin, between the two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
+        hidden = torch.bmm(a, x.mT)  # (K, C·r, R): with the ranks last, few of them would be slow
+        ctx.save_for_backward(x, a, b, gate, hidden)
+        gated = _gated(hidden, gate)
+        if out.dtype == x.dtype:
+            return torch.baddbmm(out, gated.mT, b.mT)
+        return torch.add(out, torch.bmm(gated.mT, b.mT)).to(out.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, gate, hidden = ctx.saved_tensors
+        _, for_x, for_a, for_b, for_gate = ctx.needs_input_grad
+        own = grad.to(x.dtype)
+        to_gated = torch.bmm(b.mT, own.mT)  # (K, C·r, R)
+        to_hidden = _gated(to_gated, gate) if for_x or for_a else to_gated
+        return (
+            grad,
+            torch.bmm(to_hidden.mT, a) if for_x else None,
+            torch.bmm(to_hidden, x) if for_a else None,
+            torch.bmm(_gated(hidden, gate), own).mT if for_b else None,
+            (to_gated * hidden).view(*gate.shape, -1).sum(2) if for_gate else None,
+        )
+
+
+def _gated(hidden: Tensor, gate: Tensor) -> Tensor:
+    """Hidden (K, C·r, R), adapter c's rows times gate (K, C)."""
+    return (hidden.view(*gate.shape, -1) * gate.unsqueeze(2)).view(hidden.shape)
+
+
 def stackable(module: nn.Module) -> nn.Module:
     """The module, its plain linear layers and layer norms made to take a leading client axis, in place."""
     for layer in module.modules():
@@ -171,5 +247,6 @@ def takes_client_axis(module: nn.Module) -> frozenset[str]:
             own += [KEY] if isinstance(layer, SeededDropout) else []
         else:
             own = list(getattr(layer, "client_axis", ()))
+        own += [GATE] if GATE in layer._buffers else []
         names += [f"{path}.{name}" if path else name for name in own]
     return frozenset(names)
