@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import chain
 from time import perf_counter
 from typing import Any
 
@@ -11,14 +12,18 @@ import torch
 from torch import nn
 
 from umbel import tree
+from umbel.attacks import attackers, poisoned, trapped
 from umbel.cohort import Cohort, Cost, Engine, PrivateStore, Tally, chunk_size
-from umbel.errors import DataError
+from umbel.errors import DataError, RecipeError
 from umbel.evaluate import Scores, evaluate, routing
+from umbel.faults import MISSING, fates, without_outliers
 from umbel.methods.protocol import Method, Population
+from umbel.methods.routing import bounded_claims
 from umbel.model.copies import copied
 from umbel.model.dropout import seed_dropout
 from umbel.model.loss import Loss, check_repeatable
 from umbel.model.stacked import stackable
+from umbel.robust import rule_of
 from umbel.schedule import Schedule
 from umbel.seeds import choose
 from umbel.tasks.task import Task
@@ -38,6 +43,10 @@ class Progress:
 def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tuple[Cohort, Progress]:
     """The engine's view of a task, and the state before round 1."""
     _check_batches(task, method)
+    if schedule.robust.rule != "none" and (why := method.refuses()):
+        raise RecipeError(
+            f"robust.rule = {schedule.robust.rule!r} does not go with {type(method).__name__}: {why}"
+        )
     if engine.threads:
         torch.set_num_threads(engine.threads)
     device = torch.device(engine.device)
@@ -54,8 +63,21 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
     )
     shared, fresh = (tree.map_tensors(lambda leaf: leaf.to(device), state) for state in (shared, fresh))
     loss = Loss(stackable(seed_dropout(method.adapt(model))).to(device), task.loss)
-    train = task.train.to(device)
-    cohort = Cohort(method, loss, train, schedule.seed, 1, schedule.weighting, task.augment, schedule.rounds)
+    hostile = attackers(schedule.attack, schedule.seed, participants(task.num_clients, schedule))
+    train = poisoned(schedule.attack, task.train.to(device), hostile, task.num_labels)
+    cohort = Cohort(
+        method,
+        loss,
+        train,
+        schedule.seed,
+        1,
+        schedule.weighting,
+        task.augment,
+        schedule.rounds,
+        schedule.faults,
+        schedule.attack,
+        tuple(hostile.tolist()),
+    )
     store = PrivateStore(fresh, task.num_clients)
     first = sampled(participants(task.num_clients, schedule), schedule, 1)
     chunk = chunk_size(engine, cohort, shared, store, first)
@@ -79,6 +101,12 @@ def participants(num_clients: int, schedule: Schedule) -> np.ndarray:
     return np.setdiff1d(np.arange(num_clients), held_out(num_clients, schedule))
 
 
+def honest(num_clients: int, schedule: Schedule) -> np.ndarray:
+    """The clients that are evaluated, ascending: those that take part and attack nobody."""
+    members = participants(num_clients, schedule)
+    return np.setdiff1d(members, attackers(schedule.attack, schedule.seed, members))
+
+
 def held_out(num_clients: int, schedule: Schedule) -> np.ndarray:
     """The clients that never train, ascending."""
     count = round(schedule.held_out * num_clients)
@@ -99,7 +127,8 @@ def rounds(
     method, shared, store = cohort.method, at.shared, at.store
     members = participants(task.num_clients, schedule)
     test = task.test.to(cohort.train.x.device)
-    tests = task.tests_of(members)
+    tests = task.tests_of(honest(task.num_clients, schedule))
+    traps = trapped(test, cohort.train.x.max()) if schedule.attack.kind == "backdoor" else None
     group = None if task.group is None else task.group[tests].cpu().numpy()
     serves = None if task.serves is None else task.serves.cpu().numpy()
     slots = task.train.slots
@@ -110,17 +139,27 @@ def rounds(
         tally = Tally()
         # What travels may shrink while a run lasts.
         bytes_down = tree.row_bytes(method.send(shared, torch.from_numpy(clients[:1]).to(test.x.device)))
-        shared = method.server_update(shared, cohort.uploads(shared, store, clients, round, tally))
+        fate = fates(schedule.faults, schedule.seed, round, clients)
+        working = clients[fate != MISSING]
+        if len(working) < len(clients):
+            tally.lose({"missing": len(clients) - len(working)})
+        moved = server_step(cohort, shared, cohort.uploads(shared, store, working, round, tally), schedule, tally)
+        enough = tally.num_uploads >= max(1, schedule.faults.quorum * len(clients))
+        shared = moved if enough else shared
         figures: dict[str, Any] = {
             "round": round,
-            "train_loss": tally.mean_loss,
+            **({"train_loss": tally.mean_loss} if tally.num_uploads else {}),
             "bytes_up": tally.upload_bytes,
-            "bytes_down": len(clients) * bytes_down,
-            **cost.of(task.train.count[clients], None if slots is None else slots[clients]),
+            "bytes_down": len(working) * bytes_down,
+            **cost.of(task.train.count[working], None if slots is None else slots[working]),
             "train_seconds": perf_counter() - begin,
         }
         if tally.dropped:
             figures["dropped"] = tally.dropped
+        if tally.lost:
+            figures["lost"] = tally.lost
+        if not enough:
+            figures["no_quorum"] = 1
         figures |= {name: float(value) for name, value in getattr(shared, "figures", {}).items()}
         scores = None
         if round % schedule.evaluate_every == 0 or round == schedule.rounds:
@@ -130,5 +169,33 @@ def rounds(
                 figures |= routing(scores.mixture, group)
             if group is not None:
                 figures |= scores.of_groups(group)
+            if traps is not None:
+                some = tests[traps.count[tests] > 0]
+                led = evaluate(cohort, shared, store, traps, some, serves)
+                figures["attack_success"] = led.summary()["accuracy"]
         figures["seconds"] = perf_counter() - begin
         yield Progress(round, shared, store, figures, scores)
+
+
+def server_step(cohort: Cohort, shared: Any, uploads: Iterator[Any], schedule: Schedule, tally: Tally) -> Any:
+    """The server's state after these uploads of a round; what it was where there is none.
+
+    Single uploads are compared, and held until all are in, only where damage is to be found or a mean made robust.
+    """
+    method, robust, faults = cohort.method, schedule.robust, schedule.faults
+    if faults.corrupt and faults.outlier:
+        held, outliers = without_outliers(list(uploads), faults.outlier)
+        if outliers:
+            tally.num_uploads -= outliers
+            tally.lose({"outlier": outliers})
+        uploads = iter(held)
+    first = next(uploads, None)
+    if first is None:
+        return shared
+    if robust.rule == "none":
+        return method.server_update(shared, chain([first], uploads))
+    every = tree.map_tensors(lambda *leaves: torch.cat(leaves), first, *uploads)
+    everyone = torch.zeros(len(every.loss), dtype=torch.long, device=every.loss.device)
+    message = method.send(shared, everyone)  # all have received the same
+    every = method.changed(bounded_claims(every, robust.heaviest), message, rule_of(robust))
+    return method.server_update(shared, iter([every]))

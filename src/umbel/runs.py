@@ -16,7 +16,7 @@ from umbel.folder import SNAPSHOT_CLIENTS, SNAPSHOTS, Checkpoint, RunFolder, che
 from umbel.methods import METHODS, Method
 from umbel.model.copies import copied
 from umbel.recipe import Recipe, build, load, name_of, read
-from umbel.rounds import Progress, participants, rounds, start
+from umbel.rounds import Progress, honest, participants, rounds, start
 from umbel.schedule import Schedule
 from umbel.tasks import Task
 from umbel.tasks.pool import pooled
@@ -221,7 +221,7 @@ def _record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> 
         if scores.mixture.shape[1]:
             line["mixture"] = _rounded(scores.mixture)
         if task.group is not None:
-            line["group"] = task.group[task.tests_of(participants(task.num_clients, schedule))].tolist()
+            line["group"] = task.group[task.tests_of(honest(task.num_clients, schedule))].tolist()
         folder.append("clients.jsonl", line)
     if last or at.round % schedule.checkpoint_every == 0:
         seen, private = at.store.state()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from umbel.errors import RecipeError
+from umbel.hazards import Attack, Faults, Robust
 from umbel.weighting import Weighting
 
 
@@ -17,6 +18,9 @@ class Schedule:
     pool: bool = False  # the slots of one owner train as one client
     held_out: float = 0.0  # the share of clients that never train, to be onboarded later
     weighting: Weighting = field(default_factory=Weighting)  # how much each client counts
+    faults: Faults = field(default_factory=Faults)  # what happens by accident
+    attack: Attack = field(default_factory=Attack)  # what hostile clients do
+    robust: Robust = field(default_factory=Robust)  # what stands in for the mean of uploads
     seed: int = 0
 
     def __post_init__(self) -> None:
