@@ -40,7 +40,8 @@ def figures_of(method: str, attack: str, rule: Table, seed: int, rounds: int, lo
         "task": {"name": "digits"},
         "engine": {"mode": "stacked", "threads": 1},
         "local": local,
-        "attack": {"kind": attack, "share": SHARE, "strength": ATTACKS[attack]},
+        # A step times one is honest, so that the same clients are evaluated without attack as with one.
+        "attack": {"kind": attack.replace("none", "scale"), "share": SHARE, "strength": ATTACKS[attack]},
         "robust": rule,
         "method": {method: METHODS[method]},
     }

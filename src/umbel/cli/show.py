@@ -22,7 +22,7 @@ def show_run(folder: Path, label: str, seed: int, result: "Result", json: str | 
     from umbel.tables import dropped, losses, read_run, total
 
     keys = ("bytes_up", "bytes_down", "steps", "flops", "train_seconds", "seconds", "no_quorum")
-    sums = {key: total(result.history, key) for key in keys}
+    sums: dict[str, Any] = {key: total(result.history, key) for key in keys}
     sums |= {"dropped": dropped(result.history), "lost": losses(result.history)}
     travels = read_run(folder).travels
     if json is not None:
