@@ -35,7 +35,7 @@ LAYERS = """
     weighting
     schedule
     model mixing
-    adapters faults robust attacks
+    adapters faults robust attacks clock
     train clustering
     methods tasks
     cohort

@@ -3,6 +3,7 @@
     [faults]    clients that never start, uploads that come too late or damaged      (faults.py)
     [attack]    clients that send what was made to do harm                           (attacks.py)
     [robust]    what stands in for the weighted mean of uploads                      (robust.py)
+    [asynchronous]    no deadline: the server steps when enough uploads are in       (clock.py)
 
 They are read without NumPy and PyTorch.
 """
@@ -111,3 +112,22 @@ class Robust:
             raise RecipeError(f"robust.bound must be positive, got {self.bound}")
         if self.heaviest and self.heaviest < 1:
             raise RecipeError(f"robust.heaviest must be at least 1, or 0 for no bound, got {self.heaviest}")
+
+
+@dataclass(frozen=True)
+class Asynchronous:
+    """Rounds without a deadline, on a simulated clock: `clients_per_round` train at the same time.
+
+    Attributes:
+        buffer: B, after so many uploads the server steps, which counts as a round; 0: rounds wait for everyone.
+        power: p, an upload of s steps ago counts (1 + s)^−p.
+        spread: the standard deviation of the logarithm of how long a client takes.
+    """
+
+    buffer: int = 0
+    power: float = 0.5
+    spread: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.buffer < 0 or self.power < 0 or self.spread < 0:
+            raise RecipeError(f"asynchronous: buffer, power and spread must not be negative, got {self}")

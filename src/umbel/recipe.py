@@ -32,7 +32,13 @@ from umbel.methods import METHODS, Method
 from umbel.schedule import Schedule
 from umbel.tasks import TASKS, TaskRecipe
 
-ARRANGED = ("weighting", "faults", "attack", "robust")  # tables for all methods, or within one of them
+ARRANGED = (
+    "weighting",
+    "faults",
+    "attack",
+    "robust",
+    "asynchronous",
+)  # tables for all methods, or within one of them
 
 T = TypeVar("T")
 Table = dict[str, Any]

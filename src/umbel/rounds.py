@@ -13,6 +13,7 @@ from torch import nn
 
 from umbel import tree
 from umbel.attacks import attackers, poisoned, trapped
+from umbel.clock import Step, added, stepped, steps
 from umbel.cohort import Cohort, Cost, Engine, PrivateStore, Tally, chunk_size
 from umbel.errors import DataError, RecipeError
 from umbel.evaluate import Scores, evaluate, routing
@@ -43,10 +44,7 @@ class Progress:
 def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tuple[Cohort, Progress]:
     """The engine's view of a task, and the state before round 1."""
     _check_batches(task, method)
-    if schedule.robust.rule != "none" and (why := method.refuses()):
-        raise RecipeError(
-            f"robust.rule = {schedule.robust.rule!r} does not go with {type(method).__name__}: {why}"
-        )
+    _check_mean(task, method, schedule)
     if engine.threads:
         torch.set_num_threads(engine.threads)
     device = torch.device(engine.device)
@@ -96,6 +94,18 @@ def _check_batches(task: Task, method: Method) -> None:
         )
 
 
+def _check_mean(task: Task, method: Method, schedule: Schedule) -> None:
+    """Raises RecipeError if something is to stand in for the mean of uploads that cannot."""
+    why, name, buffer = method.refuses(), type(method).__name__, schedule.asynchronous.buffer
+    if why and schedule.robust.rule != "none":
+        raise RecipeError(f"robust.rule = {schedule.robust.rule!r} does not go with {name}: {why}")
+    if why and buffer:
+        raise RecipeError(f"asynchronous.buffer does not go with {name}: {why}")
+    members = len(participants(task.num_clients, schedule))
+    if buffer > members:
+        raise RecipeError(f"asynchronous.buffer = {buffer} is never full, for {members} clients take part")
+
+
 def participants(num_clients: int, schedule: Schedule) -> np.ndarray:
     """The clients that take part, ascending: all but the held-out ones."""
     return np.setdiff1d(np.arange(num_clients), held_out(num_clients, schedule))
@@ -133,9 +143,12 @@ def rounds(
     serves = None if task.serves is None else task.serves.cpu().numpy()
     slots = task.train.slots
     cost = cost or cohort.cost(shared, store, members[:1])  # of one client
+    clock = steps(schedule.asynchronous, schedule.seed, members, schedule.clients_per_round or len(members))
+    begun = {0: shared}  # what clients at work may have begun with, by the server's steps before it
     for round in range(at.round + 1, schedule.rounds + 1):
         begin = perf_counter()
-        clients = sampled(members, schedule, round)
+        step = next(clock) if schedule.asynchronous.buffer else None
+        clients = sampled(members, schedule, round) if step is None else step.clients
         tally = Tally()
         # What travels may shrink while a run lasts.
         bytes_down = tree.row_bytes(method.send(shared, torch.from_numpy(clients[:1]).to(test.x.device)))
@@ -143,9 +156,16 @@ def rounds(
         working = clients[fate != MISSING]
         if len(working) < len(clients):
             tally.lose({"missing": len(clients) - len(working)})
-        moved = server_step(cohort, shared, cohort.uploads(shared, store, working, round, tally), schedule, tally)
+        uploads = (
+            cohort.uploads(shared, store, working, round, tally)
+            if step is None
+            else late_uploads(cohort, begun, store, step, round, schedule.asynchronous.power, tally)
+        )
+        moved = server_step(cohort, shared, uploads, schedule, tally)
         enough = tally.num_uploads >= max(1, schedule.faults.quorum * len(clients))
         shared = moved if enough else shared
+        if step is not None:
+            begun = {version: old for version, old in begun.items() if version >= step.oldest} | {round: shared}
         figures: dict[str, Any] = {
             "round": round,
             **({"train_loss": tally.mean_loss} if tally.num_uploads else {}),
@@ -156,10 +176,10 @@ def rounds(
         }
         if tally.dropped:
             figures["dropped"] = tally.dropped
-        if tally.lost:
-            figures["lost"] = tally.lost
-        if not enough:
-            figures["no_quorum"] = 1
+        if step is not None:
+            figures |= {"clock": step.time, "staleness": float((round - 1 - step.versions).mean())}
+        figures |= {"lost": tally.lost} if tally.lost else {}
+        figures |= {} if enough else {"no_quorum": 1}
         figures |= {name: float(value) for name, value in getattr(shared, "figures", {}).items()}
         scores = None
         if round % schedule.evaluate_every == 0 or round == schedule.rounds:
@@ -199,3 +219,29 @@ def server_step(cohort: Cohort, shared: Any, uploads: Iterator[Any], schedule: S
     message = method.send(shared, everyone)  # all have received the same
     every = method.changed(bounded_claims(every, robust.heaviest), message, rule_of(robust))
     return method.server_update(shared, iter([every]))
+
+
+def late_uploads(
+    cohort: Cohort,
+    begun: dict[int, Any],
+    store: PrivateStore,
+    step: Step,
+    round: int,
+    power: float,
+    tally: Tally,
+) -> Iterator[Any]:
+    """The uploads of an asynchronous step, as if from where the server is now; what began long ago counts less.
+
+    `begun` are the server's states by the number of its steps, the last of them where it is.
+    """
+    method, now = cohort.method, begun[round - 1]
+    for version in np.unique(step.versions).tolist():
+        stale = round - 1 - version
+        for upload in cohort.uploads(begun[version], store, step.clients[step.versions == version], round, tally):
+            if stale:
+                everyone = torch.zeros(len(upload.loss), dtype=torch.long, device=upload.loss.device)
+                received, here = (method.send(state, everyone) for state in (begun[version], now))
+                moved = method.changed(upload, received, stepped((1 + stale) ** -power))
+                yield method.changed(moved, here, added)
+            else:
+                yield upload

@@ -173,6 +173,9 @@ def _opened(path: Path, task: Task | None, method: Method | None) -> tuple[RunFo
         folder = RunFolder.opened(path, _identity(task, method, schedule))
     task = pooled(task) if schedule.pool else task
     checkpoint, warnings = folder.latest()
+    if schedule.asynchronous.buffer and checkpoint is not None and checkpoint.round < schedule.rounds:
+        # What clients are at work on is in no checkpoint: the run is made again, to the same bits.
+        checkpoint = None
     facts = folder.facts()
     chunk = int(facts["chunk"])
     cohort, at = start(task, method, schedule, replace(engine, mode="stacked", chunk=chunk))
