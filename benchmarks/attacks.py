@@ -10,8 +10,8 @@ from umbel.errors import RecipeError, RoundError
 from umbel.recipe import Table, read
 from umbel.runs import run_recipe
 
-ROUNDS, SHARE, SEED = 60, 0.2, 0
-LOCAL = {"lr": 0.1, "batch_size": 8}
+ROUNDS, SHARE, SEED = 40, 0.2, 0
+LOCAL = {"lr": 0.2, "batch_size": 8}
 ATTACKS = {"none": 1.0, "sign_flip": 5.0, "scale": 20.0, "gaussian": 20.0, "label_flip": 1.0, "backdoor": 5.0}
 ATTACKS |= {"claim_all": 5.0}  # the strength of each
 RULES: dict[str, Table] = {
@@ -22,9 +22,9 @@ RULES: dict[str, Table] = {
     "norm_bound": {"rule": "norm_bound"},
 }
 METHODS: dict[str, Table] = {
-    "floral": {"num_adapters": 4, "adapter": {"rank": 4}},
     "fedavg": {},
     "ifca": {"num_models": 4},
+    "floral": {"num_adapters": 4, "adapter": {"rank": 4}},
     "local": {},
     "trust": {"scheme": "weights", "adapter": {"rank": 4}},
     "fl_tac": {"num_clusters": 4, "adapter": {"rank": 4}},

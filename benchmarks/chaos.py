@@ -22,17 +22,23 @@ METHODS: dict[str, Table] = {
 }
 
 
-def accuracy(method: str, seed: int, faults: Table) -> tuple[float, dict[str, int], int]:
-    """In %, of the last round; what was lost, by the reason; rounds that nobody was heard in."""
+def accuracy(
+    method: str, seed: int, faults: Table, drawn: int = 0, **settings: Any
+) -> tuple[float, dict[str, int], int]:
+    """In %, of the last round; what was lost, by the reason; rounds that nobody was heard in.
+
+    `drawn` are the clients of a round, 0: all; `settings` go over the method's own.
+    """
     table = {
         "rounds": ROUNDS,
         "seed": seed,
         "evaluate_every": ROUNDS,
+        "clients_per_round": drawn,
         "task": {"name": "digits"},
         "engine": {"mode": "stacked", "threads": 1},
         "local": LOCAL,
         "faults": faults,
-        "method": {method: METHODS[method]},
+        "method": {method: METHODS[method] | settings},
     }
     result = run_recipe(read(table, method))
     return result.figures["accuracy"], losses(result.history), sum("no_quorum" in line for line in result.history)

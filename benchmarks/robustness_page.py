@@ -135,7 +135,7 @@ def attack_lines(document: dict[str, Any]) -> list[str]:
     rules = list(figures["rules"])
     lines = [
         f"Accuracy in % of the honest clients after {figures['rounds']} rounds on digits (label shift), seed {figures['seed']}, "
-        f"{figures['share']:.0%} of the clients hostile; in brackets how often a backdoor's patch is obeyed. Sixty rounds are not enough",
+        f"{figures['share']:.0%} of the clients hostile; in brackets how often a backdoor's patch is obeyed. So few rounds are not enough",
         "for anyone's best: columns are to be compared with the same method's first row.",
         "",
     ]
