@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from umbel import tree
+from umbel.attacks import hostile_upload
 from umbel.clients import Augment, ClientData, Examples
 from umbel.errors import ModelError, RecipeError, RoundError
+from umbel.faults import delivered
 from umbel.flops import CountedFlops
+from umbel.hazards import Attack, Faults
 from umbel.methods.protocol import Method
 from umbel.model.loss import Loss, mixes_examples
 from umbel.train import counted_steps
@@ -122,6 +125,9 @@ class Cohort:
     weighting: Weighting = field(default_factory=Weighting)
     augment: Augment | None = None
     num_rounds: int = 0  # of the whole run; 0: not known
+    faults: Faults = field(default_factory=Faults)
+    attack: Attack = field(default_factory=Attack)
+    hostile: tuple[int, ...] = ()  # who attacks
 
     def chunks(self, clients: np.ndarray) -> list[np.ndarray]:
         """The clients in runs of at most `chunk`.
@@ -160,15 +166,19 @@ class Cohort:
         """The clients' uploads, chunk by chunk; private states are stored as they come.
 
         A client whose work is not finite is left out: its upload is dropped, its private state stays as it
-        was, and `seen` names it.
+        was, and `seen` names it. An upload that is lost on the way (faults.py) is counted there by the reason.
 
         Raises:
             RoundError: nobody's work was finite.
         """
+        if not len(clients):
+            return
+        worked = False
         weights = dict(zip(clients.tolist(), self.weighting.of(self.train, clients), strict=True))
         for chunk in self.chunks(clients):
             counts = np.array([weights[client] for client in chunk.tolist()])
             upload, private = self.update(shared, store, chunk, round, counts)
+            upload = self._attacked(shared, upload, chunk, round)
             good = tree.finite_rows(upload)
             if tree.tensors(private):
                 good &= tree.finite_rows(private)
@@ -178,14 +188,31 @@ class Cohort:
                 seen.dropped.extend(int(client) for client in chunk[~kept])
                 index = good.nonzero().squeeze(1)
                 upload, private, sound = tree.rows(upload, index), tree.rows(private, index), chunk[kept]
+            if not len(sound):
+                continue
+            worked = True
+            store.put(sound, private)
+            seen.sent(upload, len(sound))
+            if self.faults.any:
+                upload, sound, lost = delivered(self.faults, self.seed, round, sound, upload)
+                seen.lose(lost)
             if len(sound):
-                store.put(sound, private)
                 seen.add(upload, len(sound))
                 yield upload
-        if seen.num_uploads == 0:
+        if not worked:
             raise RoundError(
                 f"round {round}: the loss of every client became NaN or infinite; lower local.lr or check the data"
             )
+
+    def _attacked(self, shared: Any, upload: Any, clients: np.ndarray, round: int) -> Any:
+        """The upload (K, …) with what the hostile ones among these clients send in their rows."""
+        places = np.flatnonzero(np.isin(clients, self.hostile)) if self.hostile else ()
+        if not len(places):
+            return upload
+        index, who = self._index(np.asarray(places)), clients[places]
+        own, message = tree.rows(upload, index), self.method.send(shared, self._index(who))
+        own = hostile_upload(self.attack, self.method, own, message, who, self.seed, round)
+        return tree.map_tensors(lambda leaf, row: leaf.index_copy(0, index, row.to(leaf)), upload, own)
 
     def cost(self, shared: Any, store: PrivateStore, client: np.ndarray) -> "Cost":
         """What one round of this client (1,) costs, from a few batches of its work, which are forgotten.
@@ -272,11 +299,20 @@ class Tally:
         self.upload_bytes = 0
         self.loss_sum = 0.0
         self.dropped: list[int] = []
+        self.lost: dict[str, int] = {}  # uploads that came to nothing, by the reason
+
+    def sent(self, upload: Any, num_clients: int) -> None:
+        """Counts what was sent, whether it arrives or not."""
+        self.upload_bytes += num_clients * tree.row_bytes(upload)
 
     def add(self, upload: Any, num_clients: int) -> None:
         self.num_uploads += num_clients
-        self.upload_bytes += num_clients * tree.row_bytes(upload)
         self.loss_sum += float(upload.loss.sum())
+
+    def lose(self, lost: dict[str, int]) -> None:
+        """Counts what was lost."""
+        for reason, count in lost.items():
+            self.lost[reason] = self.lost.get(reason, 0) + count
 
     @property
     def mean_loss(self) -> float:

@@ -5,7 +5,7 @@ order and chunking, and under pairwise masks: a server that needs nothing else c
 any single upload.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import reduce
 from typing import Any
 
@@ -14,6 +14,10 @@ from torch import Tensor
 
 from umbel import tree
 from umbel.tree import Params
+
+Change = Callable[[Params, Params, Tensor], Params]
+"""(what clients made of a group of tensors, (K, …) or (K, C, …), what they had received, what each counts in the
+group's mean, (K,) or (K, C)) → what is to stand in the place of the first."""
 
 
 def weighted_sum(weights: Tensor, values: Params) -> Params:

@@ -32,6 +32,14 @@ from umbel.methods import METHODS, Method
 from umbel.schedule import Schedule
 from umbel.tasks import TASKS, TaskRecipe
 
+ARRANGED = (
+    "weighting",
+    "faults",
+    "attack",
+    "robust",
+    "asynchronous",
+)  # tables for all methods, or within one of them
+
 T = TypeVar("T")
 Table = dict[str, Any]
 
@@ -128,15 +136,15 @@ def read(table: Table, label: str) -> Recipe:
     """
     schedule_keys = {f.name for f in fields(Schedule)}
     _no_strangers(table, schedule_keys | {"task", "engine", "method", "local", "paper"}, "")
-    for key in ("task", "method", "local", "engine", "weighting", "paper"):
+    for key in ("task", "method", "local", "engine", *ARRANGED, "paper"):
         if not isinstance(table.get(key, {}), dict):
             raise RecipeError(f"{key}: a table is wanted, such as [{key}], got {table[key]!r}")
     published(table)  # is checked, but decides nothing
     method_table = _method_table(table, label)
-    weighting = _merged(
-        {"weighting": table.get("weighting", {})}, {"weighting": method_table.pop("weighting", {})}
+    arranged = _merged(
+        {key: table.get(key, {}) for key in ARRANGED}, {key: method_table.pop(key, {}) for key in ARRANGED}
     )
-    arranged = weighting | ({"pool": method_table.pop("pool")} if "pool" in method_table else {})
+    arranged |= {"pool": method_table.pop("pool")} if "pool" in method_table else {}
     method = _named(method_table, METHODS, f"method.{label}", default=label)
     task = _named(dict(table.get("task", {})), TASKS, "task", default=None)
     schedule = build(Schedule, {k: v for k, v in table.items() if k in schedule_keys} | arranged, "")

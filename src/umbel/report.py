@@ -18,8 +18,10 @@ from umbel.tables import (
     dropped,
     find_runs,
     grouped,
+    losses,
     num_bytes,
     onboarded,
+    said_of,
     seconds,
     spread,
     total,
@@ -231,9 +233,12 @@ def _notes(groups: Sequence[Group]) -> str:
             f"{escape(str(run.path))} ({len(run.history)} of {run.rounds} rounds)" for run in unfinished
         )
         text += f"<p class=warning>Not finished, so the figures are not those of whole runs: {names}.</p>"
-    lost = sum(dropped(run.history) for run in runs)
+    lost = losses(line for run in runs for line in run.history)
     if lost:
-        text += f"<p class=warning>{lost} updates of clients were not finite and were left out.</p>"
+        text += f"<p class=warning>Updates of clients that did not count: {said_of(lost)}.</p>"
+    idle = sum("no_quorum" in line for run in runs for line in run.history)
+    if idle:
+        text += f"<p class=warning>{idle} rounds had too few updates and left the server as it was.</p>"
     return text
 
 

@@ -16,7 +16,7 @@ from umbel.folder import SNAPSHOT_CLIENTS, SNAPSHOTS, Checkpoint, RunFolder, che
 from umbel.methods import METHODS, Method
 from umbel.model.copies import copied
 from umbel.recipe import Recipe, build, load, name_of, read
-from umbel.rounds import Progress, participants, rounds, start
+from umbel.rounds import Progress, honest, participants, rounds, start
 from umbel.schedule import Schedule
 from umbel.tasks import Task
 from umbel.tasks.pool import pooled
@@ -173,6 +173,9 @@ def _opened(path: Path, task: Task | None, method: Method | None) -> tuple[RunFo
         folder = RunFolder.opened(path, _identity(task, method, schedule))
     task = pooled(task) if schedule.pool else task
     checkpoint, warnings = folder.latest()
+    if schedule.asynchronous.buffer and checkpoint is not None and checkpoint.round < schedule.rounds:
+        # What clients are at work on is in no checkpoint: the run is made again, to the same bits.
+        checkpoint = None
     facts = folder.facts()
     chunk = int(facts["chunk"])
     cohort, at = start(task, method, schedule, replace(engine, mode="stacked", chunk=chunk))
@@ -224,7 +227,7 @@ def _record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> 
         if places is not None and task.serves is None:
             line["places"] = _rounded(places[participants(task.num_clients, schedule)].cpu().numpy())
         if task.group is not None:
-            line["group"] = task.group[task.tests_of(participants(task.num_clients, schedule))].tolist()
+            line["group"] = task.group[task.tests_of(honest(task.num_clients, schedule))].tolist()
         folder.append("clients.jsonl", line)
     if last or at.round % schedule.checkpoint_every == 0:
         seen, private = at.store.state()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from umbel.errors import RecipeError
+from umbel.hazards import Asynchronous, Attack, Faults, Robust
 from umbel.weighting import Weighting
 
 
@@ -17,6 +18,10 @@ class Schedule:
     pool: bool = False  # the slots of one owner train as one client
     held_out: float = 0.0  # the share of clients that never train, to be onboarded later
     weighting: Weighting = field(default_factory=Weighting)  # how much each client counts
+    faults: Faults = field(default_factory=Faults)  # what happens by accident
+    attack: Attack = field(default_factory=Attack)  # what hostile clients do
+    robust: Robust = field(default_factory=Robust)  # what stands in for the mean of uploads
+    asynchronous: Asynchronous = field(default_factory=Asynchronous)  # no deadline
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -27,3 +32,10 @@ class Schedule:
             )
         if not 0 <= self.held_out < 1:
             raise RecipeError(f"held_out must be in [0, 1), got {self.held_out}")
+        if self.asynchronous.buffer and self.faults.any:
+            raise RecipeError("asynchronous.buffer: without a deadline nobody is late; take the [faults] out")
+        if 0 < self.clients_per_round < self.asynchronous.buffer:
+            raise RecipeError(
+                f"asynchronous.buffer = {self.asynchronous.buffer} is never full with clients_per_round = "
+                f"{self.clients_per_round} at work; make it no larger"
+            )

@@ -294,8 +294,25 @@ def best(groups: Sequence[Group], column: Column) -> set[str]:
 
 
 def dropped(history: Iterable[Mapping[str, Any]]) -> int:
-    """How many clients' updates were left out because they were not finite, over all rounds."""
-    return sum(len(line.get("dropped", ())) for line in history)
+    """How many clients' updates were missing or left out, over all rounds."""
+    return sum(losses(history).values())
+
+
+def losses(history: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """The same by the reason: "missing", "late", "malformed", "not finite", "outlier"; the largest first."""
+    counts: dict[str, int] = {}
+    for line in history:
+        found = {"not finite": len(line.get("dropped", ()))}
+        for reason, count in (*found.items(), *line.get("lost", {}).items()):
+            counts[reason] = counts.get(reason, 0) + int(count)
+    return {
+        reason: counts[reason] for reason in sorted(counts, key=lambda reason: -counts[reason]) if counts[reason]
+    }
+
+
+def said_of(counts: Mapping[str, int]) -> str:
+    """The counts as "12 missing, 4 late"."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
 
 
 def total(history: Iterable[Mapping[str, Any]], key: str) -> float:

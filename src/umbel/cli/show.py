@@ -19,10 +19,11 @@ WORTH_A_LINE = 0.01  # of what a client sends: smaller groups of tensors are num
 
 def show_run(folder: Path, label: str, seed: int, result: "Result", json: str | None) -> None:
     """The run's end: a table, or one JSON document."""
-    from umbel.tables import dropped, read_run, total
+    from umbel.tables import dropped, losses, read_run, total
 
-    keys = ("bytes_up", "bytes_down", "steps", "flops", "train_seconds", "seconds")
-    sums = {key: total(result.history, key) for key in keys} | {"dropped": dropped(result.history)}
+    keys = ("bytes_up", "bytes_down", "steps", "flops", "train_seconds", "seconds", "no_quorum")
+    sums: dict[str, Any] = {key: total(result.history, key) for key in keys}
+    sums |= {"dropped": dropped(result.history), "lost": losses(result.history)}
     travels = read_run(folder).travels
     if json is not None:
         about = {"folder": str(folder), "label": label, "seed": seed, "rounds": result.progress.round}
@@ -40,7 +41,7 @@ def run_table(figures: dict[str, Any], sums: dict[str, Any], travels: dict[str, 
     """What a run came to."""
     from rich.table import Table
 
-    from umbel.tables import num_bytes, num_flops, seconds
+    from umbel.tables import num_bytes, num_flops, said_of, seconds
 
     table = Table(show_header=False)
     table.add_column(style="bold")
@@ -71,7 +72,9 @@ def run_table(figures: dict[str, Any], sums: dict[str, Any], travels: dict[str, 
         ("their products and convolutions", num_flops(sums["flops"]) if sums["flops"] else None),
         ("training", seconds(sums["train_seconds"])),
         ("evaluation", seconds(sums["seconds"] - sums["train_seconds"])),
-        ("updates dropped (not finite)", str(sums["dropped"]) if sums["dropped"] else None),
+        ("updates that did not count", said_of(sums["lost"]) if sums["lost"] else None),
+        ("rounds without a quorum", str(sums["no_quorum"]) if sums["no_quorum"] else None),
+        ("attack succeeds on honest clients", _with("attack_success", "{:.2f} %", figures)),
     ]
     for name, value in rows:
         if value is not None:

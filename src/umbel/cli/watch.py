@@ -50,11 +50,13 @@ class Watch:
             self._bar.stop()
 
     def __call__(self, at: "Progress") -> None:
+        from umbel.tables import dropped
+
         figures = at.figures
         self._done += 1
         self._seconds += figures["seconds"]
         self._bytes += figures["bytes_up"] + figures["bytes_down"]
-        self._dropped += len(figures.get("dropped", ()))
+        self._dropped += dropped([figures])
         if "loss" in figures:
             self._score = score(figures)
         now = perf_counter()
@@ -72,7 +74,8 @@ class Watch:
 
         rate = self._done / max(1e-9, self._seconds)
         speed = f"{rate:.0f}/s" if rate >= 10 else f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
-        parts = [f"train {figures['train_loss']:.3f}", self._score, speed, num_bytes(self._bytes)]
+        train = f"train {figures['train_loss']:.3f}" if "train_loss" in figures else "nobody heard"
+        parts = [train, self._score, speed, num_bytes(self._bytes)]
         return "  ".join([*filter(None, parts), *([f"{self._dropped} dropped"] if self._dropped else [])])
 
 

@@ -11,7 +11,7 @@ mixture of weights.
 
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from umbel.methods.routing import (
     route_sums,
 )
 from umbel.methods.server import Moments, ServerOptimizer
+from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats, trained_params
 from umbel.seeds import seeded
 from umbel.train import Groups, LocalTraining, local_train
@@ -162,6 +163,12 @@ class Ensemble:
         models, moments = self.server.step(shared.models, mean, shared.moments, share)
         stats = mixing.step_to(shared.stats, mean, share)
         return Shared(models, stats, moments, shared.routes.after(self.router, sums))
+
+    def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
+        return replace(upload, models=change(upload.models, message.models, upload.route_examples))
+
+    def refuses(self) -> str:
+        return ""
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         """The routes to the models as they are now."""

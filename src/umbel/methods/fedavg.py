@@ -8,7 +8,7 @@ are averaged like everything else.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from umbel import mixing, tree
 from umbel.clients import ClientData
 from umbel.methods.protocol import Population, nothing_mixed
 from umbel.methods.server import Moments, ServerOptimizer
+from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats, trained_params
 from umbel.train import LocalTraining, Objective, local_train
 from umbel.tree import Params, state
@@ -83,6 +84,16 @@ class FedAvg:
         mean = mixing.mean(sums["values"], sums["weight"])
         params, moments = self.server.step(shared.params, mean, shared.moments)
         return Shared(params, {n: mean[n].to(leaf.dtype) for n, leaf in shared.stats.items()}, moments)
+
+    def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
+        return replace(
+            upload,
+            params=change(upload.params, message.params, upload.weight),
+            stats=change(upload.stats, message.stats, upload.weight),
+        )
+
+    def refuses(self) -> str:
+        return ""
 
     def settle(self, loss: Loss, message: Message, private: Any, data: ClientData) -> Any:
         return private

@@ -34,6 +34,7 @@ from umbel.methods.lora import Message, Shared, Upload
 from umbel.methods.protocol import Population
 from umbel.methods.server import ServerOptimizer
 from umbel.methods.settling import choose, stacked
+from umbel.mixing import Change
 from umbel.model.loss import IGNORED, Loss
 from umbel.train import Groups, LocalTraining, local_train
 from umbel.tree import Params, state
@@ -113,6 +114,12 @@ class FedDPA:
 
     def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
         return lora.averaged(shared, self.server, mixing.total(map(self.contribution, uploads)))
+
+    def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
+        return lora.changed(upload, message, change)
+
+    def refuses(self) -> str:
+        return ""
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Served:
         """The local adapter, made from the global one in variant F, and where the client's own examples lie."""

@@ -25,6 +25,7 @@ from umbel.errors import RecipeError
 from umbel.methods.ensemble import Mixture, drawn_apart, named, stacked
 from umbel.methods.protocol import Population
 from umbel.methods.server import Moments, ServerOptimizer
+from umbel.mixing import Change
 from umbel.model.loss import FORWARD_EXAMPLES, Loss, running_stats
 from umbel.train import Groups, LocalTraining, local_train
 from umbel.tree import Params, state
@@ -125,6 +126,13 @@ class FedEM:
         mean = mixing.mean(sums["models"], sums["weight"])
         models, moments = self.server.step(shared.models, {n: mean[n] for n in shared.models}, shared.moments)
         return Shared(models, {n: mean[n] for n in shared.stats}, moments)
+
+    def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
+        weight = upload.weight.unsqueeze(1).expand(-1, self.num_models)  # every component counts n_k
+        return replace(upload, models=change(upload.models, message.models, weight))
+
+    def refuses(self) -> str:
+        return ""
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         """π for the components as they are now."""

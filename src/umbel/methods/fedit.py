@@ -24,6 +24,7 @@ from umbel.methods import lora
 from umbel.methods.lora import Message, Shared, Upload
 from umbel.methods.protocol import Population, nothing_mixed
 from umbel.methods.server import ServerOptimizer
+from umbel.mixing import Change
 from umbel.model.loss import Loss
 from umbel.train import LocalTraining
 from umbel.tree import Params, state
@@ -67,6 +68,12 @@ class FedIT:
 
     def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
         return lora.averaged(shared, self.server, mixing.total(map(self.contribution, uploads)))
+
+    def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
+        return lora.changed(upload, message, change)
+
+    def refuses(self) -> str:
+        return ""
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         return private

@@ -44,6 +44,7 @@ from umbel.errors import RecipeError
 from umbel.methods import lora
 from umbel.methods.protocol import Population
 from umbel.methods.settling import choose, stacked
+from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats
 from umbel.train import LocalTraining
 from umbel.tree import Params, state
@@ -212,6 +213,12 @@ class FLTAC:
         """(n, n) the inner products of the slots' features."""
         start = shared.start.adapter | shared.start.base
         return inner_products(shared.bank, start, slots.adapter, slots.base, self.features)
+
+    def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
+        return lora.changed(upload, message, change)
+
+    def refuses(self) -> str:
+        return "it clusters single uploads, so there is no mean of all that another could stand in for"
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         shared = message.server.shared

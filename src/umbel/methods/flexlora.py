@@ -28,6 +28,7 @@ from umbel.methods import lora
 from umbel.methods.lora import Message
 from umbel.methods.protocol import Population, nothing_mixed
 from umbel.methods.server import ServerOptimizer
+from umbel.mixing import Change
 from umbel.model.loss import Loss
 from umbel.train import LocalTraining
 from umbel.tree import Params, state
@@ -107,6 +108,12 @@ class FlexLoRA:
         moved = lora.averaged(replace(shared, adapter=dense(bank, shared.adapter)), self.server, sums)
         added = {update.name: moved.adapter[update.name] for update in bank.additive}
         return replace(moved, adapter=factors(bank, moved.adapter) | added)
+
+    def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
+        return lora.changed(upload, message, change)
+
+    def refuses(self) -> str:
+        return "it averages products of factors, and a robust mean of factors is none of products"
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         return private

@@ -44,6 +44,7 @@ from umbel.methods.routing import (
 )
 from umbel.methods.server import Moments, ServerOptimizer
 from umbel.methods.settling import settled
+from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats, trained_params
 from umbel.seeds import generator
 from umbel.train import Groups, LocalTraining, local_train
@@ -295,6 +296,25 @@ class FLoRAL:
                 else {},
             )
         )
+
+    def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
+        made, received = (
+            {name: placed(leaf, places, self.num_adapters) for name, leaf in tensors.items()}
+            for tensors, places in ((upload.adapters, upload.sent), (message.adapters, message.alive))
+        )
+        routed = upload.route_examples  # each layer's own routes count together
+        adapters = change(made, received, routed if routed.dim() == 2 else routed.mean(1))
+        return replace(
+            upload,
+            base=change(upload.base, message.base, upload.weight),
+            adapters={name: picked(leaf, upload.sent) for name, leaf in adapters.items()},
+            stats=change(upload.stats, message.stats, upload.weight),
+        )
+
+    def refuses(self) -> str:
+        if self.averaging != "factor" or self.ranks or self.layer_routers:
+            return "another mean of adapters needs averaging = 'factor', one rank for all and one router a client"
+        return ""
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         """The routes to the adapters as they are now, and running statistics for clients that have none yet."""

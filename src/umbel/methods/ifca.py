@@ -13,7 +13,7 @@ over the cluster times p_c; here the gradient is what local SGD moved by. A mode
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ from umbel.methods.ensemble import drawn_apart
 from umbel.methods.protocol import Population
 from umbel.methods.routing import losses_of
 from umbel.methods.server import Moments, ServerOptimizer
+from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats
 from umbel.train import LocalTraining, local_train
 from umbel.tree import Params, state
@@ -113,6 +114,19 @@ class IFCA:
         step = share if self.averaging == "gradient" else (share > 0).to(share.dtype)
         models, moments = self.server.step(shared.models, mean, shared.moments, step)
         return Shared(models, mixing.step_to(shared.stats, mean, step), moments)
+
+    def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
+        # A client has trained one of the C, whatever it claims, and counts nothing in the others.
+        chosen = upload.route_examples.argmax(1)
+        routed = F.one_hot(chosen, self.num_models) * upload.weight.unsqueeze(1)
+        models = {n: leaf.unsqueeze(1).expand_as(message.models[n]) for n, leaf in upload.model.items()}
+        models = change(models, message.models, routed)
+        place = torch.arange(len(chosen), device=chosen.device)
+        model = {name: leaf[place, chosen] for name, leaf in models.items()}
+        return replace(upload, model=model, route_examples=routed)
+
+    def refuses(self) -> str:
+        return ""
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         """The choice among the models as they are now."""

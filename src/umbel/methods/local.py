@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from umbel import tree
 from umbel.clients import ClientData
 from umbel.methods.protocol import Population, nothing_mixed
+from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats, trained_params
 from umbel.train import LocalTraining, local_train
 from umbel.tree import Params, state
@@ -69,6 +70,12 @@ class Local:
         for _ in uploads:  # the clients' work is done as their uploads are read
             pass
         return shared
+
+    def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
+        return upload
+
+    def refuses(self) -> str:
+        return "its clients send nothing that could meet"
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         return private

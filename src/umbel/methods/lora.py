@@ -16,6 +16,7 @@ from umbel.adapters.bank import LowRank
 from umbel.clients import ClientData
 from umbel.methods.protocol import Population
 from umbel.methods.server import Moments, ServerOptimizer
+from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats, trained_params
 from umbel.seeds import generator
 from umbel.train import Groups, LocalTraining, local_train
@@ -112,6 +113,16 @@ def contribution(upload: Upload) -> dict[str, Any]:
     groups = {"base": upload.base, "adapter": upload.adapter, "stats": upload.stats}
     sums = {name: mixing.weighted_sum(upload.weight, tensors) for name, tensors in groups.items()}
     return sums | {"weight": upload.weight.sum()}
+
+
+U = TypeVar("U", bound=Upload)
+
+
+def changed(upload: U, message: Message, change: Change) -> U:
+    """The upload with `change` in each of its three groups."""
+    names = ("base", "adapter", "stats")
+    made: Any = {name: change(getattr(upload, name), getattr(message, name), upload.weight) for name in names}
+    return replace(upload, **made)
 
 
 def averaged(shared: S, server: ServerOptimizer, sums: dict[str, Any]) -> S:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from umbel.clients import ClientData
+from umbel.mixing import Change
 from umbel.model.loss import Loss
 from umbel.train import LocalTraining
 from umbel.tree import Params
@@ -55,6 +56,12 @@ class Method(Protocol):
 
     def server_update(self, shared: Any, uploads: Iterable[Any]) -> Any:
         """The next Shared. Uploads come chunk by chunk; none is needed after it has been read."""
+
+    def changed(self, upload: Any, message: Any, change: Change) -> Any:
+        """The upload with `change` in each group of tensors that meet in one mean."""
+
+    def refuses(self) -> str:
+        """Why nothing else can stand in for the mean of its uploads; "" where it can (Robust, Buffered)."""
 
     def settle(self, loss: Loss, message: Any, private: Any, data: ClientData) -> Any:
         """The Private with which each client serves, made from what it received and its own training data.

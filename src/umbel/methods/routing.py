@@ -30,8 +30,8 @@ clients, never one client's router or labels.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ from umbel.errors import RecipeError
 from umbel.methods.protocol import Population
 from umbel.model.loss import FORWARD_EXAMPLES, Loss
 from umbel.tree import Params, broadcast, state
+
+S = TypeVar("S")
 
 ONE_HOT_LOGIT = 1000.0  # softmax over logits this far apart is one-hot, to the last bit
 UNUSED_SHARE = 1e-30  # p_c below this is nobody: a mean of so little is rounding error
@@ -328,6 +330,57 @@ def moved_share(route_examples: Tensor, examples: Tensor, guard: float) -> Tenso
     share = route_examples / examples
     step = (share / guard).clamp(max=1.0) if guard else torch.ones_like(share)
     return torch.where(share > UNUSED_SHARE, step, 0.0)
+
+
+def bounded_claims(upload: S, heaviest: float) -> S:
+    """The upload with nothing in it that a client says of itself beyond what one client can be.
+
+    What a client claims steers the others' routes as much as its tensors do theirs: examples, routes, and what was
+    measured for the em router. Claims are made positive and cut to so many times the round's median; no client
+    has more examples routed than it has examples. Of honest clients the largest lose weight, nothing else changes.
+
+    Args:
+        upload: all of a round; its fields `weight`, `route_examples` and `measured`, if any, mean the same in
+            every method.
+        heaviest: how many times the median; 0: claims are only made positive and consistent.
+    """
+    has = {field.name for field in fields(upload)}  # type: ignore[arg-type]
+    given: Any = upload
+    bounded: dict[str, Any] = {}
+    if "weight" in has:
+        bounded["weight"] = _capped(given.weight, heaviest)
+    if "route_examples" in has:
+        routed = given.route_examples.clamp(min=0)
+        whole, most = routed.sum(-1, keepdim=True), bounded["weight"].view(-1, *[1] * (routed.dim() - 1))
+        # What is too much by rounding alone stays as it is.
+        bounded["route_examples"] = torch.where(whole > most * (1 + 1e-5), routed * (most / whole), routed)
+    if "measured" in has:
+        claimed = given.measured
+        examples = claimed.label_counts.clamp(min=0).sum(1)
+        rarely = (_capped(examples, heaviest) / examples.clamp(min=1e-6)).unsqueeze(1)
+        counts = claimed.label_counts.clamp(min=0) * rarely
+        each = claimed.label_losses.clamp(min=0) / claimed.label_counts.clamp(min=1e-6).unsqueeze(2)
+        usual = _usual((each * counts.unsqueeze(2)).sum(1).mean(1) / counts.sum(1).clamp(min=1e-6))
+        most = heaviest * usual if heaviest and bool(usual > 0) else each.max() if each.numel() else usual
+        per_example = claimed.spread / given.weight.clamp(min=1e-6)
+        bounded["measured"] = Measured(
+            _capped(per_example, heaviest) * bounded["weight"],
+            each.clamp(max=most) * counts.unsqueeze(2),
+            counts,
+            _capped(claimed.chi_square, heaviest),
+        )
+    return replace(upload, **bounded)  # type: ignore[type-var]
+
+
+def _capped(claims: Tensor, heaviest: float) -> Tensor:
+    """(K,) claims that are not negative, none of them more than so many times the median."""
+    claims = claims.clamp(min=0)
+    usual = _usual(claims)
+    return claims.clamp(max=heaviest * usual) if heaviest and bool(usual > 0) else claims
+
+
+def _usual(claims: Tensor) -> Tensor:
+    return claims.median() if claims.numel() else claims.sum()
 
 
 def route_sums(weight: Tensor, route_examples: Tensor, measured: Measured) -> dict[str, Tensor]:

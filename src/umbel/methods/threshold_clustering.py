@@ -18,7 +18,7 @@ x_k ← x_0 − η v: then models are clustered. Departures: docs/methods.md.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -29,6 +29,7 @@ from umbel import tree
 from umbel.clients import ClientData
 from umbel.errors import RecipeError
 from umbel.methods.protocol import Population
+from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats, trained_params
 from umbel.train import LocalTraining, local_train
 from umbel.tree import Params, state
@@ -132,6 +133,12 @@ class ThresholdClustering:
             {name: piece.reshape(leaf.shape) for (name, leaf), piece in pieces},
             shared.cluster.index_copy(0, joined.client, nearest),
         )
+
+    def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
+        return replace(upload, momentum=change(upload.momentum, message.push, upload.weight))
+
+    def refuses(self) -> str:
+        return "it clusters single uploads, and what lies far from a centre counts nothing there already"
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         return private

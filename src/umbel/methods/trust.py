@@ -29,6 +29,7 @@ from umbel.methods.protocol import Population
 from umbel.methods.settling import choose
 from umbel.methods.similarity import Public
 from umbel.methods.trusting import Mix, Topology, figures_of, usable
+from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats
 from umbel.seeds import generator
 from umbel.train import MOMENTS, Groups, LocalTraining, local_train, no_moments
@@ -222,6 +223,14 @@ class Trust:
         if self.scheme != "validation" and self.mixes(int(new.round)):
             self._mix(new)
         return replace(new, figures=figures_of(new.trust, new.group, new.heard))
+
+    def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
+        received, all_alike = self._served(message, None), torch.ones_like(upload.loss)
+        adapters = {part: change(made, received[part], all_alike) for part, made in upload.adapters.items()}
+        return replace(upload, adapters=adapters)
+
+    def refuses(self) -> str:
+        return "every client has a mean of its own, by its own trust"
 
     def settle(self, loss: Loss, message: Message, private: Any, data: ClientData) -> Any:
         """What a client that mixes for itself makes of what it received."""

@@ -1,0 +1,214 @@
+"""docs/robustness.md from the figures in benchmarks/results/: of chaos, absence, sign flips and attacks.
+
+python benchmarks/robustness_page.py
+"""
+
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+import results
+from umbel.attacks import attackers
+from umbel.hazards import Attack
+
+FOLDER = "benchmarks/results"
+FAULTS = """\
+## Faults
+
+    [faults]
+    drop_out = 0.3      # of a round's clients, never start
+    straggle = 0.1      # of the others, come after the deadline
+    corrupt = 0.05      # of the uploads in time, are damaged on the way
+    quorum = 0.5        # of the clients chosen; with fewer the server stays as it was
+
+All rates are 0 by default, and then nothing changes by a bit. What happens to a client in a round is a function of
+(seed, round, client), so neither chunks nor resumption change it.
+
+| what | does the client train? | what it keeps | the server |
+|---|---|---|---|
+| missing | no | what it had | does not hear of it |
+| late | yes | what it has trained | leaves the upload out |
+| damaged on the way | yes | what it has trained | leaves it out where it notices |
+| its own work is not finite | yes | what it had | leaves it out |
+
+A node does not know what became of its upload, so it keeps what it has trained: its router, its personal model, AdamW's
+moments. With the next round's message it goes on from the server's state as always.
+
+The server notices what was cut short ("malformed"), what holds NaN or infinity ("not finite"), and, by holding a round's
+uploads until all are in, what has a group of model tensors ten times (`outlier`) as long as the round's median ("outlier").
+A flipped bit that makes a number a little larger is not noticed and does as little harm. What was left out is counted by
+reason in `metrics.jsonl` (`lost`), in the table at the end of a run and in the report; bytes count what was sent.
+
+A round without a quorum is over, not repeated: its time is up, and the next one draws other clients. The server's state
+stays as it was, to the bit; clients that trained keep what they trained. Such rounds have `no_quorum` in their figures.
+A round in which everyone's own work is not finite is still an error: the rate is too high.
+"""
+ROBUST = """\
+## Robust means
+
+    [robust]
+    rule = "geometric_median"    # median, trimmed_mean, krum, multi_krum, norm_bound
+    hostile = 0.25               # the share of weight that may be hostile: what is trimmed, Krum's f
+    heaviest = 4.0               # a client counts at most so many times as much as the round's median client
+
+A rule takes the place of the weighted mean in every method that has one: FedAvg and what is built on it, FLoRAL, Ensemble,
+FedEM, IFCA, FedIT, FedSA, FFA, FedDPA. It works on one group of tensors at a time: the base, and each adapter (component,
+cluster) by itself, with the mean's own weights n_k and n_k π_kc as sample weights. So nobody hides in an adapter that few
+use. By the same token no rule helps where attackers hold half of one adapter's weight, however few they are among all clients.
+
+The other methods refuse and say why: trust (every client has a mean of its own), FL-TAC and threshold clustering (they
+cluster single uploads), FlexLoRA and FLoRAL with `averaging` other than "factor" (products are averaged), with ranks that
+differ or a router for each layer, and Local.
+
+- **Claims are bounded too.** Examples, routes and what the em router's sums are made of steer the other clients' routes. With any
+  rule on, they are made positive and cut to `heaviest` times the median client's, and nobody has more examples routed to all
+  adapters together than it has examples. Honest clients with more data than that count less.
+- All uploads of a round are held until the last is in. There is no secure aggregation: single uploads are looked at.
+- Soft routes are learned from small differences between adapters, which medians even out: routes take longer to form.
+- `median` and `trimmed_mean` are of each number (Yin et al. 2018), `geometric_median` is RFA (Pillutla et al. 2019),
+  `krum` and `multi_krum` are Blanchard et al. 2017 with weights for neighbours, `norm_bound` is Sun et al. 2019 without noise,
+  its bound relative to the round's median step. `tests/test_robust.py` pins each by its breakdown point.
+"""
+ATTACKS = """\
+## Attacks
+
+    [attack]
+    kind = "sign_flip"    # scale, gaussian, label_flip, backdoor, claim_all
+    share = 0.2           # of the clients that train
+    strength = 5.0
+
+Attackers are drawn once by the seed, are sampled, routed and weighed as everyone else, and **are not evaluated: all figures are
+means over honest clients**. A backdoor's attackers put a bright patch in a corner of half of their pictures and call them 0; where there
+are adapters they send their steps, times the strength, in their heaviest adapter alone and the rest as received. Its success
+is the share of honest clients' other test pictures that are called 0 once they have the patch. `claim_all` flips signs and claims all
+examples, times the strength, for every adapter. The recipe is `umbel compare attacks`.
+"""
+
+
+def chaos_lines(document: dict[str, Any]) -> list[str]:
+    figures = document["figures"]
+    rates = ", ".join(f"{key} {value:.0%}" for key, value in figures["faults"].items())
+    lines = [
+        f"Digits (label shift), {figures['rounds']} rounds; accuracy in % at the end, without faults and with {rates}, by seed:",
+        "",
+        "| method | without | with | difference of the means | lost uploads |",
+        "|---|---|---|---|---|",
+    ]
+    for method, rows in figures["methods"].items():
+        clean, hurt = ([row[key] for row in rows] for key in ("clean", "faults"))
+        lost: dict[str, int] = {}
+        for row in rows:
+            for reason, count in row["lost"].items():
+                lost[reason] = lost.get(reason, 0) + count
+        said = ", ".join(f"{count:,} {reason}" for reason, count in lost.items())
+        both = (" / ".join(f"{value:.1f}" for value in values) for values in (clean, hurt))
+        lines.append(
+            f"| {method} | {' | '.join(both)} | {fmean(hurt) - fmean(clean):+.1f} | {said} |".replace("+-", "−")
+        )
+    return [*lines, "", results.made(document), ""]
+
+
+def absence_lines(document: dict[str, Any]) -> list[str]:
+    figures = document["figures"]
+    lines = [
+        f"FLoRAL and FedAvg lose less than a point. What trust and FL-TAC lose is absence, not damage: with {figures['heard']} of the 40",
+        "clients drawn for each round and nothing lost they are no better. Accuracy in %, by seed:",
+        "",
+        "| what | accuracy |",
+        "|---|---|",
+    ]
+    for label, values in figures["cells"].items():
+        lines.append(f"| {label} | {' / '.join(f'{value:.1f}' for value in values)} |")
+    return [*lines, "", results.made(document), ""]
+
+
+def flip_lines(document: dict[str, Any]) -> list[str]:
+    figures = document["figures"]
+    rules = list(figures["rules"])
+    lines = [
+        f"FLoRAL on digits as in its recipe, {figures['rounds']} rounds, 20 % of the clients flip their steps five times over:",
+        "",
+        "| seed (hostile in each group of ten) | no attack | plain mean | " + " | ".join(rules) + " |",
+        "|---" * (3 + len(rules)) + "|",
+    ]
+    for row in figures["seeds"]:
+        cells = [said(row[key]) for key in ("clean", "plain", *rules)]
+        hostile = np.bincount(attackers(Attack("sign_flip"), row["seed"], np.arange(40)) % 4, minlength=4)
+        lines.append(f"| {row['seed']} ({', '.join(map(str, hostile))}) | " + " | ".join(cells) + " |")
+    clean = fmean(row["clean"]["accuracy"] for row in figures["seeds"])
+    lines += ["", "Of the mean accuracy without attack is left:"]
+    for rule in rules:
+        kept = [row[rule]["accuracy"] for row in figures["seeds"] if "failed" not in row[rule]]
+        seeds = (
+            "all seeds" if len(kept) == len(figures["seeds"]) else f"the {len(kept)} seeds that did not diverge"
+        )
+        lines.append(f"{rule} {fmean(kept) / clean:.1%} on {seeds};")
+    lines[-1] = lines[-1].replace(";", ".")
+    return [
+        *lines,
+        "Half of a group's clients are half of its adapter's weight, which is where Krum's promise ends and a geometric median",
+        "stands still; the damage of one group goes on through the shared base.",
+        "",
+        results.made(document),
+        "",
+    ]
+
+
+def attack_lines(documents: list[dict[str, Any]]) -> list[str]:
+    first = documents[0]["figures"]
+    lines = [
+        f"Accuracy in % of the honest clients after {first['rounds']} rounds on digits (label shift), seed {first['seed']}, "
+        f"{first['share']:.0%} of the clients hostile; in brackets",
+        "how often a backdoor's patch is obeyed. So few rounds are not enough for anyone's best: rows are to be compared with the",
+        "same method's first one.",
+        "",
+    ]
+    for document in documents:
+        for method in document["figures"]["methods"]:
+            lines += method_lines(document["figures"], method)
+        lines += [results.made(document), ""]
+    return lines
+
+
+def method_lines(figures: dict[str, Any], method: str) -> list[str]:
+    """One method's table."""
+    cells = {(cell["attack"], cell["rule"]): cell for cell in figures["cells"] if cell["method"] == method}
+    shown = [rule for rule in figures["rules"] if any(own == rule for _, own in cells)]
+    titles = ["plain mean" if rule == "none" else rule for rule in shown]
+    if len(shown) == 1:
+        titles = ["nothing is mixed" if method == "local" else "no rule goes with it"]
+    lines = [f"| {method} | " + " | ".join(titles) + " |", "|---" * (len(shown) + 1) + "|"]
+    for attack, strength in figures["attacks"].items():
+        name = "no attack" if attack == "none" else f"{attack}, strength {strength:g}"
+        row = [said(cells[attack, rule]) if (attack, rule) in cells else "–" for rule in shown]
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    return [*lines, ""]
+
+
+def said(cell: dict[str, Any]) -> str:
+    if "failed" in cell:
+        return "diverged" if cell["failed"] == "diverged" else "–"
+    success = f" ({cell['attack_success']:.0f})" if "attack_success" in cell else ""
+    return f"{cell['accuracy']:.1f}{success}"
+
+
+def main() -> None:
+    lines = [
+        "# Faults, attacks, robust means",
+        "",
+        "Made by `python benchmarks/robustness_page.py` from the figures in `benchmarks/results/`.",
+        "",
+        FAULTS,
+        *chaos_lines(results.read(f"{FOLDER}/chaos.json")),
+        *absence_lines(results.read(f"{FOLDER}/absence.json")),
+        ROBUST,
+        *flip_lines(results.read(f"{FOLDER}/sign_flip.json")),
+        ATTACKS,
+        *attack_lines([results.read(f"{FOLDER}/attacks_{part}.json") for part in ("floral", "others")]),
+    ]
+    (results.ROOT / "docs/robustness.md").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
