@@ -19,6 +19,7 @@ import umbel
 from umbel.cli import app
 from umbel.cohort import Engine
 from umbel.methods import METHODS, Method
+from umbel.methods.protocol import Summed
 from umbel.recipe import labels, load, read, shipped
 from umbel.runs import run_recipe
 from umbel.tasks import TASKS
@@ -96,7 +97,8 @@ GENERATORS = {"Generator", "Philox"}  # of np.random
 
 # What says what it is by its name, or by the docstring of what it implements.
 STATES = {"Shared", "Message", "Private", "Upload"}  # of a method; their fields have comments
-IMPLEMENTS = {name for name in vars(Method) if name[0] != "_"} | {"load", "forward", "parse_args"}
+IMPLEMENTS = {name for cls in (Method, Summed) for name in vars(cls) if name[0] != "_"}
+IMPLEMENTS |= {"load", "forward", "parse_args"}
 PLAIN = {
     "adapters.bank:LowRank.a_name",
     "adapters.bank:LowRank.b_name",

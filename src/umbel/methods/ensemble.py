@@ -156,7 +156,9 @@ class Ensemble:
         }
 
     def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
-        sums = mixing.total(self.contribution(upload) for upload in uploads)
+        return self.summed_update(shared, mixing.total(map(self.contribution, uploads)))
+
+    def summed_update(self, shared: Shared, sums: dict[str, Any]) -> Shared:
         mean = mixing.mean(sums["models"], sums["route_examples"])
         share = moved_share(sums["route_examples"], sums["examples"], self.guard)
         models, moments = self.server.step(shared.models, mean, shared.moments, share)

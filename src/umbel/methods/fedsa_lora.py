@@ -72,7 +72,10 @@ class FedSALoRA:
         return lora.contribution(upload)
 
     def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
-        return lora.averaged(shared, self.server, mixing.total(map(self.contribution, uploads)))
+        return self.summed_update(shared, mixing.total(map(self.contribution, uploads)))
+
+    def summed_update(self, shared: Shared, sums: dict[str, Any]) -> Shared:
+        return lora.averaged(shared, self.server, sums)
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Any:
         return settled(self, loss, message, private, data)

@@ -73,6 +73,17 @@ class Method(Protocol):
         """
 
 
+class Summed(Method, Protocol):
+    """A method whose server needs nothing but the sum of all contributions.
+
+    Its `server_update` is `summed_update` of that sum. So the sum may be formed in another way: under masks,
+    with noise, or by a rule that a few bad uploads cannot move.
+    """
+
+    def summed_update(self, shared: Any, sums: dict[str, Any]) -> Any:
+        """The next Shared, from the sum of all contributions."""
+
+
 def nothing_mixed(num_clients: int) -> Tensor:
     """The mixture of a method that mixes nothing."""
     return torch.empty(num_clients, 0)
