@@ -74,9 +74,8 @@ def test_any_clients_may_drop_out_as_long_as_enough_holders_stay(number, neighbo
     arrived = {client: {"w": torch.tensor([float(client), 1.0])} for client in begun if client not in lost}
     try:
         found = secure_sum(begun, arrived, secure)
-    except RoundError as error:
+    except RoundError:
         assert lost  # nobody fails where everybody stays
-        assert "needed" in str(error)
         return
     assert found.sums["w"].tolist() == [float(sum(arrived)), float(len(arrived))]
 
@@ -265,7 +264,8 @@ def test_shares_are_shamirs():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"threshold": 0.3}, {"threshold": 1.0}, {"neighbours": 1}, {"range": 0.0}, {"ranges": {"base": -1.0}}]
+    "wrong",
+    [{"threshold": 0.3}, {"threshold": 1.0}, {"neighbours": 1}, {"range": 0.0}, {"ranges": {"base": -1.0}}],
 )
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(RecipeError, match="secure: "):

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from umbel import tree
-from umbel.clients import Augment, ClientData, Examples
+from umbel.clients import Augment, ClientData, Examples, Guard
 from umbel.errors import ModelError, RecipeError, RoundError
 from umbel.flops import CountedFlops
 from umbel.methods.protocol import Method
 from umbel.model.loss import Loss, mixes_examples
+from umbel.privacy.accounting import Ledger
 from umbel.train import counted_steps
 from umbel.tree import Params
 from umbel.weighting import Weighting
@@ -119,6 +120,8 @@ class Cohort:
     weighting: Weighting = field(default_factory=Weighting)
     augment: Augment | None = None
     num_rounds: int = 0  # of the whole run; 0: not known
+    ledger: Ledger | None = None  # what the run spends, where clients or examples are protected
+    num_members: int = 0  # clients that may take part
 
     def chunks(self, clients: np.ndarray) -> list[np.ndarray]:
         """The clients in runs of at most `chunk`.
@@ -136,8 +139,10 @@ class Cohort:
         self, shared: Any, store: PrivateStore, clients: np.ndarray, round: int, weights: np.ndarray | None = None
     ) -> tuple[Any, Any]:
         """The uploads and new private states of K clients, stacked; `weights` (K,) say how much each counts."""
-        message, private = self.method.send(shared, self._index(clients)), store.rows(clients)
-        data = ClientData(self.train, clients, self.seed, round, weights, self.augment, num_rounds=self.num_rounds)
+        message, private = self.method.send(shared, self.index(clients)), store.rows(clients)
+        data = ClientData(
+            self.train, clients, self.seed, round, weights, self.augment, None, self.num_rounds, self._guard()
+        )
         if self.weighting.rule == "rea" and weights is not None:
             served = self.method.personalize(message, self.method.settle(self.loss, message, private, data))
             risks = self.loss.over(served, data).cpu().numpy()
@@ -146,7 +151,7 @@ class Cohort:
 
     def served(self, shared: Any, private: Any, clients: np.ndarray) -> tuple[Params, Tensor]:
         """The K clients' personal models, and (K, C) how they mix them, settled on their training data."""
-        message = self.method.send(shared, self._index(clients))
+        message = self.method.send(shared, self.index(clients))
         data = ClientData(self.train, clients, self.seed, 0, None, self.augment)
         private = self.method.settle(self.loss, message, private, data)
         return self.method.personalize(message, private), self.method.mixture(message, private)
@@ -177,9 +182,9 @@ class Cohort:
                 upload, private, sound = tree.rows(upload, index), tree.rows(private, index), chunk[kept]
             if len(sound):
                 store.put(sound, private)
-                seen.add(upload, len(sound))
+                seen.add(upload, sound)
                 yield upload
-        if seen.num_uploads == 0:
+        if len(clients) and seen.num_uploads == 0:
             raise RoundError(
                 f"round {round}: the loss of every client became NaN or infinite; lower local.lr or check the data"
             )
@@ -216,10 +221,17 @@ class Cohort:
         flops = {"round": one - (past + 1) * (batch + size * example), "batch": batch, "example": example}
         steps = {"round": steps_of_one - (past + 1) * batch_steps, "batch": batch_steps}
         server = sum(leaf.numel() * leaf.element_size() for leaf in tree.tensors(shared).values())
-        down = tree.group_bytes(self.method.send(shared, self._index(client)))
+        down = tree.group_bytes(self.method.send(shared, self.index(client)))
         return Cost(down, tree.group_bytes(upload), flops, steps, local.batch_size, server, local.steps)
 
-    def _index(self, clients: np.ndarray) -> Tensor:
+    def _guard(self) -> Guard | None:
+        """What keeps single examples from being told by the clients' steps."""
+        if self.ledger is None or self.ledger.privacy.level != "example":
+            return None
+        return Guard(self.ledger.privacy.clip, self.ledger.privacy.noise_multiplier)
+
+    def index(self, clients: np.ndarray) -> Tensor:
+        """The clients as an index tensor, on the data's device."""
         return torch.from_numpy(clients.astype(np.int64)).to(self.train.x.device)
 
 
@@ -269,10 +281,12 @@ class Tally:
         self.upload_bytes = 0
         self.loss_sum = 0.0
         self.dropped: list[int] = []
+        self.clients: list[int] = []  # whose uploads passed by
 
-    def add(self, upload: Any, num_clients: int) -> None:
-        self.num_uploads += num_clients
-        self.upload_bytes += num_clients * tree.row_bytes(upload)
+    def add(self, upload: Any, clients: np.ndarray) -> None:
+        self.clients.extend(clients.tolist())
+        self.num_uploads += len(clients)
+        self.upload_bytes += len(clients) * tree.row_bytes(upload)
         self.loss_sum += float(upload.loss.sum())
 
     @property

@@ -128,15 +128,15 @@ def read(table: Table, label: str) -> Recipe:
     """
     schedule_keys = {f.name for f in fields(Schedule)}
     _no_strangers(table, schedule_keys | {"task", "engine", "method", "local", "paper"}, "")
-    for key in ("task", "method", "local", "engine", "weighting", "paper"):
+    for key in ("task", "method", "local", "engine", "weighting", "secure", "privacy", "paper"):
         if not isinstance(table.get(key, {}), dict):
             raise RecipeError(f"{key}: a table is wanted, such as [{key}], got {table[key]!r}")
     published(table)  # is checked, but decides nothing
     method_table = _method_table(table, label)
-    weighting = _merged(
-        {"weighting": table.get("weighting", {})}, {"weighting": method_table.pop("weighting", {})}
-    )
-    arranged = weighting | ({"pool": method_table.pop("pool")} if "pool" in method_table else {})
+    arranged: Table = {}
+    for key in ("weighting", "secure", "privacy"):  # a method's own settings of the schedule
+        arranged |= _merged({key: table.get(key, {})}, {key: method_table.pop(key, {})})
+    arranged |= {"pool": method_table.pop("pool")} if "pool" in method_table else {}
     method = _named(method_table, METHODS, f"method.{label}", default=label)
     task = _named(dict(table.get("task", {})), TASKS, "task", default=None)
     schedule = build(Schedule, {k: v for k, v in table.items() if k in schedule_keys} | arranged, "")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -14,14 +14,16 @@ from umbel import tree
 from umbel.cohort import Cohort, Cost, Engine, PrivateStore, Tally, chunk_size
 from umbel.errors import DataError
 from umbel.evaluate import Scores, evaluate, routing
+from umbel.meeting import check, ledger, meet
 from umbel.methods.protocol import Method, Population
 from umbel.model.copies import copied
 from umbel.model.dropout import seed_dropout
 from umbel.model.loss import Loss, check_repeatable
 from umbel.model.stacked import stackable
 from umbel.schedule import Schedule
-from umbel.seeds import choose
+from umbel.seeds import choose, seed_of
 from umbel.tasks.task import Task
+from umbel.tree import Params
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,14 @@ class Progress:
     store: PrivateStore
     figures: dict[str, Any]  # the round's metrics, ready for JSON
     scores: Scores | None  # per client, in rounds that are evaluated
+    clips: Params = field(default_factory=dict)  # of the next round, where clients are protected
+    last: bool = False  # whether the run is over
 
 
 def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tuple[Cohort, Progress]:
     """The engine's view of a task, and the state before round 1."""
     _check_batches(task, method)
+    check(task, method, schedule)
     if engine.threads:
         torch.set_num_threads(engine.threads)
     device = torch.device(engine.device)
@@ -55,9 +60,23 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
     shared, fresh = (tree.map_tensors(lambda leaf: leaf.to(device), state) for state in (shared, fresh))
     loss = Loss(stackable(seed_dropout(method.adapt(model))).to(device), task.loss)
     train = task.train.to(device)
-    cohort = Cohort(method, loss, train, schedule.seed, 1, schedule.weighting, task.augment, schedule.rounds)
+    members = participants(task.num_clients, schedule)
+    cohorts = (sampled(members, schedule, round) for round in range(1, schedule.rounds + 1))
+    cohort = Cohort(
+        method,
+        loss,
+        train,
+        schedule.seed,
+        1,
+        schedule.weighting,
+        task.augment,
+        schedule.rounds,
+        ledger(task, method, schedule, cohorts),
+        len(members),
+    )
     store = PrivateStore(fresh, task.num_clients)
-    first = sampled(participants(task.num_clients, schedule), schedule, 1)
+    first = sampled(members, schedule, 1)
+    first = first if len(first) else members[:1]
     chunk = chunk_size(engine, cohort, shared, store, first)
     return replace(cohort, chunk=chunk), Progress(0, shared, store, {}, None)
 
@@ -88,6 +107,10 @@ def held_out(num_clients: int, schedule: Schedule) -> np.ndarray:
 def sampled(members: np.ndarray, schedule: Schedule, round: int) -> np.ndarray:
     """The clients of one round, ascending."""
     size = schedule.clients_per_round or len(members)
+    if schedule.privacy.level == "client" and schedule.privacy.sampling == "poisson" and size < len(members):
+        draw = np.random.Generator(np.random.Philox(key=seed_of(schedule.seed, "cohort", round)))
+        by_chance: np.ndarray = members[draw.random(len(members)) * len(members) < size]
+        return by_chance
     chosen: np.ndarray = members[choose(len(members), size, schedule.seed, "cohort", round)]
     return chosen
 
@@ -104,13 +127,20 @@ def rounds(
     serves = None if task.serves is None else task.serves.cpu().numpy()
     slots = task.train.slots
     cost = cost or cohort.cost(shared, store, members[:1])  # of one client
-    for round in range(at.round + 1, schedule.rounds + 1):
+    clips = at.clips
+    last = schedule.rounds if cohort.ledger is None else cohort.ledger.last_round
+    for round in range(at.round + 1, last + 1):
         begin = perf_counter()
         clients = sampled(members, schedule, round)
         tally = Tally()
         # What travels may shrink while a run lasts.
         bytes_down = tree.row_bytes(method.send(shared, torch.from_numpy(clients[:1]).to(test.x.device)))
-        shared = method.server_update(shared, cohort.uploads(shared, store, clients, round, tally))
+        met = None
+        if schedule.secure.aggregation == "plain" and schedule.privacy.level != "client":
+            shared = method.server_update(shared, cohort.uploads(shared, store, clients, round, tally))
+        else:
+            met = meet(cohort, shared, store, clients, round, schedule, clips, tally)
+            shared, clips = met.shared, met.clips
         figures: dict[str, Any] = {
             "round": round,
             "train_loss": tally.mean_loss,
@@ -121,9 +151,14 @@ def rounds(
         }
         if tally.dropped:
             figures["dropped"] = tally.dropped
+        if met is not None:
+            figures |= met.figures | {"bytes_down": figures["bytes_down"] + met.bytes_down}
+            figures["bytes_up"] = figures["bytes_up"] if met.bytes_up is None else met.bytes_up
+        if cohort.ledger is not None:
+            figures |= cohort.ledger.figures(round)
         figures |= {name: float(value) for name, value in getattr(shared, "figures", {}).items()}
         scores = None
-        if round % schedule.evaluate_every == 0 or round == schedule.rounds:
+        if round % schedule.evaluate_every == 0 or round == last:
             scores = evaluate(cohort, shared, store, test, tests, serves)
             figures |= scores.summary()
             if not getattr(method, "mixes_clients", False):  # such a method has figures of its own
@@ -131,4 +166,4 @@ def rounds(
             if group is not None:
                 figures |= scores.of_groups(group)
         figures["seconds"] = perf_counter() - begin
-        yield Progress(round, shared, store, figures, scores)
+        yield Progress(round, shared, store, figures, scores, clips, round == last)

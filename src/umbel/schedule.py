@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 from umbel.errors import RecipeError
+from umbel.privacy.settings import Privacy
+from umbel.secure.settings import Secure
 from umbel.weighting import Weighting
 
 
@@ -17,6 +19,8 @@ class Schedule:
     pool: bool = False  # the slots of one owner train as one client
     held_out: float = 0.0  # the share of clients that never train, to be onboarded later
     weighting: Weighting = field(default_factory=Weighting)  # how much each client counts
+    secure: Secure = field(default_factory=Secure)  # whether single contributions are masked
+    privacy: Privacy = field(default_factory=Privacy)  # how much a run may tell of one client or example
     seed: int = 0
 
     def __post_init__(self) -> None:

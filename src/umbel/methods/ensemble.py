@@ -165,6 +165,10 @@ class Ensemble:
         stats = mixing.step_to(shared.stats, mean, share)
         return Shared(models, stats, moments, shared.routes.after(self.router, sums))
 
+    def absolute(self, shared: Shared, moved: dict[str, Any]) -> dict[str, Any]:
+        received = shared.models | shared.stats
+        return moved | {"models": mixing.restored(moved["models"], moved["route_examples"], received)}
+
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         """The routes to the models as they are now."""
         logits = self.router.settle(message.told, private.logits, lambda: self._losses(loss, message, data), data)

@@ -86,6 +86,10 @@ class FedAvg:
         params, moments = self.server.step(shared.params, mean, shared.moments)
         return Shared(params, {n: mean[n].to(leaf.dtype) for n, leaf in shared.stats.items()}, moments)
 
+    def absolute(self, shared: Shared, moved: dict[str, Any]) -> dict[str, Any]:
+        received = shared.params | shared.stats
+        return moved | {"values": mixing.restored(moved["values"], moved["weight"], received)}
+
     def settle(self, loss: Loss, message: Message, private: Any, data: ClientData) -> Any:
         return private
 

@@ -77,6 +77,9 @@ class FedSALoRA:
     def summed_update(self, shared: Shared, sums: dict[str, Any]) -> Shared:
         return lora.averaged(shared, self.server, sums)
 
+    def absolute(self, shared: Shared, moved: dict[str, Any]) -> dict[str, Any]:
+        return lora.absolute(shared, moved)
+
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Any:
         return settled(self, loss, message, private, data)
 

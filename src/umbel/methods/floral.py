@@ -299,6 +299,18 @@ class FLoRAL:
             )
         )
 
+    def absolute(self, shared: Shared, moved: dict[str, Any]) -> dict[str, Any]:
+        if self.averaging != "factor" or self.report_error or self.ranks or self.send_top:
+            raise RecipeError(
+                "floral: averaging other than 'factor', report_error, ranks and send_top need more of each client "
+                "than how far its tensors have moved; they do not go with privacy.level = 'client'"
+            )
+        received, adapters = shared.base | shared.stats, moved["adapters"]["values"]
+        weights = adapter_weights(shared.bank, shared.adapters, moved["route_examples"])
+        values = {n: mixing.restored({n: x}, weights[n], shared.adapters)[n] for n, x in adapters.items()}
+        base = mixing.restored(moved["base"], moved["examples"], received)
+        return moved | {"base": base, "adapters": {"values": values}}
+
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         """The routes to the adapters as they are now, and running statistics for clients that have none yet."""
         if private.stats:

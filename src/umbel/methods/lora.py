@@ -114,6 +114,14 @@ def contribution(upload: Upload) -> dict[str, Any]:
     return sums | {"weight": upload.weight.sum()}
 
 
+def absolute(shared: Shared, moved: dict[str, Any]) -> dict[str, Any]:
+    """The sums of `contribution`, from those of uploads that say how far tensors have moved."""
+    received = {"base": shared.base, "adapter": shared.adapter, "stats": shared.stats}
+    return moved | {
+        name: mixing.restored(moved[name], moved["weight"], tensors) for name, tensors in received.items()
+    }
+
+
 def averaged(shared: S, server: ServerOptimizer, sums: dict[str, Any]) -> S:
     """The server's step from what it has towards the clients' mean."""
     mean = {name: mixing.mean(sums[name], sums["weight"]) for name in ("base", "adapter", "stats")}

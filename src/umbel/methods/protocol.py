@@ -84,6 +84,17 @@ class Summed(Method, Protocol):
         """The next Shared, from the sum of all contributions."""
 
 
+class Moving(Summed, Protocol):
+    """A method whose sums can be had from how far each client's tensors have moved: what noise is added to."""
+
+    def absolute(self, shared: Any, moved: dict[str, Any]) -> dict[str, Any]:
+        """The sum of all contributions, from that of uploads with tensors minus what was received.
+
+        Raises:
+            RecipeError: with the chosen options it cannot be had.
+        """
+
+
 def nothing_mixed(num_clients: int) -> Tensor:
     """The mixture of a method that mixes nothing."""
     return torch.empty(num_clients, 0)

@@ -41,8 +41,8 @@ def share(state: ClientState, roster: Roster, random: Random = unpredictable) ->
         raise RoundError(f"client {state.client}: the roster of secure aggregation does not hold its own keys")
     if state.roster is not None or len(holders) < 3 or not len(holders) < 2 * roster.needed <= 2 * len(holders):
         raise RoundError(
-            f"client {state.client}: its secrets would be held by {len(holders)} clients of which {roster.needed} can "
-            "open them; secure aggregation wants at least 3, more than half of them to open, and once in a round"
+            f"client {state.client}: its secrets would be held by {len(holders)} clients of which {roster.needed} "
+            "can open them; secure aggregation wants at least 3, more than half to open, and once in a round"
         )
     seed = random(SEED_BYTES)
     of_mask, of_key = (
@@ -73,7 +73,7 @@ def mask(state: ClientState, delivery: Delivery, values: bytes, bits: int) -> tu
     roster = _roster(state)
     if len(delivery.boxes) + 1 < roster.needed or not delivery.boxes.keys() <= roster.keys.keys() - {state.client}:
         raise RoundError(
-            f"client {state.client}: {len(delivery.boxes) + 1} of its {len(roster.keys)} holders have shared their "
+            f"client {state.client}: {len(delivery.boxes) + 1} of its {len(roster.keys)} holders have shared "
             f"secrets, and {roster.needed} are needed; its contribution stays with it"
         )
     held = dict(state.held)
@@ -88,7 +88,13 @@ def mask(state: ClientState, delivery: Delivery, values: bytes, bits: int) -> tu
     masked += own_mask(state.own_seed, roster.session, state.client, len(values), bits)
     for other in delivery.boxes:
         agreed = pair_mask(
-            state.masking_seed, roster.keys[other].masking_key, roster.session, state.client, other, len(values), bits
+            state.masking_seed,
+            roster.keys[other].masking_key,
+            roster.session,
+            state.client,
+            other,
+            len(values),
+            bits,
         )
         masked = masked + agreed if state.client < other else masked - agreed
     return replace(state, held=held), Masked(state.client, masked.tobytes())
@@ -108,8 +114,8 @@ def show(state: ClientState, question: Question) -> tuple[ClientState, Shown]:
         )
     if state.client not in arrived or len(arrived) < roster.needed:
         raise RoundError(
-            f"client {state.client}: of its {len(roster.keys)} holders {len(arrived)} have sent a contribution, and "
-            f"{roster.needed} are needed to take the masks off; lower secure.threshold or have more clients"
+            f"client {state.client}: of its {len(roster.keys)} holders {len(arrived)} have sent a contribution, "
+            f"and {roster.needed} are needed to take the masks off; lower secure.threshold or have more clients"
         )
     own_masks = {other: state.held[other][0] for other in sorted(arrived)}
     keys = {other: state.held[other][1] for other in sorted(missing)}

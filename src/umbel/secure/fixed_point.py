@@ -2,8 +2,8 @@
 
     q(x) = round(x / s) mod 2^bits ,  s = R / Q ,  Q = ⌊(2^(bits−1) − 1) / K⌋
 
-for |x| ≤ R, the group's range, and at most K clients: no sum of K leaves [−K Q, K Q], so none wraps around. The sum
-of K is off by at most K s / 2 in each number. What lies beyond R is cut to it, and a last number counts how often.
+for |x| ≤ R, the group's range, and at most K clients: no sum of K leaves [−K Q, K Q], so none wraps around. The
+sum is off by at most K s / 2 in each number. What lies beyond R is cut to it, and a last number counts how often.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """The server's steps in a secure sum: it passes boxes on, adds up what it cannot read, and takes the masks off.
 
-With `neighbours` = 0 everyone shares with everyone, as in Bonawitz et al. 2017; else clients stand in a random ring
-and each shares with the nearest on both sides, as in Bell et al. 2020 (https://eprint.iacr.org/2020/704).
+With `neighbours` = 0 everyone shares with everyone, as in Bonawitz et al. 2017; else clients stand in a random
+ring and each shares with the nearest on both sides, as in Bell et al. 2020 (https://eprint.iacr.org/2020/704).
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -26,8 +26,8 @@ def rosters(secure: Secure, session: bytes, advertised: Sequence[Advertised]) ->
     clients = sorted(by_client)
     if len(clients) < 3:
         raise RoundError(
-            f"secure aggregation: {len(clients)} clients have sent keys; a sum over fewer than three hides nobody, "
-            "so take more clients_per_round"
+            f"secure aggregation: {len(clients)} clients have sent keys; a sum over fewer than three hides "
+            "nobody, so take more clients_per_round"
         )
     # The ring is public; it only has to be one that clients cannot choose.
     ring = sorted(clients, key=lambda client: secrets.commitment(session, secrets.label(session, client)))
@@ -44,7 +44,9 @@ def deliveries(rosters: Mapping[int, Roster], sealed: Sequence[Sealed]) -> dict[
     """Every box to whom it is for, among those who have sealed boxes themselves."""
     boxes = {one.client: one.boxes for one in sealed}
     return {
-        client: Delivery({other: boxes[other][client] for other in rosters[client].keys if other in boxes and other != client})
+        client: Delivery(
+            {other: boxes[other][client] for other in rosters[client].keys if other in boxes and other != client}
+        )
         for client in boxes
     }
 
@@ -125,4 +127,4 @@ def _opened(client: int, roster: Roster, shares: Sequence[Share]) -> bytes:
 
 def _check(right: bool, client: int) -> None:
     if not right:
-        raise RoundError(f"client {client}: a share that was shown of its secrets is wrong; the sum cannot be opened")
+        raise RoundError(f"client {client}: a share that was shown of its secrets is wrong; the round is lost")

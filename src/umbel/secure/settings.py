@@ -11,7 +11,7 @@ class Secure:
     """Whether contributions are masked, and in how many digits they are added up.
 
     Attributes:
-        aggregation: "masks" hides single contributions from the server by pairwise masks (docs/secure_aggregation.md).
+        aggregation: "masks" hides single contributions from the server (docs/secure_aggregation.md).
         neighbours: with how many others a client shares masks and secrets; 0: with all of the round.
         threshold: more than this share of those who hold a client's secrets must stay until the end of the round.
         bits: of each masked number on the wire.
@@ -29,8 +29,8 @@ class Secure:
     def __post_init__(self) -> None:
         if not 0.5 <= self.threshold < 1:
             raise RecipeError(
-                "secure: threshold must be in [0.5, 1): with less, two halves of the clients could each be asked for "
-                f"one half of another's secrets, got {self.threshold}"
+                "secure: threshold must be in [0.5, 1): with less, two halves of the clients could each be asked "
+                f"for one of another's two secrets, got {self.threshold}"
             )
         if self.neighbours < 0 or self.neighbours == 1:
             raise RecipeError(f"secure: neighbours must be 0 (all) or at least 2, got {self.neighbours}")
