@@ -151,6 +151,8 @@ def _begin(
         num_bytes += task.num_clients * tree.row_bytes(at.store.rows(np.zeros(1, dtype=np.int64)))
         facts = {"task": task.name, "num_clients": task.num_clients, "chunk": cohort.chunk}
         facts |= {"cost": asdict(cost), "schedule": asdict(schedule), "engine": asdict(engine)}
+        if cohort.ledger is not None:
+            facts |= {"last_round": cohort.ledger.last_round, "privacy": asdict(cohort.ledger.privacy)}
         folder = RunFolder.create(Path(path), identity, recipe, facts, num_bytes)
     return _finish(folder, Result(task, schedule, cohort, at, [], []), cost, on_round)
 

@@ -58,7 +58,8 @@ class Watch:
         if "loss" in figures:
             self._score = score(figures)
         now = perf_counter()
-        if self._quiet or (now - self._shown < self._every and at.round < self._rounds):
+        over = at.last or at.round >= self._rounds
+        if self._quiet or (now - self._shown < self._every and not over):
             return
         self._shown = now
         if self._bar is not None:
@@ -72,7 +73,8 @@ class Watch:
 
         rate = self._done / max(1e-9, self._seconds)
         speed = f"{rate:.0f}/s" if rate >= 10 else f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
-        parts = [f"train {figures['train_loss']:.3f}", self._score, speed, num_bytes(self._bytes)]
+        spent = f"ε {figures['epsilon']:.3g}" if "epsilon" in figures else ""
+        parts = [f"train {figures['train_loss']:.3f}", self._score, spent, speed, num_bytes(self._bytes)]
         return "  ".join([*filter(None, parts), *([f"{self._dropped} dropped"] if self._dropped else [])])
 
 
