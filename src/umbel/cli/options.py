@@ -12,7 +12,15 @@ from umbel.cli.said import STDOUT, fail
 from umbel.errors import RecipeError
 from umbel.schedule import Schedule
 
-TABLES = ("task", "engine", "method", "local", "weighting", "secure", "privacy")  # of a recipe; else it is a field of Schedule
+TABLES = (
+    "task",
+    "engine",
+    "method",
+    "local",
+    "weighting",
+    "secure",
+    "privacy",
+)  # of a recipe; else it is a field of Schedule
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe's name (umbel tasks lists them) or a .toml file.")

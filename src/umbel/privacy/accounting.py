@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from umbel.errors import RecipeError
@@ -86,7 +87,12 @@ def ledger_of(privacy: Privacy, uses: Sequence[Use]) -> Ledger:
             )
     with _quiet():
         if not privacy.noise_multiplier:
-            privacy = replace(privacy, noise_multiplier=_multiplier(privacy, uses))
+            of_each = [
+                _multiplier(use.mechanism, use.times[-1], privacy.epsilon, privacy.delta)
+                for use in uses
+                if use.times[-1]
+            ]
+            privacy = replace(privacy, noise_multiplier=max(of_each))
         epsilons = _epsilons(privacy, uses)
     budget = privacy.epsilon * (1 + 1e-6) if privacy.epsilon else float("inf")
     last = sum(epsilon <= budget for epsilon in epsilons)
@@ -113,22 +119,20 @@ def _epsilons(privacy: Privacy, uses: Sequence[Use]) -> tuple[float, ...]:
     return tuple(worst)
 
 
-def _multiplier(privacy: Privacy, uses: Sequence[Use]) -> float:
-    """Z with which the planned rounds spend `epsilon`: the largest that any client needs."""
+@cache
+def _multiplier(mechanism: Mechanism, times: int, epsilon: float, delta: float) -> float:
+    """The z with which so many uses spend ε at δ."""
     import dp_accounting as dp
 
-    def needed(use: Use) -> float:
-        found = dp.calibrate_dp_mechanism(
-            use.mechanism.accountant,
-            lambda multiplier: dp.SelfComposedDpEvent(use.mechanism.event(multiplier), use.times[-1]),
-            privacy.epsilon,
-            privacy.delta,
-            bracket_interval=dp.LowerEndpointAndGuess(1e-3, 1.0),
-            tol=1e-4,
-        )
-        return float(found)
-
-    return max(needed(use) for use in uses if use.times[-1])
+    found = dp.calibrate_dp_mechanism(
+        mechanism.accountant,
+        lambda multiplier: dp.SelfComposedDpEvent(mechanism.event(multiplier), times),
+        epsilon,
+        delta,
+        bracket_interval=dp.LowerEndpointAndGuess(1e-3, 1.0),
+        tol=1e-4,
+    )
+    return float(found)
 
 
 @contextmanager
