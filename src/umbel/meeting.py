@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from umbel import mixing, tree
+from umbel.clients import ClientData
 from umbel.cohort import Cohort, PrivateStore, Tally
 from umbel.errors import RecipeError
 from umbel.methods import FedAvg, FedAvgFinetune, FedIT, FedProx, FFALoRA, FLoRAL, Method
@@ -56,7 +57,17 @@ def check(task: Task, method: Method, schedule: Schedule) -> None:
                 f"privacy.level = 'client' bounds what one client adds, and weighting.rule = "
                 f"{schedule.weighting.rule!r} lets it add more the more it has; write weighting.rule = 'one'"
             )
+        if task.owner is not None and len(np.unique(task.owner.cpu().numpy())) < task.num_clients:
+            raise RecipeError(
+                "privacy.level = 'client' would protect single slots, and here some owners have several of them; "
+                "set pool = true, so that an owner is one client"
+            )
     if level == "example":
+        if schedule.weighting.rule not in ("examples", "uniform", "one"):
+            raise RecipeError(
+                f"privacy.level = 'example' does not go with weighting.rule = {schedule.weighting.rule!r}, which "
+                "tells of labels or losses without noise; take 'examples', 'uniform' or 'one'"
+            )
         if type(method) not in STEPPING or (isinstance(method, FLoRAL) and method.router.kind == "em"):
             raise RecipeError(
                 f"privacy.level = 'example' does not go with {name}"
@@ -92,16 +103,18 @@ def ledger(task: Task, method: Method, schedule: Schedule, cohorts: Iterable[np.
     if privacy.level == "client":
         mechanism = Mechanism(min(size or members, members), members, privacy.sampling == "fixed")
         return ledger_of(privacy, [Use(mechanism, tuple(rounds))])
-    taken = np.zeros((schedule.rounds + 1, task.num_clients), dtype=np.int64)
-    for place, clients in zip(rounds, cohorts, strict=True):
-        taken[place] = taken[place - 1]
-        taken[place, clients] += 1
-    local, counts, uses = method.local, task.train.count, []
-    for count in np.unique(counts):
-        steps = local.steps or local.epochs * -(-int(count) // local.batch_size)
-        most = taken[1:, counts == count].max(1) * steps
-        uses.append(Use(Mechanism(min(local.batch_size, int(count)), int(count)), tuple(most.tolist())))
-    return ledger_of(privacy, uses)
+    local, counts = method.local, task.train.count
+    everyone = ClientData(task.train, np.arange(task.num_clients), schedule.seed, 1)
+    steps = everyone.own_steps(local.batch_size, local.epochs, local.steps)
+    taken, most = np.zeros_like(steps), {int(count): list[int]() for count in np.unique(counts)}
+    for clients in cohorts:
+        taken[clients] += steps[clients]
+        for count, times in most.items():
+            times.append(int(taken[counts == count].max()))
+    return ledger_of(
+        privacy,
+        [Use(Mechanism(min(local.batch_size, count), count), tuple(times)) for count, times in most.items()],
+    )
 
 
 def meet(
@@ -150,7 +163,7 @@ def meet(
         met = replace(met, bytes_up=found.bytes_up, bytes_down=found.bytes_down, figures=figures | found.figures())
     else:
         sums = mixing.total([nothing, *(own for _, own in cut)])
-    expected = float(schedule.clients_per_round or cohort.num_members)
+    expected = float(min(schedule.clients_per_round or cohort.num_members, cohort.num_members))
     sums = clipping.noised(sums, groups, clips, cohort.seed, round, slack)
     whole = method.absolute(shared, clipping.divided(sums, groups, like, expected))
     following = clipping.next_clips(sums, groups, clips, privacy, expected)
