@@ -316,6 +316,7 @@ def test_a_run_stops_before_its_budget_is_exceeded_and_says_what_it_spent(tmp_pa
     assert spent[-1] <= 8 < spent[-1] + 2 * (spent[-1] - spent[-2])
     assert lines[-1]["delta"] == 1e-5
     assert result.progress.last
+    assert result.cohort.num_rounds == len(lines)  # what falls or cools over a run is over when it is
     assert "accuracy" in lines[-1]
     assert resume(tmp_path / "run").figures["round"] == len(lines)  # there is nothing left to spend
 

@@ -45,6 +45,10 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
     check(task, method, schedule)
     if engine.threads:
         torch.set_num_threads(engine.threads)
+    members = participants(task.num_clients, schedule)
+    cohorts = (sampled(members, schedule, round) for round in range(1, schedule.rounds + 1))
+    spent = ledger(task, method, schedule, cohorts)
+    num_rounds = schedule.rounds if spent is None else spent.last_round  # phases and rates end where the run does
     device = torch.device(engine.device)
     # A copy: the forward pass changes a module, its mode and BatchNorm's counters. What is drawn at the
     # start is drawn on the CPU, whatever the device.
@@ -53,27 +57,13 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
     group = None if task.group is None or task.serves is not None else task.group.cpu()
     shared, fresh = method.init(
         model,
-        Population(
-            task.num_clients, schedule.seed, group, schedule.rounds, task.num_labels, task.public, task.owner
-        ),
+        Population(task.num_clients, schedule.seed, group, num_rounds, task.num_labels, task.public, task.owner),
     )
     shared, fresh = (tree.map_tensors(lambda leaf: leaf.to(device), state) for state in (shared, fresh))
     loss = Loss(stackable(seed_dropout(method.adapt(model))).to(device), task.loss)
     train = task.train.to(device)
-    members = participants(task.num_clients, schedule)
-    cohorts = (sampled(members, schedule, round) for round in range(1, schedule.rounds + 1))
-    cohort = Cohort(
-        method,
-        loss,
-        train,
-        schedule.seed,
-        1,
-        schedule.weighting,
-        task.augment,
-        schedule.rounds,
-        ledger(task, method, schedule, cohorts),
-        len(members),
-    )
+    counted = (spent, len(members))
+    cohort = Cohort(method, loss, train, schedule.seed, 1, schedule.weighting, task.augment, num_rounds, *counted)
     store = PrivateStore(fresh, task.num_clients)
     first = sampled(members, schedule, 1)
     first = first if len(first) else members[:1]
