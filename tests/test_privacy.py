@@ -456,9 +456,10 @@ def test_batch_norm_shows_examples():
 
 
 def test_options_that_need_more_than_moves_are_refused():
-    method = FLoRAL(2, PLAN, Router(), STEPS, averaging="product")
-    with pytest.raises(RecipeError, match="floral: averaging other than 'factor'"):
-        ran(method, Schedule(1, weighting=ONE, privacy=PRIVACY))
+    for options in ({"averaging": "product"}, {"send_top": 1}, {"ranks": (1.0, 0.5)}):
+        method = FLoRAL(2, PLAN, Router(), STEPS, **options)
+        with pytest.raises(RecipeError, match="these options of FLoRAL: averaging other than 'factor'"):
+            ran(method, Schedule(1, weighting=ONE, privacy=PRIVACY))
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ def check(task: Task, method: Method, schedule: Schedule) -> None:
                 f"privacy.level = 'client' does not go with {name}: its sums are not made of how far tensors have "
                 "moved, which is what is clipped; FedAvg and what builds on it, FLoRAL, Ensemble and FedIT are"
             )
+        if why := getattr(method, "no_moves", ""):
+            raise RecipeError(f"privacy.level = 'client' does not go with these options of {name}: {why}")
         if schedule.weighting.rule != "one":
             raise RecipeError(
                 f"privacy.level = 'client' bounds what one client adds, and weighting.rule = "

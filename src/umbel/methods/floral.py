@@ -299,12 +299,14 @@ class FLoRAL:
             )
         )
 
-    def absolute(self, shared: Shared, moved: dict[str, Any]) -> dict[str, Any]:
+    @property
+    def no_moves(self) -> str:
+        """Why its sums cannot be had from how far tensors have moved; nothing if they can."""
         if self.averaging != "factor" or self.report_error or self.ranks or self.send_top:
-            raise RecipeError(
-                "floral: averaging other than 'factor', report_error, ranks and send_top need more of each client "
-                "than how far its tensors have moved; they do not go with privacy.level = 'client'"
-            )
+            return "averaging other than 'factor', report_error, ranks and send_top need more of each client"
+        return ""
+
+    def absolute(self, shared: Shared, moved: dict[str, Any]) -> dict[str, Any]:
         received, adapters = shared.base | shared.stats, moved["adapters"]["values"]
         weights = adapter_weights(shared.bank, shared.adapters, moved["route_examples"])
         values = {n: mixing.restored({n: x}, weights[n], shared.adapters)[n] for n, x in adapters.items()}

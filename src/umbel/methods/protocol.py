@@ -85,14 +85,13 @@ class Summed(Method, Protocol):
 
 
 class Moving(Summed, Protocol):
-    """A method whose sums can be had from how far each client's tensors have moved: what noise is added to."""
+    """A method whose sums can be had from how far each client's tensors have moved: what noise is added to.
+
+    Where an option stands in the way, `no_moves` says which.
+    """
 
     def absolute(self, shared: Any, moved: dict[str, Any]) -> dict[str, Any]:
-        """The sum of all contributions, from that of uploads with tensors minus what was received.
-
-        Raises:
-            RecipeError: with the chosen options it cannot be had.
-        """
+        """The sum of all contributions, from that of uploads with tensors minus what was received."""
 
 
 def nothing_mixed(num_clients: int) -> Tensor:
