@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from simulate import simulate
-from umbel import tree
+from umbel import mixing, tree
 from umbel.adapters import AdapterPlan
 from umbel.clients import ClientData, Examples
 from umbel.cohort import Cohort, Engine, PrivateStore, Tally
@@ -46,6 +46,7 @@ from umbel.methods import (
 from umbel.methods.routing import Router
 from umbel.methods.server import ServerOptimizer
 from umbel.model.loss import Loss
+from umbel.privacy import clipping
 from umbel.rounds import rounds, start
 from umbel.schedule import Schedule
 from umbel.seeds import seeded
@@ -285,6 +286,25 @@ def test_chunks_and_order_change_nothing_where_arithmetic_is_exact(method):
         found = outcome(*simulate(method, module, clients, 3, group=group, chunk=chunk, order=np.array(order)), 4)
         assert equal(found[0], expected[0])
         assert equal(found[1], expected[1])
+
+
+@every(CASES)
+def test_a_server_takes_the_sum_of_single_contributions_or_says_why_not(method):
+    loss, message, private, data, shared = prepared(method, net(), labelled(), num_rounds=1)
+    upload, _ = method.client_update(loss, message, private, data)
+    if not hasattr(method, "summed_update"):
+        assert method.contribution(upload) == {}
+        assert method.no_sums
+        return
+    sums = method.contribution(upload)
+    total = mixing.total(method.contribution(tree.rows(upload, torch.tensor([k]))) for k in range(5))
+    assert_close(tree.tensors(total), tree.tensors(sums))
+    updated = tree.tensors(method.summed_update(shared, sums))
+    assert equal(updated, tree.tensors(method.server_update(shared, iter([upload]))))
+    if not hasattr(method, "absolute") or getattr(method, "no_moves", ""):
+        return
+    absolute = method.absolute(shared, method.contribution(clipping.moved(upload, message)))
+    assert_close(tree.tensors(absolute), tree.tensors(sums), atol=1e-4, rtol=1e-4)
 
 
 @every(CASES)

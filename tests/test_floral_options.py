@@ -90,6 +90,24 @@ def trained(bank, num_clients=3, num_adapters=2):
     return adapters, dict.fromkeys(adapters, weights)
 
 
+def summed(weights):
+    """(C,) by the tensors' names."""
+    return {name: weight.sum(0) for name, weight in weights.items()}
+
+
+def mean_of(bank, old, adapters, weights, how):
+    sums = adapter_sums(
+        bank, adapters, weights, torch.empty(len(next(iter(weights.values()))), 0), how != "factor"
+    )
+    return averaged(bank, old, sums, summed(weights), how)
+
+
+def error_of(bank, adapters, weights):
+    same_ranks = torch.empty(len(next(iter(weights.values()))), 0)
+    sums = adapter_sums(bank, adapters, weights, same_ranks, True)
+    return factor_error(bank, sums, summed(weights))
+
+
 def mean_product(part, adapters, weights, remainder=None):
     """(C, rows, columns) by a loop over clients."""
     dense = products_of(part, adapters)
@@ -111,15 +129,14 @@ def test_product_averaging_is_the_nearest_adapter_to_the_mean_product(kind, spli
     adapters, weights = trained(bank)
     old = {name: leaf[0] for name, leaf in adapters.items()}
     (part,) = bank.low_rank
-    sums = adapter_sums(bank, adapters, weights, torch.empty(3, 0), True)
-    mean = averaged(bank, old, sums, "product")
+    mean = mean_of(bank, old, adapters, weights, "product")
     exact = mean_product(part, adapters, weights[part.a_name])
     for c in range(2):
         u, s, v = np.linalg.svd(exact[c].numpy())
         nearest = (u[:, :2] * s[:2]) @ v[:2]
         assert_close(products(bank, mean)[part.name][c], torch.tensor(nearest))
     for update in bank.additive:
-        plain = averaged(bank, old, adapter_sums(bank, adapters, weights, torch.empty(3, 0), False), "factor")
+        plain = mean_of(bank, old, adapters, weights, "factor")
         assert torch.equal(mean[update.name], plain[update.name])
 
 
@@ -130,7 +147,7 @@ def test_product_averaging_is_exact_if_the_mean_product_has_that_rank(same):
     for part in bank.low_rank:
         adapters[getattr(part, same)] = adapters[getattr(part, same)][:1].expand_as(adapters[getattr(part, same)])
     old = {name: leaf[0] for name, leaf in adapters.items()}
-    mean = averaged(bank, old, adapter_sums(bank, adapters, weights, torch.empty(3, 0), True), "product")
+    mean = mean_of(bank, old, adapters, weights, "product")
     for part in bank.low_rank:
         exact = mean_product(part, adapters, weights[part.a_name])
         assert_close(products(bank, mean)[part.name], exact)
@@ -144,7 +161,7 @@ def test_factors_and_what_they_miss_are_the_mean_product(kind, split):
     adapters, weights = trained(bank)
     old = {name: leaf[0] for name, leaf in adapters.items()}
     (part,) = bank.low_rank
-    mean = averaged(bank, old, adapter_sums(bank, adapters, weights, torch.empty(3, 0), True), "delta")
+    mean = mean_of(bank, old, adapters, weights, "delta")
     assert mean[part.name].shape == (2, *layer.weight.shape)
     whole = part.weight_of(products(bank, mean)[part.name]) + mean[part.name]
     assert_close(whole, part.weight_of(mean_product(part, adapters, weights[part.a_name])))
@@ -224,9 +241,9 @@ def test_the_averaging_error_is_what_averaging_factors_gets_wrong():
 def test_one_client_has_no_averaging_error():
     bank = PLAN.bank(net())
     adapters, weights = trained(bank, num_clients=1)
-    assert factor_error(bank, adapter_sums(bank, adapters, weights, torch.empty(1, 0), True)) < 1e-12
+    assert error_of(bank, adapters, weights) < 1e-12
     unused = dict.fromkeys(weights, torch.tensor([[1.0, 0.0]]).double())
-    assert factor_error(bank, adapter_sums(bank, adapters, unused, torch.empty(1, 0), True)) < 1e-12
+    assert error_of(bank, adapters, unused) < 1e-12
 
 
 def test_the_averaging_error_is_among_a_runs_figures():

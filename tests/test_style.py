@@ -19,6 +19,7 @@ import umbel
 from umbel.cli import app
 from umbel.cohort import Engine
 from umbel.methods import METHODS, Method
+from umbel.methods.protocol import Moving, Summed
 from umbel.recipe import labels, load, read, shipped
 from umbel.runs import run_recipe
 from umbel.tasks import TASKS
@@ -32,14 +33,14 @@ every_module = pytest.mark.parametrize("module", PATHS)
 LAYERS = """
     errors seeds tree flops
     clients hazards
-    weighting
+    weighting secure privacy
     schedule
     model mixing
     adapters faults robust attacks clock
     train clustering
     methods tasks
     cohort
-    evaluate recipe
+    evaluate recipe meeting
     rounds
     folder
     scratch
@@ -52,6 +53,8 @@ LAYERS = """
     cli
 """
 INSIDE = {
+    "secure": "settings secrets messages \n fixed_point client \n server \n exchange",
+    "privacy": "settings \n accounting clipping",
     "cli": "said \n options watch show \n jobs onboarding exporting \n comparing \n app",
     "adapters": "places bank \n lora_layers lora_folders precondition \n mixture plan \n products \n averaging",
     "methods": "protocol server gate \n routing lora settling \n similarity trusting \n"
@@ -68,6 +71,9 @@ READERS = {"tables", "plots", "report"}
 READ = READERS | {"folder", "errors"}
 
 LATE = {
+    "Crypto",
+    "cryptography",
+    "dp_accounting",
     "typer",
     "rich",
     "matplotlib",
@@ -96,7 +102,8 @@ GENERATORS = {"Generator", "Philox"}  # of np.random
 
 # What says what it is by its name, or by the docstring of what it implements.
 STATES = {"Shared", "Message", "Private", "Upload"}  # of a method; their fields have comments
-IMPLEMENTS = {name for name in vars(Method) if name[0] != "_"} | {"load", "forward", "parse_args"}
+IMPLEMENTS = {name for cls in (Method, Summed, Moving) for name in vars(cls) if name[0] != "_"}
+IMPLEMENTS |= {"load", "forward", "parse_args"}
 PLAIN = {
     "adapters.bank:LowRank.a_name",
     "adapters.bank:LowRank.b_name",

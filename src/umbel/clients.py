@@ -94,6 +94,14 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """What keeps single examples from being told by a client's steps (DP-SGD, train.py)."""
+
+    clip: float  # the longest that one example's gradient may be
+    multiplier: float  # z, of the noise by the clip
+
+
+@dataclass(frozen=True)
 class ClientData:
     """What K clients train on in one round, and the randomness that is theirs in it."""
 
@@ -105,6 +113,7 @@ class ClientData:
     augment: Augment | None = None  # changes the inputs of training batches
     part: tuple[np.ndarray, ...] | None = None  # each client's rows of `examples`; None: all it has
     num_rounds: int = 0  # of the whole run, for rates that fall with it; 0: not known
+    guard: Guard | None = None  # in training; None: steps are along plain gradients
 
     @property
     def weight(self) -> Tensor:
@@ -185,6 +194,42 @@ class ClientData:
         for row, order in zip(index, orders, strict=True):
             row[: len(order)] = order
         return self._gather(index, size, keys, self.augment)
+
+    def lots(self, size: int, epochs: int = 1, steps: int = 0) -> Iterator[Batch]:
+        """As many batches as `batches` has, into each of which every example comes by itself.
+
+        It does so with probability size / n. So batches differ in length, and may be empty; `active` says who
+        still has steps to do.
+        """
+        keys = torch.tensor([seed_of(self.seed, "step", self.round, int(k)) for k in self.clients])
+        own = self.own_steps(size, epochs, steps)
+        device = self.examples.x.device
+        chosen = []
+        for place, client in enumerate(self.clients.tolist()):
+            count = int(self._counts[place])
+            draw = generator(self.seed, "lots", self.round, client)
+            chosen.append(torch.rand(int(own[place]), count, generator=draw).numpy() * count < size)
+        for step in range(int(own.max())):
+            picked = [
+                np.flatnonzero(lots[step]) if step < len(lots) else np.empty(0, dtype=np.int64) for lots in chosen
+            ]
+            index = np.full((len(picked), max(1, *map(len, picked))), -1)
+            for place, (row, places) in enumerate(zip(index, picked, strict=True)):
+                first = int(self.examples.start[self.clients[place]])
+                row[: len(places)] = places + first if self.part is None else self.part[place][places]
+            real = torch.from_numpy((index >= 0).astype(np.float32)).to(device)
+            # Padding points at a real row, so that it stays finite.
+            padded = np.where(index >= 0, index, self.examples.start[self.clients, None])
+            flat, shape = torch.from_numpy(padded.reshape(-1)).to(device), padded.shape
+            x, y = (leaf.index_select(0, flat).unflatten(0, shape) for leaf in (self.examples.x, self.examples.y))
+            key = (keys + step).to(device)
+            x = x if self.augment is None else self.augment(x, key, self.clients)
+            active = torch.from_numpy(step < own).to(device)
+            yield Batch(x, y, real, active, key, flat.unflatten(0, shape))
+
+    def own_steps(self, size: int, epochs: int = 1, steps: int = 0) -> np.ndarray:
+        """(K,) how many batches each client has."""
+        return self._steps(steps) if steps else epochs * -(-self._counts // size)
 
     def in_order(self, size: int) -> Iterator[Batch]:
         """Every example once, as stored, in batches of `size`; nothing in them is random."""

@@ -34,6 +34,10 @@ class Step:
     versions: np.ndarray  # (B,) how many steps the server had made when each began
     oldest: int  # what a client that is still at work may have begun with
 
+    def figures(self, round: int) -> dict[str, float]:
+        """What the figures of this round, the server's step of that number, say of it."""
+        return {"clock": self.time, "staleness": float((round - 1 - self.versions).mean())}
+
 
 def steps(settings: Asynchronous, seed: int, members: np.ndarray, at_once: int) -> Iterator[Step]:
     """The server's steps, one after the other without end.

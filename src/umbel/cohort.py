@@ -11,13 +11,14 @@ from torch import Tensor
 
 from umbel import tree
 from umbel.attacks import hostile_upload
-from umbel.clients import Augment, ClientData, Examples
+from umbel.clients import Augment, ClientData, Examples, Guard
 from umbel.errors import ModelError, RecipeError, RoundError
 from umbel.faults import delivered
 from umbel.flops import CountedFlops
 from umbel.hazards import Attack, Faults
 from umbel.methods.protocol import Method
 from umbel.model.loss import Loss, mixes_examples
+from umbel.privacy.accounting import Ledger
 from umbel.train import counted_steps
 from umbel.tree import Params
 from umbel.weighting import Weighting
@@ -128,6 +129,8 @@ class Cohort:
     faults: Faults = field(default_factory=Faults)
     attack: Attack = field(default_factory=Attack)
     hostile: tuple[int, ...] = ()  # who attacks
+    ledger: Ledger | None = None  # what the run spends, where clients or examples are protected
+    num_members: int = 0  # clients that may take part
 
     def chunks(self, clients: np.ndarray) -> list[np.ndarray]:
         """The clients in runs of at most `chunk`.
@@ -145,8 +148,10 @@ class Cohort:
         self, shared: Any, store: PrivateStore, clients: np.ndarray, round: int, weights: np.ndarray | None = None
     ) -> tuple[Any, Any]:
         """The uploads and new private states of K clients, stacked; `weights` (K,) say how much each counts."""
-        message, private = self.method.send(shared, self._index(clients)), store.rows(clients)
-        data = ClientData(self.train, clients, self.seed, round, weights, self.augment, num_rounds=self.num_rounds)
+        message, private = self.method.send(shared, self.index(clients)), store.rows(clients)
+        data = ClientData(
+            self.train, clients, self.seed, round, weights, self.augment, None, self.num_rounds, self._guard()
+        )
         if self.weighting.rule == "rea" and weights is not None:
             served = self.method.personalize(message, self.method.settle(self.loss, message, private, data))
             risks = self.loss.over(served, data).cpu().numpy()
@@ -155,7 +160,7 @@ class Cohort:
 
     def served(self, shared: Any, private: Any, clients: np.ndarray) -> tuple[Params, Tensor]:
         """The K clients' personal models, and (K, C) how they mix them, settled on their training data."""
-        message = self.method.send(shared, self._index(clients))
+        message = self.method.send(shared, self.index(clients))
         data = ClientData(self.train, clients, self.seed, 0, None, self.augment)
         private = self.method.settle(self.loss, message, private, data)
         return self.method.personalize(message, private), self.method.mixture(message, private)
@@ -197,9 +202,9 @@ class Cohort:
                 upload, sound, lost = delivered(self.faults, self.seed, round, sound, upload)
                 seen.lose(lost)
             if len(sound):
-                seen.add(upload, len(sound))
+                seen.add(upload, sound)
                 yield upload
-        if not worked:
+        if len(clients) and not worked:
             raise RoundError(
                 f"round {round}: the loss of every client became NaN or infinite; lower local.lr or check the data"
             )
@@ -209,8 +214,8 @@ class Cohort:
         places = np.flatnonzero(np.isin(clients, self.hostile)) if self.hostile else ()
         if not len(places):
             return upload
-        index, who = self._index(np.asarray(places)), clients[places]
-        own, message = tree.rows(upload, index), self.method.send(shared, self._index(who))
+        index, who = self.index(np.asarray(places)), clients[places]
+        own, message = tree.rows(upload, index), self.method.send(shared, self.index(who))
         own = hostile_upload(self.attack, self.method, own, message, who, self.seed, round)
         return tree.map_tensors(lambda leaf, row: leaf.index_copy(0, index, row.to(leaf)), upload, own)
 
@@ -246,10 +251,17 @@ class Cohort:
         flops = {"round": one - (past + 1) * (batch + size * example), "batch": batch, "example": example}
         steps = {"round": steps_of_one - (past + 1) * batch_steps, "batch": batch_steps}
         server = sum(leaf.numel() * leaf.element_size() for leaf in tree.tensors(shared).values())
-        down = tree.group_bytes(self.method.send(shared, self._index(client)))
+        down = tree.group_bytes(self.method.send(shared, self.index(client)))
         return Cost(down, tree.group_bytes(upload), flops, steps, local.batch_size, server, local.steps)
 
-    def _index(self, clients: np.ndarray) -> Tensor:
+    def _guard(self) -> Guard | None:
+        """What keeps single examples from being told by the clients' steps."""
+        if self.ledger is None or self.ledger.privacy.level != "example":
+            return None
+        return Guard(self.ledger.privacy.clip, self.ledger.privacy.noise_multiplier)
+
+    def index(self, clients: np.ndarray) -> Tensor:
+        """The clients as an index tensor, on the data's device."""
         return torch.from_numpy(clients.astype(np.int64)).to(self.train.x.device)
 
 
@@ -300,13 +312,16 @@ class Tally:
         self.loss_sum = 0.0
         self.dropped: list[int] = []
         self.lost: dict[str, int] = {}  # uploads that came to nothing, by the reason
+        self.clients: list[int] = []  # whose uploads passed by
 
     def sent(self, upload: Any, num_clients: int) -> None:
         """Counts what was sent, whether it arrives or not."""
         self.upload_bytes += num_clients * tree.row_bytes(upload)
 
-    def add(self, upload: Any, num_clients: int) -> None:
-        self.num_uploads += num_clients
+    def add(self, upload: Any, clients: np.ndarray) -> None:
+        """Counts what has arrived."""
+        self.clients.extend(clients.tolist())
+        self.num_uploads += len(clients)
         self.loss_sum += float(upload.loss.sum())
 
     def lose(self, lost: dict[str, int]) -> None:

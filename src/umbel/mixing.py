@@ -44,6 +44,18 @@ def mean(sums: Params, weights: Tensor) -> Params:
     }
 
 
+def restored(moved: Params, weights: Tensor, received: Params) -> Params:
+    """Σ w x from Σ w (x − received), for weights Σ w (a number, or one for each adapter).
+
+    Where noise has left no weight at all it is 0, for then nobody is known to have moved anything.
+    """
+    whole = {}
+    for name, change in moved.items():
+        weight = as_leading(weights.clamp(min=0).to(change.dtype), change)
+        whole[name] = torch.where(weight > 0, change + weight * received[name], 0.0)
+    return whole
+
+
 def step_to(old: Params, mean: Params, step: Tensor | float) -> Params:
     """Old + step · (mean − old); step is a number in [0, 1], or one for each adapter (C,).
 

@@ -29,16 +29,8 @@ import msgspec
 from umbel.cohort import Engine
 from umbel.errors import RecipeError
 from umbel.methods import METHODS, Method
-from umbel.schedule import Schedule
+from umbel.schedule import ARRANGED, Schedule
 from umbel.tasks import TASKS, TaskRecipe
-
-ARRANGED = (
-    "weighting",
-    "faults",
-    "attack",
-    "robust",
-    "asynchronous",
-)  # tables for all methods, or within one of them
 
 T = TypeVar("T")
 Table = dict[str, Any]

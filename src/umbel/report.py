@@ -223,6 +223,12 @@ def _notes(groups: Sequence[Group]) -> str:
     notes.append("The worst decile is the mean over the worst tenth of the clients.")
     if any(column.key == "nmi" for column in columns(groups)):
         notes.append("NMI: how far routes agree with the clients' true groups (1: fully).")
+    spent = {run.history[-1]["delta"] for run in runs if run.history and "delta" in run.history[-1]}
+    if spent:
+        notes.append(
+            f"ε is what the clients' training has told of one client or example, at δ = "
+            f"{', '.join(f'{delta:g}' for delta in sorted(spent))}; the figures of this page are outside it."
+        )
     notes.append("The best mean of each column is marked.")
     if any(group.oracle for group in groups):
         notes.append("Bounds know the true groups and are not marked.")

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -13,22 +12,22 @@ from torch import nn
 
 from umbel import tree
 from umbel.attacks import attackers, poisoned, trapped
-from umbel.clock import Step, added, stepped, steps
+from umbel.clock import steps
 from umbel.cohort import Cohort, Cost, Engine, PrivateStore, Tally, chunk_size
-from umbel.errors import DataError, RecipeError
-from umbel.evaluate import Scores, evaluate, routing
-from umbel.faults import MISSING, fates, without_outliers
+from umbel.errors import DataError
+from umbel.evaluate import Exam, Scores
+from umbel.faults import MISSING, fates
+from umbel.meeting import Met, check, late_uploads, ledger, meet, server_step
 from umbel.methods.protocol import Method, Population
-from umbel.methods.routing import bounded_claims
 from umbel.model.copies import copied
 from umbel.model.dropout import seed_dropout
 from umbel.model.loss import Loss, check_repeatable
 from umbel.model.recompute import recomputing
 from umbel.model.stacked import stackable
-from umbel.robust import rule_of
 from umbel.schedule import Schedule
-from umbel.seeds import choose
+from umbel.seeds import choose, seed_of
 from umbel.tasks.task import Task
+from umbel.tree import Params
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,20 @@ class Progress:
     store: PrivateStore
     figures: dict[str, Any]  # the round's metrics, ready for JSON
     scores: Scores | None  # per client, in rounds that are evaluated
+    clips: Params = field(default_factory=dict)  # of the next round, where clients are protected
+    last: bool = False  # whether the run is over
 
 
 def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tuple[Cohort, Progress]:
     """The engine's view of a task, and the state before round 1."""
     _check_batches(task, method)
-    _check_mean(task, method, schedule)
+    check(task, method, schedule)
     if engine.threads:
         torch.set_num_threads(engine.threads)
+    members = participants(task.num_clients, schedule)
+    cohorts = (sampled(members, schedule, round) for round in range(1, schedule.rounds + 1))
+    spent = ledger(task, method, schedule, cohorts)
+    num_rounds = schedule.rounds if spent is None else spent.last_round  # phases and rates end where the run does
     device = torch.device(engine.device)
     # A copy: the forward pass changes a module, its mode and BatchNorm's counters. What is drawn at the
     # start is drawn on the CPU, whatever the device.
@@ -56,16 +61,14 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
     group = None if task.group is None or task.serves is not None else task.group.cpu()
     shared, fresh = method.init(
         model,
-        Population(
-            task.num_clients, schedule.seed, group, schedule.rounds, task.num_labels, task.public, task.owner
-        ),
+        Population(task.num_clients, schedule.seed, group, num_rounds, task.num_labels, task.public, task.owner),
     )
     shared, fresh = (tree.map_tensors(lambda leaf: leaf.to(device), state) for state in (shared, fresh))
     module = stackable(seed_dropout(method.adapt(model))).to(device)
     if engine.recompute:
         recomputing(module)
     loss = Loss(module, task.loss, method.local.precision)
-    hostile = attackers(schedule.attack, schedule.seed, participants(task.num_clients, schedule))
+    hostile = attackers(schedule.attack, schedule.seed, members)
     train = poisoned(schedule.attack, task.train.to(device), hostile, task.num_labels)
     cohort = Cohort(
         method,
@@ -75,13 +78,16 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
         1,
         schedule.weighting,
         task.augment,
-        schedule.rounds,
-        schedule.faults,
-        schedule.attack,
-        tuple(hostile.tolist()),
+        num_rounds,
+        faults=schedule.faults,
+        attack=schedule.attack,
+        hostile=tuple(hostile.tolist()),
+        ledger=spent,
+        num_members=len(members),
     )
     store = PrivateStore(fresh, task.num_clients)
-    first = sampled(participants(task.num_clients, schedule), schedule, 1)
+    first = sampled(members, schedule, 1)
+    first = first if len(first) else members[:1]
     chunk = chunk_size(engine, cohort, shared, store, first)
     return replace(cohort, chunk=chunk), Progress(0, shared, store, {}, None)
 
@@ -96,18 +102,6 @@ def _check_batches(task: Task, method: Method) -> None:
             f"client {alone[0]}: its last batch has one example, on which BatchNorm cannot train; "
             f"choose another local.batch_size than {size}"
         )
-
-
-def _check_mean(task: Task, method: Method, schedule: Schedule) -> None:
-    """Raises RecipeError if something is to stand in for the mean of uploads that cannot."""
-    why, name, buffer = method.refuses(), type(method).__name__, schedule.asynchronous.buffer
-    if why and schedule.robust.rule != "none":
-        raise RecipeError(f"robust.rule = {schedule.robust.rule!r} does not go with {name}: {why}")
-    if why and buffer:
-        raise RecipeError(f"asynchronous.buffer does not go with {name}: {why}")
-    members = len(participants(task.num_clients, schedule))
-    if buffer > members:
-        raise RecipeError(f"asynchronous.buffer = {buffer} is never full, for {members} clients take part")
 
 
 def participants(num_clients: int, schedule: Schedule) -> np.ndarray:
@@ -130,6 +124,10 @@ def held_out(num_clients: int, schedule: Schedule) -> np.ndarray:
 def sampled(members: np.ndarray, schedule: Schedule, round: int) -> np.ndarray:
     """The clients of one round, ascending."""
     size = schedule.clients_per_round or len(members)
+    if schedule.privacy.level == "client" and schedule.privacy.sampling == "poisson" and size < len(members):
+        draw = np.random.Generator(np.random.Philox(key=seed_of(schedule.seed, "cohort", round)))
+        by_chance: np.ndarray = members[draw.random(len(members)) * len(members) < size]
+        return by_chance
     chosen: np.ndarray = members[choose(len(members), size, schedule.seed, "cohort", round)]
     return chosen
 
@@ -140,34 +138,36 @@ def rounds(
     """The run's progress after each of the remaining rounds; `cost` is measured unless it is given."""
     method, shared, store = cohort.method, at.shared, at.store
     members = participants(task.num_clients, schedule)
-    test = task.test.to(cohort.train.x.device)
-    tests = task.tests_of(honest(task.num_clients, schedule))
-    traps = trapped(test, cohort.train.x.max()) if schedule.attack.kind == "backdoor" else None
-    group = None if task.group is None else task.group[tests].cpu().numpy()
-    serves = None if task.serves is None else task.serves.cpu().numpy()
+    exam = _exam(cohort, task, schedule)
     slots = task.train.slots
     cost = cost or cohort.cost(shared, store, members[:1])  # of one client
     clock = steps(schedule.asynchronous, schedule.seed, members, schedule.clients_per_round or len(members))
     begun = {0: shared}  # what clients at work may have begun with, by the server's steps before it
-    for round in range(at.round + 1, schedule.rounds + 1):
+    clips = at.clips
+    last = schedule.rounds if cohort.ledger is None else cohort.ledger.last_round
+    for round in range(at.round + 1, last + 1):
         begin = perf_counter()
         step = next(clock) if schedule.asynchronous.buffer else None
         clients = sampled(members, schedule, round) if step is None else step.clients
         tally = Tally()
         # What travels may shrink while a run lasts.
-        bytes_down = tree.row_bytes(method.send(shared, torch.from_numpy(clients[:1]).to(test.x.device)))
+        bytes_down = tree.row_bytes(method.send(shared, torch.from_numpy(clients[:1]).to(exam.test.x.device)))
         fate = fates(schedule.faults, schedule.seed, round, clients)
         working = clients[fate != MISSING]
         if len(working) < len(clients):
             tally.lose({"missing": len(clients) - len(working)})
-        uploads = (
-            cohort.uploads(shared, store, working, round, tally)
-            if step is None
-            else late_uploads(cohort, begun, store, step, round, schedule.asynchronous.power, tally)
-        )
-        moved = server_step(cohort, shared, uploads, schedule, tally)
-        enough = tally.num_uploads >= max(1, schedule.faults.quorum * len(clients))
-        shared = moved if enough else shared
+        if schedule.secure.aggregation == "masks" or schedule.privacy.level == "client":
+            met = meet(cohort, shared, store, working, round, schedule, clips, tally)
+        else:
+            uploads = (
+                cohort.uploads(shared, store, working, round, tally)
+                if step is None
+                else late_uploads(cohort, begun, store, step, round, schedule.asynchronous.power, tally)
+            )
+            met = Met(server_step(cohort, shared, uploads, schedule, tally), clips)
+        noised = schedule.privacy.level == "client"  # and noise needs nobody
+        enough = tally.num_uploads >= max(not noised, schedule.faults.quorum * len(clients))
+        shared, clips = (met.shared, met.clips) if enough else (shared, clips)
         if step is not None:
             begun = {version: old for version, old in begun.items() if version >= step.oldest} | {round: shared}
         figures: dict[str, Any] = {
@@ -180,72 +180,27 @@ def rounds(
         }
         if tally.dropped:
             figures["dropped"] = tally.dropped
-        if step is not None:
-            figures |= {"clock": step.time, "staleness": float((round - 1 - step.versions).mean())}
+        figures |= met.figures | {"bytes_down": figures["bytes_down"] + met.bytes_down}
+        figures |= {} if met.bytes_up is None else {"bytes_up": met.bytes_up}
+        figures |= {} if cohort.ledger is None else cohort.ledger.figures(round)
+        figures |= {} if step is None else step.figures(round)
         figures |= {"lost": tally.lost} if tally.lost else {}
         figures |= {} if enough else {"no_quorum": 1}
         figures |= {name: float(value) for name, value in getattr(shared, "figures", {}).items()}
         scores = None
-        if round % schedule.evaluate_every == 0 or round == schedule.rounds:
-            scores = evaluate(cohort, shared, store, test, tests, serves)
-            figures |= scores.summary()
-            if not getattr(method, "mixes_clients", False):  # such a method has figures of its own
-                figures |= routing(scores.mixture, group)
-            if group is not None:
-                figures |= scores.of_groups(group)
-            if traps is not None:
-                some = tests[traps.count[tests] > 0]
-                led = evaluate(cohort, shared, store, traps, some, serves)
-                figures["attack_success"] = led.summary()["accuracy"]
+        if round % schedule.evaluate_every == 0 or round == last:
+            scores, said = exam.scores(cohort, shared, store)
+            figures |= said
         figures["seconds"] = perf_counter() - begin
-        yield Progress(round, shared, store, figures, scores)
+        yield Progress(round, shared, store, figures, scores, clips, round == last)
 
 
-def server_step(cohort: Cohort, shared: Any, uploads: Iterator[Any], schedule: Schedule, tally: Tally) -> Any:
-    """The server's state after these uploads of a round; what it was where there is none.
-
-    Single uploads are compared, and held until all are in, only where damage is to be found or a mean made robust.
-    """
-    method, robust, faults = cohort.method, schedule.robust, schedule.faults
-    if faults.corrupt and faults.outlier:
-        held, outliers = without_outliers(list(uploads), faults.outlier)
-        if outliers:
-            tally.num_uploads -= outliers
-            tally.lose({"outlier": outliers})
-        uploads = iter(held)
-    first = next(uploads, None)
-    if first is None:
-        return shared
-    if robust.rule == "none":
-        return method.server_update(shared, chain([first], uploads))
-    every = tree.map_tensors(lambda *leaves: torch.cat(leaves), first, *uploads)
-    everyone = torch.zeros(len(every.loss), dtype=torch.long, device=every.loss.device)
-    message = method.send(shared, everyone)  # all have received the same
-    every = method.changed(bounded_claims(every, robust.heaviest), message, rule_of(robust))
-    return method.server_update(shared, iter([every]))
-
-
-def late_uploads(
-    cohort: Cohort,
-    begun: dict[int, Any],
-    store: PrivateStore,
-    step: Step,
-    round: int,
-    power: float,
-    tally: Tally,
-) -> Iterator[Any]:
-    """The uploads of an asynchronous step, as if from where the server is now; what began long ago counts less.
-
-    `begun` are the server's states by the number of its steps, the last of them where it is.
-    """
-    method, now = cohort.method, begun[round - 1]
-    for version in np.unique(step.versions).tolist():
-        stale = round - 1 - version
-        for upload in cohort.uploads(begun[version], store, step.clients[step.versions == version], round, tally):
-            if stale:
-                everyone = torch.zeros(len(upload.loss), dtype=torch.long, device=upload.loss.device)
-                received, here = (method.send(state, everyone) for state in (begun[version], now))
-                moved = method.changed(upload, received, stepped((1 + stale) ** -power))
-                yield method.changed(moved, here, added)
-            else:
-                yield upload
+def _exam(cohort: Cohort, task: Task, schedule: Schedule) -> Exam:
+    test, tests = task.test.to(cohort.train.x.device), task.tests_of(honest(task.num_clients, schedule))
+    return Exam(
+        test,
+        tests,
+        None if task.group is None else task.group[tests].cpu().numpy(),
+        None if task.serves is None else task.serves.cpu().numpy(),
+        trapped(test, cohort.train.x.max()) if schedule.attack.kind == "backdoor" else None,
+    )

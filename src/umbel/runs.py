@@ -151,6 +151,8 @@ def _begin(
         num_bytes += task.num_clients * tree.row_bytes(at.store.rows(np.zeros(1, dtype=np.int64)))
         facts = {"task": task.name, "num_clients": task.num_clients, "chunk": cohort.chunk}
         facts |= {"cost": asdict(cost), "schedule": asdict(schedule), "engine": asdict(engine)}
+        if cohort.ledger is not None:
+            facts |= {"last_round": cohort.ledger.last_round, "privacy": asdict(cohort.ledger.privacy)}
         folder = RunFolder.create(Path(path), identity, recipe, facts, num_bytes)
     return _finish(folder, Result(task, schedule, cohort, at, [], []), cost, on_round)
 
@@ -213,7 +215,7 @@ def _finish(folder: RunFolder | None, begun: Result, cost: Cost | None, on_round
 
 
 def _record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> None:
-    last = at.round == schedule.rounds
+    last = at.last
     folder.append("metrics.jsonl", at.figures)
     due = last or at.round % max(1, schedule.rounds // SNAPSHOTS) == 0
     if due and at.scores is not None and task.num_clients <= SNAPSHOT_CLIENTS:
@@ -234,6 +236,7 @@ def _record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> 
         tensors = {f"shared/{name}": leaf for name, leaf in tree.tensors(at.shared).items()}
         tensors |= {f"private/{name}": leaf for name, leaf in tree.tensors(private).items()}
         folder.settle()
+        tensors |= {f"clip/{name}": clip for name, clip in at.clips.items()}
         folder.save(Checkpoint(at.round, tensors | {"seen": torch.from_numpy(seen)}))
 
 
@@ -248,7 +251,8 @@ def _restored(at: Progress, checkpoint: Checkpoint) -> Progress:
     seen = checkpoint.tensors["seen"].numpy()
     if len(seen):
         store.put(seen, tree.with_tensors(fresh, part("private/")))
-    return Progress(checkpoint.round, tree.with_tensors(at.shared, part("shared/")), store, {}, None)
+    shared = tree.with_tensors(at.shared, part("shared/"))
+    return Progress(checkpoint.round, shared, store, {}, None, part("clip/"))
 
 
 def _identity(task: Task, method: Method, schedule: Schedule) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """How long a run lasts, with how many clients, and how often it is looked at."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 
 from umbel.errors import RecipeError
 from umbel.hazards import Asynchronous, Attack, Faults, Robust
+from umbel.privacy.settings import Privacy
+from umbel.secure.settings import Secure
 from umbel.weighting import Weighting
 
 
@@ -22,6 +24,8 @@ class Schedule:
     attack: Attack = field(default_factory=Attack)  # what hostile clients do
     robust: Robust = field(default_factory=Robust)  # what stands in for the mean of uploads
     asynchronous: Asynchronous = field(default_factory=Asynchronous)  # no deadline
+    secure: Secure = field(default_factory=Secure)  # whether single contributions are masked
+    privacy: Privacy = field(default_factory=Privacy)  # how much a run may tell of one client or example
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -39,3 +43,7 @@ class Schedule:
                 f"asynchronous.buffer = {self.asynchronous.buffer} is never full with clients_per_round = "
                 f"{self.clients_per_round} at work; make it no larger"
             )
+
+
+ARRANGED = tuple(own.name for own in fields(Schedule) if own.default_factory is not MISSING)
+"""Settings that are tables: for all methods, or within one of them."""

@@ -22,7 +22,7 @@ class Run:
     path: Path
     label: str
     seed: int
-    rounds: int  # that it was to last; len(history) is how far it came
+    rounds: int  # that it was to last, or that its privacy budget allows; len(history) is how far it came
     recipe: dict[str, Any]
     facts: dict[str, Any]
     history: list[dict[str, Any]]
@@ -124,7 +124,7 @@ def read_run(path: Path) -> Run:
         path=path,
         label=next(iter(recipe.get("method", {})), path.resolve().name),
         seed=int(settings.get("seed", 0)),
-        rounds=int(settings.get("rounds", len(history))),
+        rounds=int(facts.get("last_round", settings.get("rounds", len(history)))),
         recipe=recipe,
         facts=facts,
         history=history,
@@ -180,6 +180,8 @@ def totals(run: Run) -> dict[str, float]:
             figures[f"{key}_per_client_round"] = total(run.history, key) / rounds / clients
     sent = [figures[key] for key in ("bytes_up_per_client_round", "bytes_down_per_client_round") if key in figures]
     figures["bytes_per_client_round"] = sum(sent)
+    if _number(run.history[-1].get("epsilon")):
+        figures["epsilon"] = run.history[-1]["epsilon"]
     if _number(run.history[-1].get("server_bytes")):
         figures["server_bytes"] = run.history[-1]["server_bytes"]
     figures["train_seconds"] = total(run.history, "train_seconds")
@@ -197,6 +199,7 @@ def columns(groups: Sequence[Group]) -> list[Column]:
         Column("worst_decile", "worst decile", 1 if percent else -1, "%" if percent else ""),
         Column("perplexity", "perplexity", -1, ""),
         Column("nmi", "NMI", 1, "share"),
+        Column("epsilon", "ε spent", 0, ""),
     ]
     return [column for column in candidates if column.key in found]
 

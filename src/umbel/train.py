@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, pi
 from typing import Literal
 
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from umbel.clients import Batch, ClientData
+from umbel.clients import Batch, ClientData, Guard
 from umbel.errors import RecipeError
+from umbel.mixing import as_leading
 from umbel.model.loss import Precision
+from umbel.seeds import generator
 from umbel.tree import Params
 
 Groups = dict[str, Params]
@@ -115,9 +117,14 @@ def local_train(
     total = torch.zeros(len(data.clients), device=data.examples.x.device)
     steps = torch.zeros_like(total)
     batches = data.batches(local.batch_size, local.epochs, local.shuffle, local.steps)
+    if data.guard is not None:
+        batches, noise = data.lots(local.batch_size, local.epochs, local.steps), _Noise(data, data.guard)
     for step, batch in enumerate(batches):
-        losses = objective(groups, batch, step)
-        grads = list(torch.autograd.grad(losses.sum(), leaves, materialize_grads=True))
+        if data.guard is None:
+            losses = objective(groups, batch, step)
+            grads = list(torch.autograd.grad(losses.sum(), leaves, materialize_grads=True))
+        else:
+            losses, grads = noise.gradients(objective, groups, leaves, batch, step, local.batch_size)
         if (counter := _steps.get()) is not None:
             counter[0] += 1
         with torch.no_grad():
@@ -249,6 +256,46 @@ class _Optimizer:
             size = (two / (1 - local.beta2**steps)).sqrt_().add_(local.eps)
             moved = leaf * (1 - rate * local.weight_decay) - rate / (1 - local.beta1**steps) * one / size
             leaf.copy_(_where(active, moved, leaf))
+
+
+class _Noise:
+    """DP-SGD's gradients for K clients (Abadi et al. 2016, Algorithm 1, https://arxiv.org/abs/1607.00133)."""
+
+    def __init__(self, data: ClientData, guard: Guard) -> None:
+        self.guard = guard
+        self.counts = data.num_examples
+        self.draws = [generator(data.seed, "noise", data.round, int(client)) for client in data.clients]
+
+    def gradients(
+        self, objective: Objective, groups: Groups, leaves: list[Tensor], batch: Batch, step: int, size: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(K,) mean losses, and the sum of the lot's clipped gradients with noise, by the lot's expected length.
+
+        Examples take turns and clients are stacked: each turn is a batch of one example of every client, whose
+        gradient is that example's own, whatever the method's objective is.
+        """
+        real = batch.weight if batch.weight is not None else torch.ones_like(batch.x[:, :, 0])
+        total, losses = [torch.zeros_like(leaf) for leaf in leaves], torch.zeros_like(real[:, 0])
+        for place in range(real.shape[1]):
+            here, own = slice(place, place + 1), real[:, place]
+            one = replace(
+                batch, x=batch.x[:, here], y=batch.y[:, here], rows=batch.rows[:, here], weight=None, active=None
+            )
+            values = objective(groups, one, step)
+            grads = torch.autograd.grad(values.sum(), leaves, materialize_grads=True)
+            with torch.no_grad():
+                length = torch.stack([grad.flatten(1).double().square().sum(1) for grad in grads]).sum(0).sqrt()
+                scale = own * (self.guard.clip / length.clamp(min=self.guard.clip)).to(own.dtype)
+                for leaf, grad in zip(total, grads, strict=True):
+                    cut = as_leading(scale.to(grad.dtype), grad) * grad
+                    leaf.add_(torch.where(as_leading(own, grad) > 0, cut, 0.0))
+                losses += torch.where(own > 0, values, 0.0)
+        lot = self.counts.clamp(max=size)
+        spread = self.guard.clip * self.guard.multiplier
+        for leaf in total:
+            drawn = torch.stack([torch.randn(leaf.shape[1:], generator=draw) for draw in self.draws])
+            leaf.add_(spread * drawn.to(leaf)).div_(as_leading(lot.to(leaf.dtype), leaf))
+        return losses / real.sum(1).clamp(min=1), total
 
 
 def _where(active: Tensor | None, new: Tensor, old: Tensor) -> Tensor:

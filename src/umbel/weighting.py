@@ -2,13 +2,15 @@
 
     examples   w_k = n_k                                                     FedAvg
     uniform    w_k = 1
+    one        w_k = 1, not scaled: what a client sends does not depend on the others
     feddisco   w_k ∝ ReLU(n_k / Σ n − a d_k / Σ d + b)                       Ye et al. 2023, eq. 5
                d_k = KL(labels of client k ‖ uniform), Σ over the round's clients
     rea        w_k ∝ n_k exp(η ℓ_k)                                          Ma et al. 2024 (FedCD)
                ℓ_k = client k's loss with the model it would serve
 
 FedDisco falls back to n_k where every term is 0. REA's text leaves its two terms undefined; we take the
-client's risk and the logarithm of its size. Weights are scaled so that Σ w_k is Σ n_k for all but REA.
+client's risk and the logarithm of its size. Weights are scaled so that Σ w_k is Σ n_k for
+all but REA and "one".
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ if TYPE_CHECKING:  # settings are read without NumPy and PyTorch
 class Weighting:
     """The rule, and its constants."""
 
-    rule: Literal["examples", "uniform", "feddisco", "rea"] = "examples"
+    rule: Literal["examples", "uniform", "one", "feddisco", "rea"] = "examples"
     a: float = 0.5  # feddisco
     b: float = 0.1  # feddisco
     eta: float = 1.0  # rea, per nat
@@ -46,6 +48,8 @@ class Weighting:
         import numpy as np
 
         counts: np.ndarray = train.count[clients].astype(float)
+        if self.rule == "one":
+            return np.ones_like(counts)
         if self.rule == "uniform":
             return np.full_like(counts, counts.mean())
         if self.rule != "feddisco":

@@ -55,7 +55,6 @@ def adapter_sums(
     """
     sums = {
         "values": {n: mixing.weighted_sum(weights[n], {n: leaf})[n] for n, leaf in adapters.items()},
-        "weights": {n: weight.sum(0) for n, weight in weights.items()},  # (C,)
     }
     if shares.dim() == 1:
         sums["rank_weights"] = {
@@ -67,16 +66,17 @@ def adapter_sums(
     return sums
 
 
-def averaged(bank: Bank, old: Params, sums: dict[str, Params], how: Averaging) -> Params:
+def averaged(bank: Bank, old: Params, sums: dict[str, Params], weights: Params, how: Averaging) -> Params:
     """The adapters' means (C, …), and for "delta" what the mean factors miss, by the parts' names.
 
     Args:
         bank: the adapters' plan.
         old: the server's adapters; a row of a rank that no client has stays what it was.
         sums: of `adapter_sums`, with products unless `how` is "factor".
+        weights: (C,) Σ w, by the tensors' names.
         how: see above.
     """
-    mean = {name: mixing.mean({name: x}, sums["weights"][name])[name] for name, x in sums["values"].items()}
+    mean = {name: mixing.mean({name: x}, weights[name])[name] for name, x in sums["values"].items()}
     for part in bank.low_rank if "rank_weights" in sums else ():
         seen = sums["rank_weights"][part.name]  # (C, r)
         for name, axis in ((part.a_name, 1), (part.b_name, 2)):
@@ -87,19 +87,19 @@ def averaged(bank: Bank, old: Params, sums: dict[str, Params], how: Averaging) -
             mean[name] = torch.where(weight > 0, among_those, old[name])
     if how == "factor":
         return mean
-    exact = mixing.mean(sums["products"], next(iter(sums["weights"].values())))
+    exact = mixing.mean(sums["products"], next(iter(weights.values())))
     if how == "product":
         return mean | factors(bank, exact)
     missed = products(bank, mean)
     return mean | {part.name: part.weight_of(exact[part.name] - missed[part.name]) for part in bank.low_rank}
 
 
-def factor_error(bank: Bank, sums: dict[str, Params]) -> Tensor:
+def factor_error(bank: Bank, sums: dict[str, Params], weights: Params) -> Tensor:
     """() ‖P − B̄ Ā‖ / ‖P‖ over all parts and adapters that anyone used: what averaging factors gets wrong."""
-    weights = next(iter(sums["weights"].values()))
-    exact = mixing.mean(sums["products"], weights)
-    missed = products(bank, mixing.mean(sums["values"], weights))
-    used = weights > 0
+    all_alike = next(iter(weights.values()))
+    exact = mixing.mean(sums["products"], all_alike)
+    missed = products(bank, mixing.mean(sums["values"], all_alike))
+    used = all_alike > 0
     wrong = torch.stack([(exact[name] - missed[name])[used].square().sum() for name in exact]).sum()
     whole = torch.stack([matrix[used].square().sum() for matrix in exact.values()]).sum()
     return (wrong / whole.clamp(min=torch.finfo(whole.dtype).tiny)).sqrt()

@@ -10,10 +10,10 @@ from typer.core import TyperCommand
 
 from umbel.cli.said import STDOUT, fail
 from umbel.errors import RecipeError
-from umbel.schedule import Schedule
+from umbel.schedule import ARRANGED, Schedule
 
 # Of a recipe; whatever else there is is a field of Schedule.
-TABLES = ("task", "engine", "method", "local", "weighting", "faults", "attack", "robust", "asynchronous")
+TABLES = ("task", "engine", "method", "local", *ARRANGED)
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe's name (umbel tasks lists them) or a .toml file.")

@@ -64,6 +64,8 @@ def run_table(figures: dict[str, Any], sums: dict[str, Any], travels: dict[str, 
         ("trust in oneself, mean weight", _with("self_trust", "{:.3f}", figures)),
         ("  in another client of one's group", _with("trust_inside", "{:.4f}", figures)),
         ("  in a client of another group", _with("trust_outside", "{:.4f}", figures)),
+        ("privacy spent", _spent(figures)),
+        ("  largest error of a masked sum", _with("secure_error", "{:.1e}", figures)),
         ("sent by clients", num_bytes(sums["bytes_up"])),
         *_groups_of_tensors(travels.get("up", {})),
         ("sent to clients", num_bytes(sums["bytes_down"])),
@@ -84,6 +86,11 @@ def run_table(figures: dict[str, Any], sums: dict[str, Any], travels: dict[str, 
 
 def _with(key: str, form: str, figures: dict[str, Any]) -> str | None:
     return form.format(figures[key]).replace("-0.000", "0.000") if key in figures else None
+
+
+def _spent(figures: dict[str, Any]) -> str | None:
+    """ε at δ, where a run keeps account of it."""
+    return f"ε = {figures['epsilon']:.3g} at δ = {figures['delta']:g}" if "epsilon" in figures else None
 
 
 def _groups_of_tensors(sizes: dict[str, int]) -> list[tuple[str, str | None]]:

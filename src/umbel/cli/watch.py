@@ -60,7 +60,8 @@ class Watch:
         if "loss" in figures:
             self._score = score(figures)
         now = perf_counter()
-        if self._quiet or (now - self._shown < self._every and at.round < self._rounds):
+        over = at.last or at.round >= self._rounds
+        if self._quiet or (now - self._shown < self._every and not over):
             return
         self._shown = now
         if self._bar is not None:
@@ -75,7 +76,8 @@ class Watch:
         rate = self._done / max(1e-9, self._seconds)
         speed = f"{rate:.0f}/s" if rate >= 10 else f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
         train = f"train {figures['train_loss']:.3f}" if "train_loss" in figures else "nobody heard"
-        parts = [train, self._score, speed, num_bytes(self._bytes)]
+        spent = f"ε {figures['epsilon']:.3g}" if "epsilon" in figures else ""
+        parts = [train, self._score, spent, speed, num_bytes(self._bytes)]
         return "  ".join([*filter(None, parts), *([f"{self._dropped} dropped"] if self._dropped else [])])
 
 

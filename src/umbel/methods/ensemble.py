@@ -157,7 +157,9 @@ class Ensemble:
         }
 
     def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
-        sums = mixing.total(self.contribution(upload) for upload in uploads)
+        return self.summed_update(shared, mixing.total(map(self.contribution, uploads)))
+
+    def summed_update(self, shared: Shared, sums: dict[str, Any]) -> Shared:
         mean = mixing.mean(sums["models"], sums["route_examples"])
         share = moved_share(sums["route_examples"], sums["examples"], self.guard)
         models, moments = self.server.step(shared.models, mean, shared.moments, share)
@@ -169,6 +171,10 @@ class Ensemble:
 
     def refuses(self) -> str:
         return ""
+
+    def absolute(self, shared: Shared, moved: dict[str, Any]) -> dict[str, Any]:
+        received = shared.models | shared.stats
+        return moved | {"models": mixing.restored(moved["models"], moved["route_examples"], received)}
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         """The routes to the models as they are now."""

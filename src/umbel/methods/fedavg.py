@@ -80,7 +80,9 @@ class FedAvg:
         return {"values": mixing.weighted_sum(upload.weight, values), "weight": upload.weight.sum()}
 
     def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
-        sums = mixing.total(self.contribution(upload) for upload in uploads)
+        return self.summed_update(shared, mixing.total(map(self.contribution, uploads)))
+
+    def summed_update(self, shared: Shared, sums: dict[str, Any]) -> Shared:
         mean = mixing.mean(sums["values"], sums["weight"])
         params, moments = self.server.step(shared.params, mean, shared.moments)
         return Shared(params, {n: mean[n].to(leaf.dtype) for n, leaf in shared.stats.items()}, moments)
@@ -94,6 +96,10 @@ class FedAvg:
 
     def refuses(self) -> str:
         return ""
+
+    def absolute(self, shared: Shared, moved: dict[str, Any]) -> dict[str, Any]:
+        received = shared.params | shared.stats
+        return moved | {"values": mixing.restored(moved["values"], moved["weight"], received)}
 
     def settle(self, loss: Loss, message: Message, private: Any, data: ClientData) -> Any:
         return private

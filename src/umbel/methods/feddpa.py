@@ -113,7 +113,10 @@ class FedDPA:
         return lora.contribution(upload)
 
     def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
-        return lora.averaged(shared, self.server, mixing.total(map(self.contribution, uploads)))
+        return self.summed_update(shared, mixing.total(map(self.contribution, uploads)))
+
+    def summed_update(self, shared: Shared, sums: dict[str, Any]) -> Shared:
+        return lora.averaged(shared, self.server, sums)
 
     def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
         return lora.changed(upload, message, change)

@@ -122,7 +122,9 @@ class FedEM:
         return {"models": mixing.weighted_sum(upload.weight, upload.models), "weight": upload.weight.sum()}
 
     def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
-        sums = mixing.total(self.contribution(upload) for upload in uploads)
+        return self.summed_update(shared, mixing.total(map(self.contribution, uploads)))
+
+    def summed_update(self, shared: Shared, sums: dict[str, Any]) -> Shared:
         mean = mixing.mean(sums["models"], sums["weight"])
         models, moments = self.server.step(shared.models, {n: mean[n] for n in shared.models}, shared.moments)
         return Shared(models, {n: mean[n] for n in shared.stats}, moments)

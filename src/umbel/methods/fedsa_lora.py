@@ -73,7 +73,13 @@ class FedSALoRA:
         return lora.contribution(upload)
 
     def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
-        return lora.averaged(shared, self.server, mixing.total(map(self.contribution, uploads)))
+        return self.summed_update(shared, mixing.total(map(self.contribution, uploads)))
+
+    def summed_update(self, shared: Shared, sums: dict[str, Any]) -> Shared:
+        return lora.averaged(shared, self.server, sums)
+
+    def absolute(self, shared: Shared, moved: dict[str, Any]) -> dict[str, Any]:
+        return lora.absolute(shared, moved)
 
     def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
         return lora.changed(upload, message, change)

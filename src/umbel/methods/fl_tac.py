@@ -18,7 +18,7 @@ has never trained serves the cluster that is nearest to what one local round mak
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -117,6 +117,7 @@ class FLTAC:
     adapter: AdapterPlan = field(default_factory=AdapterPlan)
     local: LocalTraining = field(default_factory=LocalTraining)
     freeze_base: bool = False
+    no_sums: ClassVar[str] = "slots that share an adapter are found by clustering single uploads"
 
     def __post_init__(self) -> None:
         if self.num_clusters < 0 or self.min_examples < 1:

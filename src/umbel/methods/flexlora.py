@@ -103,8 +103,10 @@ class FlexLoRA:
         return lora.contribution(replace(upload, adapter={})) | {"adapter": mixed}
 
     def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
+        return self.summed_update(shared, mixing.total(map(self.contribution, uploads)))
+
+    def summed_update(self, shared: Shared, sums: dict[str, Any]) -> Shared:
         bank = shared.bank
-        sums = mixing.total(map(self.contribution, uploads))
         moved = lora.averaged(replace(shared, adapter=dense(bank, shared.adapter)), self.server, sums)
         added = {update.name: moved.adapter[update.name] for update in bank.additive}
         return replace(moved, adapter=factors(bank, moved.adapter) | added)

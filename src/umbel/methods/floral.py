@@ -267,19 +267,22 @@ class FLoRAL:
         routed = upload.route_examples  # (K, C) or (K, L, C)
         weights = {n: routed if routed.dim() == 2 else routed[:, upload.bank.layer_of(n)] for n in adapters}
         exact = self.averaging != "factor" or self.report_error
-        whole = routed if routed.dim() == 2 else routed.mean(1)
         return {
             "base": mixing.weighted_sum(upload.weight, upload.base | upload.stats),
             "adapters": adapter_sums(upload.bank, adapters, weights, upload.rank_share, exact),
-            **route_sums(upload.weight, whole, upload.measured),
+            **route_sums(upload.weight, routed, upload.measured),
         }
 
     def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
-        sums = mixing.total(self.contribution(upload) for upload in uploads)
+        return self.summed_update(shared, mixing.total(map(self.contribution, uploads)))
+
+    def summed_update(self, shared: Shared, sums: dict[str, Any]) -> Shared:
         mean = mixing.mean(sums["base"], sums["examples"])
         base, base_moments = self.server.step(shared.base, mean, shared.moments["base"])
-        target = averaged(shared.bank, shared.adapters, sums["adapters"], self.averaging)
-        weights = sums["adapters"]["weights"]
+        routed = sums["route_examples"]  # (C,) or (L, C)
+        weights = adapter_weights(shared.bank, shared.adapters, routed)
+        target = averaged(shared.bank, shared.adapters, sums["adapters"], weights, self.averaging)
+        whole = routed if routed.dim() == 1 else routed.mean(0)
         share = {name: moved_share(weights[name], sums["examples"], self.guard) for name in shared.adapters}
         adapters, moments = self.server.step(shared.adapters, target, shared.moments["adapters"], share)
         return self._pruned(
@@ -290,8 +293,8 @@ class FLoRAL:
                 remainder={name: self._remainder(shared, name, target[name], share) for name in shared.remainder},
                 stats={name: mean.get(name, leaf).to(leaf.dtype) for name, leaf in shared.stats.items()},
                 moments={"base": base_moments, "adapters": moments},
-                routes=shared.routes.after(self.router, sums),
-                figures={"averaging_error": factor_error(shared.bank, sums["adapters"]).float()}
+                routes=shared.routes.after(self.router, sums | {"route_examples": whole}),
+                figures={"averaging_error": factor_error(shared.bank, sums["adapters"], weights).float()}
                 if self.report_error
                 else {},
             )
@@ -315,6 +318,20 @@ class FLoRAL:
         if self.averaging != "factor" or self.ranks or self.layer_routers:
             return "another mean of adapters needs averaging = 'factor', one rank for all and one router a client"
         return ""
+
+    @property
+    def no_moves(self) -> str:
+        """Why its sums cannot be had from how far tensors have moved; nothing if they can."""
+        if self.averaging != "factor" or self.report_error or self.ranks or self.send_top:
+            return "averaging other than 'factor', report_error, ranks and send_top need more of each client"
+        return ""
+
+    def absolute(self, shared: Shared, moved: dict[str, Any]) -> dict[str, Any]:
+        received, adapters = shared.base | shared.stats, moved["adapters"]["values"]
+        weights = adapter_weights(shared.bank, shared.adapters, moved["route_examples"])
+        values = {n: mixing.restored({n: x}, weights[n], shared.adapters)[n] for n, x in adapters.items()}
+        base = mixing.restored(moved["base"], moved["examples"], received)
+        return moved | {"base": base, "adapters": {"values": values}}
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         """The routes to the adapters as they are now, and running statistics for clients that have none yet."""
@@ -423,6 +440,11 @@ class FLoRAL:
             return grads | {"adapters": precondition(bank, groups["adapters"], grads["adapters"])}
 
         return conditioned
+
+
+def adapter_weights(bank: Bank, adapters: Params, routed: Tensor) -> Params:
+    """(C,) Σ n π for each of the adapters' tensors, from one router's sums (C,) or those of L layers (L, C)."""
+    return {name: routed if routed.dim() == 1 else routed[bank.layer_of(name)] for name in adapters}
 
 
 def each_alone(message: Message, place: int = 0) -> Params:

@@ -108,7 +108,9 @@ class IFCA:
         }
 
     def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
-        sums = mixing.total(self.contribution(upload) for upload in uploads)
+        return self.summed_update(shared, mixing.total(map(self.contribution, uploads)))
+
+    def summed_update(self, shared: Shared, sums: dict[str, Any]) -> Shared:
         mean = mixing.mean(sums["models"], sums["route_examples"])
         share = sums["route_examples"] / sums["examples"]
         step = share if self.averaging == "gradient" else (share > 0).to(share.dtype)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -39,6 +39,7 @@ class Upload:
 @dataclass(frozen=True)
 class Local:
     local: LocalTraining = field(default_factory=LocalTraining)
+    no_sums: ClassVar[str] = "its clients train alone and send nothing that could be added up"
 
     def adapt(self, module: nn.Module) -> nn.Module:
         return module

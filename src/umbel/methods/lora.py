@@ -125,6 +125,14 @@ def changed(upload: U, message: Message, change: Change) -> U:
     return replace(upload, **made)
 
 
+def absolute(shared: Shared, moved: dict[str, Any]) -> dict[str, Any]:
+    """The sums of `contribution`, from those of uploads that say how far tensors have moved."""
+    received = {"base": shared.base, "adapter": shared.adapter, "stats": shared.stats}
+    return moved | {
+        name: mixing.restored(moved[name], moved["weight"], tensors) for name, tensors in received.items()
+    }
+
+
 def averaged(shared: S, server: ServerOptimizer, sums: dict[str, Any]) -> S:
     """The server's step from what it has towards the clients' mean."""
     mean = {name: mixing.mean(sums[name], sums["weight"]) for name in ("base", "adapter", "stats")}

@@ -80,6 +80,27 @@ class Method(Protocol):
         """
 
 
+class Summed(Method, Protocol):
+    """A method whose server needs nothing but the sum of all contributions.
+
+    Its `server_update` is `summed_update` of that sum. So the sum may be formed in another way: under masks,
+    with noise, or by a rule that a few bad uploads cannot move.
+    """
+
+    def summed_update(self, shared: Any, sums: dict[str, Any]) -> Any:
+        """The next Shared, from the sum of all contributions."""
+
+
+class Moving(Summed, Protocol):
+    """A method whose sums can be had from how far each client's tensors have moved: what noise is added to.
+
+    Where an option stands in the way, `no_moves` says which.
+    """
+
+    def absolute(self, shared: Any, moved: dict[str, Any]) -> dict[str, Any]:
+        """The sum of all contributions, from that of uploads with tensors minus what was received."""
+
+
 def nothing_mixed(num_clients: int) -> Tensor:
     """The mixture of a method that mixes nothing."""
     return torch.empty(num_clients, 0)

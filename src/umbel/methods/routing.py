@@ -226,6 +226,8 @@ class Routes:
         """
         part = sums["clients"] / self.oracle.shape[0]
         share = self.share + part * (sums["route_examples"] / sums["examples"] - self.share)
+        if "spread" not in sums:  # routes are not found by losses
+            return replace(self, round=self.round + 1, share=share.to(self.share.dtype))
         first = self.round == 0
         spread = sums["spread"] / sums["examples"]
         spread = torch.where(first, spread, self.spread + part * (spread - self.spread))
@@ -384,10 +386,12 @@ def _usual(claims: Tensor) -> Tensor:
 
 
 def route_sums(weight: Tensor, route_examples: Tensor, measured: Measured) -> dict[str, Tensor]:
-    """The sums over clients that `Routes.after` needs, from (K,) n, (K, C) n π and what was measured."""
-    return {
+    """The sums over clients that `Routes.after` needs, from (K,) n, (K, …, C) n π and what was measured."""
+    sums = {
         "examples": weight.sum(),
         "route_examples": route_examples.sum(0),
         "clients": torch.ones_like(weight).sum(),
-        **{name: leaf.sum(0) for name, leaf in vars(measured).items()},
     }
+    if not measured.label_counts.shape[1]:  # routes are not found by losses
+        return sums
+    return sums | {name: leaf.sum(0) for name, leaf in vars(measured).items()}

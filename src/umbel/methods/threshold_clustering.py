@@ -19,7 +19,7 @@ x_k ← x_0 − η v: then models are clustered. Departures: docs/methods.md.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,7 @@ class ThresholdClustering:
     step: float = 1.0  # η
     updates_since: Literal["round", "start"] = "round"  # "start": models are clustered, not updates
     local: LocalTraining = field(default_factory=LocalTraining)
+    no_sums: ClassVar[str] = "clusters are found from single updates, and clipped by how far each lies"
 
     def __post_init__(self) -> None:
         if self.num_clusters < 1 or self.iterations < 1 or self.step <= 0:

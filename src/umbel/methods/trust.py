@@ -130,6 +130,7 @@ class Trust:
     shared_start: bool = True
     freeze_base: bool = False
     mixes_clients: ClassVar[bool] = True
+    no_sums: ClassVar[str] = "whom a client trusts is found by comparing single adapters"
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0 or not 0 <= self.self_weight <= 1 or not 0 <= self.trust_fraction < 1:

@@ -1,0 +1,287 @@
+"""How a round's uploads become the server's next state.
+
+as they come          `server_step`, by itself, or with a robust rule in place of the mean
+without a deadline    the same, of `late_uploads`
+as one sum            `meet`: under masks, with noise, or both
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+
+from umbel import mixing, tree
+from umbel.clients import ClientData
+from umbel.clock import Step, added, stepped
+from umbel.cohort import Cohort, PrivateStore, Tally
+from umbel.errors import RecipeError
+from umbel.faults import without_outliers
+from umbel.methods import FedAvg, FedAvgFinetune, FedIT, FedProx, FFALoRA, FLoRAL, Method
+from umbel.methods.routing import bounded_claims
+from umbel.model.loss import mixes_examples
+from umbel.privacy import clipping
+from umbel.privacy.accounting import Ledger, Mechanism, Use, ledger_of
+from umbel.robust import rule_of
+from umbel.schedule import Schedule
+from umbel.secure.exchange import secure_sum
+from umbel.tasks.task import Task
+from umbel.tree import Params
+
+# Whose uploads come out of one local training and nothing else, so that noise on its steps covers them.
+STEPPING: tuple[type, ...] = (FedAvg, FedProx, FedAvgFinetune, FedIT, FFALoRA, FLoRAL)
+
+
+@dataclass(frozen=True)
+class Met:
+    """The server's state after a round."""
+
+    shared: Any
+    clips: Params  # of the next round
+    figures: dict[str, float] = field(default_factory=dict)
+    bytes_up: int | None = None  # where they are not those of the uploads
+    bytes_down: int = 0  # beside the message
+
+
+def check(task: Task, method: Method, schedule: Schedule) -> None:
+    """Raises RecipeError where uploads of the method cannot meet in the way that is asked for."""
+    name, level = type(method).__name__, schedule.privacy.level
+    masked = schedule.secure.aggregation == "masks"
+    _check_mean(task, method, schedule)
+    if (masked or level == "client") and not hasattr(method, "summed_update"):
+        asked = "secure.aggregation = 'masks'" if masked else "privacy.level = 'client'"
+        why = getattr(method, "no_sums", "its server needs more than sums over clients")
+        raise RecipeError(f"{asked} does not go with {name}: {why}")
+    if level == "client":
+        if not hasattr(method, "absolute"):
+            raise RecipeError(
+                f"privacy.level = 'client' does not go with {name}: its sums are not made of how far tensors have "
+                "moved, which is what is clipped; FedAvg and what builds on it, FLoRAL, Ensemble and FedIT are"
+            )
+        if why := getattr(method, "no_moves", ""):
+            raise RecipeError(f"privacy.level = 'client' does not go with these options of {name}: {why}")
+        if schedule.weighting.rule != "one":
+            raise RecipeError(
+                f"privacy.level = 'client' bounds what one client adds, and weighting.rule = "
+                f"{schedule.weighting.rule!r} lets it add more the more it has; write weighting.rule = 'one'"
+            )
+        if task.owner is not None and len(np.unique(task.owner.cpu().numpy())) < task.num_clients:
+            raise RecipeError(
+                "privacy.level = 'client' would protect single slots, and here some owners have several of them; "
+                "set pool = true, so that an owner is one client"
+            )
+    if level == "example":
+        if schedule.weighting.rule not in ("examples", "uniform", "one"):
+            raise RecipeError(
+                f"privacy.level = 'example' does not go with weighting.rule = {schedule.weighting.rule!r}, which "
+                "tells of labels or losses without noise; take 'examples', 'uniform' or 'one'"
+            )
+        if type(method) not in STEPPING or (isinstance(method, FLoRAL) and method.router.kind == "em"):
+            raise RecipeError(
+                f"privacy.level = 'example' does not go with {name}"
+                + (" and router.kind = 'em'" if isinstance(method, FLoRAL) else "")
+                + ": it uploads, or trains with, what was measured on examples without noise; take "
+                + (
+                    "router.kind = 'gradient'"
+                    if isinstance(method, FLoRAL)
+                    else "fedavg, fedprox, fedit or floral"
+                )
+            )
+        if mixes_examples(task.model):
+            raise RecipeError(
+                "privacy.level = 'example' does not go with BatchNorm, in which examples meet: no example has a "
+                "gradient of its own; put another norm layer in the model, such as GroupNorm"
+            )
+
+
+def _check_mean(task: Task, method: Method, schedule: Schedule) -> None:
+    """Raises RecipeError if something is to stand in for the mean of uploads that cannot."""
+    robust, buffer = schedule.robust.rule, schedule.asynchronous.buffer
+    asked = [f"robust.rule = {robust!r}"] if robust != "none" else []
+    asked += ["asynchronous.buffer"] if buffer else []
+    if asked and (why := method.refuses()):
+        raise RecipeError(f"{asked[0]} does not go with {type(method).__name__}: {why}")
+    members = task.num_clients - round(schedule.held_out * task.num_clients)
+    if buffer > members:
+        raise RecipeError(f"asynchronous.buffer = {buffer} is never full, for {members} clients take part")
+    summed = ["secure.aggregation = 'masks'"] if schedule.secure.aggregation == "masks" else []
+    summed += ["privacy.level = 'client'"] if schedule.privacy.level == "client" else []
+    if asked and summed:
+        raise RecipeError(
+            f"{asked[0]} does not go with {summed[0]}: it needs every upload by itself, and there the server "
+            "takes a sum"
+        )
+    if schedule.faults.corrupt and schedule.secure.aggregation == "masks":
+        raise RecipeError(
+            "faults.corrupt does not go with secure.aggregation = 'masks': nobody can see that a masked upload is "
+            "damaged; drop_out and straggle do"
+        )
+
+
+def ledger(task: Task, method: Method, schedule: Schedule, cohorts: Iterable[np.ndarray]) -> Ledger | None:
+    """What the run will have spent after every round, None where nothing is protected.
+
+    Args:
+        task: whose clients.
+        method: whose local training, where examples are protected.
+        schedule: the rounds, and the settings.
+        cohorts: the clients of each round; who they are decides nothing but how often an example was looked at.
+    """
+    privacy, size = schedule.privacy, schedule.clients_per_round
+    rounds = range(1, schedule.rounds + 1)
+    if privacy.level == "none":
+        return None
+    members = task.num_clients - round(schedule.held_out * task.num_clients)
+    if privacy.level == "client":
+        mechanism = Mechanism(min(size or members, members), members, privacy.sampling == "fixed")
+        return ledger_of(privacy, [Use(mechanism, tuple(rounds))])
+    local, counts = method.local, task.train.count
+    everyone = ClientData(task.train, np.arange(task.num_clients), schedule.seed, 1)
+    steps = everyone.own_steps(local.batch_size, local.epochs, local.steps)
+    taken, most = np.zeros_like(steps), {int(count): list[int]() for count in np.unique(counts)}
+    for clients in cohorts:
+        taken[clients] += steps[clients]
+        for count, times in most.items():
+            times.append(int(taken[counts == count].max()))
+    return ledger_of(
+        privacy,
+        [Use(Mechanism(min(local.batch_size, count), count), tuple(times)) for count, times in most.items()],
+    )
+
+
+def server_step(cohort: Cohort, shared: Any, uploads: Iterator[Any], schedule: Schedule, tally: Tally) -> Any:
+    """The server's state after these uploads of a round; what it was where there is none.
+
+    Single uploads are compared, and held until all are in, only where damage is to be found or a mean made robust.
+    """
+    method, robust, faults = cohort.method, schedule.robust, schedule.faults
+    if faults.corrupt and faults.outlier:
+        held, outliers = without_outliers(list(uploads), faults.outlier)
+        if outliers:
+            tally.num_uploads -= outliers
+            tally.lose({"outlier": outliers})
+        uploads = iter(held)
+    first = next(uploads, None)
+    if first is None:
+        return shared
+    if robust.rule == "none":
+        return method.server_update(shared, chain([first], uploads))
+    every = tree.map_tensors(lambda *leaves: torch.cat(leaves), first, *uploads)
+    everyone = torch.zeros(len(every.loss), dtype=torch.long, device=every.loss.device)
+    message = method.send(shared, everyone)  # all have received the same
+    every = method.changed(bounded_claims(every, robust.heaviest), message, rule_of(robust))
+    return method.server_update(shared, iter([every]))
+
+
+def late_uploads(
+    cohort: Cohort,
+    begun: dict[int, Any],
+    store: PrivateStore,
+    step: Step,
+    round: int,
+    power: float,
+    tally: Tally,
+) -> Iterator[Any]:
+    """The uploads of an asynchronous step, as if from where the server is now; what began long ago counts less.
+
+    `begun` are the server's states by the number of its steps, the last of them where it is.
+    """
+    method, now = cohort.method, begun[round - 1]
+    for version in np.unique(step.versions).tolist():
+        stale = round - 1 - version
+        for upload in cohort.uploads(begun[version], store, step.clients[step.versions == version], round, tally):
+            if stale:
+                everyone = torch.zeros(len(upload.loss), dtype=torch.long, device=upload.loss.device)
+                received, here = (method.send(state, everyone) for state in (begun[version], now))
+                moved = method.changed(upload, received, stepped((1 + stale) ** -power))
+                yield method.changed(moved, here, added)
+            else:
+                yield upload
+
+
+def meet(
+    cohort: Cohort,
+    shared: Any,
+    store: PrivateStore,
+    clients: np.ndarray,
+    round: int,
+    schedule: Schedule,
+    clips: Params,
+    tally: Tally,
+) -> Met:
+    """The round in which these clients train, and the server takes nothing but a sum.
+
+    Args:
+        cohort: who trains, and how.
+        shared: the server's state.
+        store: what clients keep.
+        clients: of the round; with Poisson draws there may be none.
+        round: its number.
+        schedule: with the settings of [secure] and [privacy].
+        clips: of this round; {} before the first one.
+        tally: what is counted.
+    """
+    method: Any = cohort.method
+    privacy = cohort.ledger.privacy if cohort.ledger is not None else schedule.privacy
+    private, masked = privacy.level == "client", schedule.secure.aggregation == "masks"
+    rows = _contributions(cohort, shared, cohort.uploads(shared, store, clients, round, tally), private, tally)
+    if not private:
+        contributions = dict(rows)
+        if not contributions:
+            return Met(shared, clips)
+        found = secure_sum(clients.tolist(), contributions, schedule.secure)
+        sums = tree.with_tensors(next(iter(contributions.values())), found.sums)
+        return Met(method.summed_update(shared, sums), clips, found.figures(), found.bytes_up, found.bytes_down)
+    anyone = clients[:1] if len(clients) else np.zeros(1, dtype=np.int64)
+    like = method.contribution(_one_upload(cohort, shared, store, anyone))
+    groups = clipping.groups_of(like, privacy)
+    clips = clips or clipping.first_clips(groups, privacy)
+    cut = ((client, clipping.clipped(own, groups, clips)) for client, own in rows)
+    nothing = tree.map_tensors(torch.zeros_like, clipping.clipped(like, groups, clips))
+    figures: dict[str, float] = {f"clip_{name}": float(clip) for name, clip in clips.items()}
+    slack, met = {}, Met(shared, clips, figures)
+    contributions = dict(cut)
+    if masked and contributions:
+        found = secure_sum(clients.tolist(), contributions, schedule.secure)
+        sums = tree.with_tensors(nothing, found.sums)
+        slack = _slack(nothing, found.layout.steps, found.layout.names)
+        met = replace(met, bytes_up=found.bytes_up, bytes_down=found.bytes_down, figures=figures | found.figures())
+    else:
+        sums = mixing.total([nothing, *contributions.values()])
+    expected = float(min(schedule.clients_per_round or cohort.num_members, cohort.num_members))
+    sums = clipping.noised(sums, groups, clips, cohort.seed, round, slack)
+    whole = method.absolute(shared, clipping.divided(sums, groups, like, expected))
+    following = clipping.next_clips(sums, groups, clips, privacy, expected)
+    return replace(met, shared=method.summed_update(shared, whole), clips=following)
+
+
+def _contributions(
+    cohort: Cohort, shared: Any, uploads: Iterable[Any], private: bool, tally: Tally
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each client and what it adds to the sums; with noise to come, of how far its tensors have moved."""
+    method = cohort.method
+    for upload in uploads:
+        everyone = tally.clients[-len(upload.loss) :]
+        message = method.send(shared, cohort.index(np.asarray(everyone)))
+        sent = clipping.moved(upload, message) if private else upload
+        for place, client in enumerate(everyone):
+            own = tree.rows(sent, torch.tensor([place], device=upload.loss.device))
+            yield client, method.contribution(own)
+
+
+def _one_upload(cohort: Cohort, shared: Any, store: PrivateStore, client: np.ndarray) -> Any:
+    """An upload (1, …) for its form alone: what is in it is looked at by nobody."""
+    method = cohort.method
+    local: Any = replace(method.local, epochs=1, steps=1)
+    data = replace(cohort, method=replace(method, local=local))  # type: ignore[type-var]
+    return data.update(shared, store, client, 1, np.ones(1))[0]
+
+
+def _slack(like: dict[str, Any], steps: tuple[float, ...], names: tuple[str, ...]) -> dict[str, float]:
+    """By how much rounding to whole steps may have lengthened each group: half a step in every number."""
+    leaves, squares = tree.tensors(like), dict.fromkeys(like, 0.0)
+    for name, step in zip(names, steps, strict=True):
+        squares[name.partition("/")[0]] += leaves[name].numel() * (step / 2) ** 2
+    return {name: square**0.5 for name, square in squares.items()}
