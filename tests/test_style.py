@@ -111,7 +111,6 @@ PLAIN = {
     "adapters.bank:LowRank.b_shape",
     "clients:Examples.num_clients",
     "clients:Examples.to",
-    "cohort:Tally.add",
     "methods.floral:FLoRAL.bank",
     "tables:Group.oracle",
     "tasks.synthetic:Truth.drawn",
