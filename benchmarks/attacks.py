@@ -1,7 +1,8 @@
 """Every method under every attack and rule on digits: accuracy of the honest clients, and where backdoors lead.
 
 python benchmarks/attacks.py --methods floral --out benchmarks/results/attacks_floral.json
-python benchmarks/attacks.py --methods fedavg ifca local trust fl_tac --out benchmarks/results/attacks_others.json
+python benchmarks/attacks.py --methods ifca --out benchmarks/results/attacks_ifca.json
+python benchmarks/attacks.py --methods fedavg local trust fl_tac --out benchmarks/results/attacks_others.json
 """
 
 import argparse

@@ -16,7 +16,9 @@ from umbel.hazards import EVERY_DAMAGE, Faults
 from umbel.methods import METHODS, FedAvg
 from umbel.methods.fedavg import Upload
 from umbel.recipe import read
+from umbel.report import write_report
 from umbel.rounds import rounds, start
+from umbel.runs import resume, run
 from umbel.schedule import Schedule
 from umbel.seeds import generator
 from umbel.tables import losses
@@ -195,3 +197,35 @@ def test_faults_can_be_those_of_one_method():
     recipe = read(table, "fedavg")
     assert recipe.schedule.faults == Faults(drop_out=0.1, corrupt=0.2, kinds=EVERY_DAMAGE)
     assert read(recipe.table(), "fedavg") == recipe
+
+
+def test_what_was_lost_is_told_by_reason(tmp_path):
+    given = task(labelled(), net()[0])
+    schedule = Schedule(rounds=6, faults=Faults(0.4, 0.3, 0.5, kinds=("nan",), quorum=0.5))
+    done = run(given, FedAvg(LocalTraining(batch_size=4)), schedule=schedule, folder=tmp_path / "run")
+    counts = losses(done.history)
+    assert set(counts) == {"missing", "late", "not finite"}
+    page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
+    for reason, count in counts.items():
+        assert f"{count} {reason}" in page
+    idle = sum("no_quorum" in line for line in done.history)
+    assert f"{idle} rounds had too few updates" in page
+
+
+def test_a_run_under_faults_is_resumed_to_the_same_bits(tmp_path):
+    given, method = task(labelled(), net()[0]), FedAvg(LocalTraining(batch_size=4))
+    schedule, engine = Schedule(rounds=6, checkpoint_every=2, faults=BAD), Engine(mode="stacked", chunk=5)
+    whole = run(given, method, schedule=schedule, engine=engine, folder=tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    def stop(at):
+        if at.round == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(given, method, schedule=schedule, engine=engine, folder=tmp_path / "stopped", on_round=stop)
+    again = resume(tmp_path / "stopped", given, method)
+    assert equal(tree.tensors(whole.progress.shared), tree.tensors(again.progress.shared))
+    assert losses(whole.history) == losses(again.history)
