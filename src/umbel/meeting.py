@@ -5,7 +5,7 @@ without a deadline    the same, of `late_uploads`
 as one sum            `meet`: under masks, with noise, or both
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -226,30 +226,37 @@ def meet(
     method: Any = cohort.method
     privacy = cohort.ledger.privacy if cohort.ledger is not None else schedule.privacy
     private, masked = privacy.level == "client", schedule.secure.aggregation == "masks"
-    rows = _contributions(cohort, shared, cohort.uploads(shared, store, clients, round, tally), private, tally)
+    uploads = cohort.uploads(shared, store, clients, round, tally)
     if not private:
-        contributions = dict(rows)
-        if not contributions:
+        rows = dict(_rows((single(method, upload) for upload in uploads), tally))
+        if not rows:
             return Met(shared, clips)
-        found = secure_sum(clients.tolist(), contributions, schedule.secure)
-        sums = tree.with_tensors(next(iter(contributions.values())), found.sums)
+        found = secure_sum(clients.tolist(), rows, schedule.secure)
+        sums = tree.with_tensors(next(iter(rows.values())), found.sums)
         return Met(method.summed_update(shared, sums), clips, found.figures(), found.bytes_up, found.bytes_down)
     anyone = clients[:1] if len(clients) else np.zeros(1, dtype=np.int64)
     like = method.contribution(_one_upload(cohort, shared, store, anyone))
     groups = clipping.groups_of(like, privacy)
     clips = clips or clipping.first_clips(groups, privacy)
-    cut = ((client, clipping.clipped(own, groups, clips)) for client, own in rows)
-    nothing = tree.map_tensors(torch.zeros_like, clipping.clipped(like, groups, clips))
+
+    def cut(own: dict[str, Any]) -> dict[str, Any]:
+        return clipping.clipped(own, groups, clips)
+
+    # The message is the same for all: options with which it is not are refused.
+    message = method.send(shared, cohort.index(anyone))
+    parts = (single(method, clipping.moved(upload, message), cut) for upload in uploads)
+    nothing = tree.map_tensors(torch.zeros_like, cut(like))
     figures: dict[str, float] = {f"clip_{name}": float(clip) for name, clip in clips.items()}
     slack, met = {}, Met(shared, clips, figures)
-    contributions = dict(cut)
-    if masked and contributions:
-        found = secure_sum(clients.tolist(), contributions, schedule.secure)
+    rows = dict(_rows(parts, tally)) if masked else {}
+    if rows:
+        found = secure_sum(clients.tolist(), rows, schedule.secure)
         sums = tree.with_tensors(nothing, found.sums)
         slack = _slack(nothing, found.layout.steps, found.layout.names)
         met = replace(met, bytes_up=found.bytes_up, bytes_down=found.bytes_down, figures=figures | found.figures())
     else:
-        sums = mixing.total([nothing, *contributions.values()])
+        totals = (tree.map_tensors(lambda leaf: leaf.sum(0), part) for part in parts)
+        sums = mixing.total([nothing, *totals])
     expected = float(min(schedule.clients_per_round or cohort.num_members, cohort.num_members))
     sums = clipping.noised(sums, groups, clips, cohort.seed, round, slack)
     whole = method.absolute(shared, clipping.divided(sums, groups, like, expected))
@@ -257,18 +264,25 @@ def meet(
     return replace(met, shared=method.summed_update(shared, whole), clips=following)
 
 
-def _contributions(
-    cohort: Cohort, shared: Any, uploads: Iterable[Any], private: bool, tally: Tally
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each client and what it adds to the sums; with noise to come, of how far its tensors have moved."""
-    method = cohort.method
-    for upload in uploads:
-        everyone = tally.clients[-len(upload.loss) :]
-        message = method.send(shared, cohort.index(np.asarray(everyone)))
-        sent = clipping.moved(upload, message) if private else upload
-        for place, client in enumerate(everyone):
-            own = tree.rows(sent, torch.tensor([place], device=upload.loss.device))
-            yield client, method.contribution(own)
+def single(
+    method: Method, upload: Any, change: Callable[[dict[str, Any]], dict[str, Any]] = lambda own: own
+) -> dict[str, Any]:
+    """(K, …) what each of an upload's clients adds to the sums, all of them at once, each changed by itself."""
+
+    def of_one(values: Params) -> dict[str, Any]:
+        return change(
+            method.contribution(tree.with_tensors(upload, {n: x.unsqueeze(0) for n, x in values.items()}))
+        )
+
+    found: dict[str, Any] = torch.func.vmap(of_one)(tree.tensors(upload))
+    return found
+
+
+def _rows(stacked: Iterable[dict[str, Any]], tally: Tally) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each client with its row of what `single` gave, as uploads pass by."""
+    for part in stacked:
+        for place, client in enumerate(tally.clients[-len(next(iter(tree.tensors(part).values()))) :]):
+            yield client, tree.map_tensors(lambda leaf: leaf[place], part)  # noqa: B023
 
 
 def _one_upload(cohort: Cohort, shared: Any, store: PrivateStore, client: np.ndarray) -> Any:

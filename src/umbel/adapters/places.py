@@ -31,8 +31,7 @@ def placed(values: Tensor, sent: Tensor, num_adapters: int) -> Tensor:
     if sent.shape[1] == num_adapters:
         return values
     whole = values.new_zeros(len(values), num_adapters, *values.shape[2:])
-    whole[torch.arange(len(values), device=values.device).unsqueeze(1), sent] = values
-    return whole
+    return whole.index_put((torch.arange(len(values), device=values.device).unsqueeze(1), sent), values)
 
 
 def kept_only(values: Tensor, places: Tensor) -> Tensor:
