@@ -136,7 +136,12 @@ class Cohort:
         self, shared: Any, store: PrivateStore, clients: np.ndarray, round: int, weights: np.ndarray | None = None
     ) -> tuple[Any, Any]:
         """The uploads and new private states of K clients, stacked; `weights` (K,) say how much each counts."""
-        message, private = self.method.send(shared, self._index(clients)), store.rows(clients)
+        return self.trained(self.method.send(shared, self._index(clients)), store.rows(clients), clients, round, weights)
+
+    def trained(
+        self, message: Any, private: Any, clients: np.ndarray, round: int, weights: np.ndarray | None = None
+    ) -> tuple[Any, Any]:
+        """`update`, for clients that have received a message."""
         data = ClientData(self.train, clients, self.seed, round, weights, self.augment, num_rounds=self.num_rounds)
         if self.weighting.rule == "rea" and weights is not None:
             served = self.method.personalize(message, self.method.settle(self.loss, message, private, data))
@@ -146,7 +151,10 @@ class Cohort:
 
     def served(self, shared: Any, private: Any, clients: np.ndarray) -> tuple[Params, Tensor]:
         """The K clients' personal models, and (K, C) how they mix them, settled on their training data."""
-        message = self.method.send(shared, self._index(clients))
+        return self.serving(self.method.send(shared, self._index(clients)), private, clients)
+
+    def serving(self, message: Any, private: Any, clients: np.ndarray) -> tuple[Params, Tensor]:
+        """`served`, for clients that have received a message."""
         data = ClientData(self.train, clients, self.seed, 0, None, self.augment)
         private = self.method.settle(self.loss, message, private, data)
         return self.method.personalize(message, private), self.method.mixture(message, private)
@@ -269,6 +277,7 @@ class Tally:
         self.upload_bytes = 0
         self.loss_sum = 0.0
         self.dropped: list[int] = []
+        self.figures: dict[str, float] = {}  # what else there is to say of the round
 
     def add(self, upload: Any, num_clients: int) -> None:
         self.num_uploads += num_clients

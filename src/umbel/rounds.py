@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +33,35 @@ class Progress:
     store: PrivateStore
     figures: dict[str, Any]  # the round's metrics, ready for JSON
     scores: Scores | None  # per client, in rounds that are evaluated
+
+
+class Fleet(Protocol):
+    """The clients, wherever they are."""
+
+    def uploads(self, shared: Any, clients: np.ndarray, round: int, seen: Tally) -> Iterator[Any]:
+        """The uploads of a round's clients, in ascending order, chunk by chunk; `seen` counts them."""
+
+    def scores(self, shared: Any, tests: np.ndarray) -> Scores:
+        """How well the clients' own models do on these tests."""
+
+
+@dataclass(frozen=True)
+class Here:
+    """All clients on this machine."""
+
+    cohort: Cohort
+    store: PrivateStore
+    task: Task
+
+    def uploads(self, shared: Any, clients: np.ndarray, round: int, seen: Tally) -> Iterator[Any]:
+        """See `Fleet`."""
+        return self.cohort.uploads(shared, self.store, clients, round, seen)
+
+    def scores(self, shared: Any, tests: np.ndarray) -> Scores:
+        """See `Fleet`."""
+        test = self.task.test.to(self.cohort.train.x.device)
+        serves = None if self.task.serves is None else self.task.serves.cpu().numpy()
+        return evaluate(self.cohort, shared, self.store, test, tests, serves)
 
 
 def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tuple[Cohort, Progress]:
@@ -93,15 +122,28 @@ def sampled(members: np.ndarray, schedule: Schedule, round: int) -> np.ndarray:
 
 
 def rounds(
-    cohort: Cohort, at: Progress, task: Task, schedule: Schedule, cost: Cost | None = None
+    cohort: Cohort,
+    at: Progress,
+    task: Task,
+    schedule: Schedule,
+    cost: Cost | None = None,
+    fleet: Fleet | None = None,
 ) -> Iterator[Progress]:
-    """The run's progress after each of the remaining rounds; `cost` is measured unless it is given."""
+    """The run's progress after each of the remaining rounds.
+
+    Args:
+        cohort: of `start`.
+        at: where the run stands.
+        task: whose; only its counts, groups and tests' owners are looked at here.
+        schedule: how long.
+        cost: of one client; measured unless it is given.
+        fleet: who trains and is tested; by default all clients, here.
+    """
     method, shared, store = cohort.method, at.shared, at.store
     members = participants(task.num_clients, schedule)
-    test = task.test.to(cohort.train.x.device)
+    fleet, device = fleet or Here(cohort, store, task), cohort.train.x.device
     tests = task.tests_of(members)
     group = None if task.group is None else task.group[tests].cpu().numpy()
-    serves = None if task.serves is None else task.serves.cpu().numpy()
     slots = task.train.slots
     cost = cost or cohort.cost(shared, store, members[:1])  # of one client
     for round in range(at.round + 1, schedule.rounds + 1):
@@ -109,8 +151,8 @@ def rounds(
         clients = sampled(members, schedule, round)
         tally = Tally()
         # What travels may shrink while a run lasts.
-        bytes_down = tree.row_bytes(method.send(shared, torch.from_numpy(clients[:1]).to(test.x.device)))
-        shared = method.server_update(shared, cohort.uploads(shared, store, clients, round, tally))
+        bytes_down = tree.row_bytes(method.send(shared, torch.from_numpy(clients[:1]).to(device)))
+        shared = method.server_update(shared, fleet.uploads(shared, clients, round, tally))
         figures: dict[str, Any] = {
             "round": round,
             "train_loss": tally.mean_loss,
@@ -119,12 +161,13 @@ def rounds(
             **cost.of(task.train.count[clients], None if slots is None else slots[clients]),
             "train_seconds": perf_counter() - begin,
         }
+        figures |= tally.figures
         if tally.dropped:
             figures["dropped"] = tally.dropped
         figures |= {name: float(value) for name, value in getattr(shared, "figures", {}).items()}
         scores = None
         if round % schedule.evaluate_every == 0 or round == schedule.rounds:
-            scores = evaluate(cohort, shared, store, test, tests, serves)
+            scores = fleet.scores(shared, tests)
             figures |= scores.summary()
             if not getattr(method, "mixes_clients", False):  # such a method has figures of its own
                 figures |= routing(scores.mixture, group)
