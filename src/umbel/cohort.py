@@ -136,7 +136,9 @@ class Cohort:
         self, shared: Any, store: PrivateStore, clients: np.ndarray, round: int, weights: np.ndarray | None = None
     ) -> tuple[Any, Any]:
         """The uploads and new private states of K clients, stacked; `weights` (K,) say how much each counts."""
-        return self.trained(self.method.send(shared, self._index(clients)), store.rows(clients), clients, round, weights)
+        return self.trained(
+            self.method.send(shared, self._index(clients)), store.rows(clients), clients, round, weights
+        )
 
     def trained(
         self, message: Any, private: Any, clients: np.ndarray, round: int, weights: np.ndarray | None = None

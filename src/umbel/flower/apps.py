@@ -1,10 +1,10 @@
 """Flower's two apps: what a SuperLink and a SuperNode run.
 
-    # server_app.py                                   # client_app.py
-    from pathlib import Path                          from umbel.flower.apps import client_app
-    from umbel.flower.apps import server_app
-                                                      app = client_app()
-    app = server_app(Path(__file__).parent)
+# server_app.py                                   # client_app.py
+from pathlib import Path                          from umbel.flower.apps import client_app
+from umbel.flower.apps import server_app
+                                                  app = client_app()
+app = server_app(Path(__file__).parent)
 """
 
 import json
@@ -33,8 +33,8 @@ RECIPE = "recipe.toml"
 def server_app(folder: Path) -> "ServerApp":
     """A ServerApp that leads a run of the recipe.toml in the folder.
 
-    Its run config says which of the recipe's methods (`method`), where the run folder goes (`out`), and how long to
-    wait (`Patience`); every setting of the recipe may be named as well.
+    Its run config says which of the recipe's methods (`method`), where the run folder goes (`out`), and how long
+    to wait (`Patience`); every setting of the recipe may be named as well.
     """
     from flwr.serverapp import ServerApp
 
@@ -64,7 +64,7 @@ def run(grid: "Grid", path: Path, config: dict[str, Any]) -> None:
     except Exception as error:
         LOG.error("%s", error)
         raise
-    LOG.info("done: %s", json.dumps({name: value for name, value in result.figures.items()}))
+    LOG.info("done: %s", json.dumps(result.figures))
 
 
 def said(at: Progress) -> None:
@@ -107,7 +107,9 @@ def answered(site: Site, message: "Message") -> "Message":
     from flwr.app import Message
 
     facts, parts = opened(message.content, "the server")
-    return Message(content_of(*site.answer(kind_of(message.metadata.message_type), facts, parts)), reply_to=message)
+    return Message(
+        content_of(*site.answer(kind_of(message.metadata.message_type), facts, parts)), reply_to=message
+    )
 
 
 def site_of(config: Mapping[str, Any]) -> Site:

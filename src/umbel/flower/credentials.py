@@ -1,4 +1,4 @@
-"""Certificates and keys for a deployment: enough for a trial, and a pattern for what an organisation issues itself."""
+"""Certificates and keys for a deployment: enough for a trial, a pattern for what an organisation issues."""
 
 import ipaddress
 import os
@@ -12,8 +12,8 @@ DAYS = 365
 def write_certificates(folder: Path, hosts: Sequence[str]) -> None:
     """Writes ca.crt, server.pem and server.key for a server under these names and addresses.
 
-    The authority's own key is thrown away: nothing else can ever be signed with it, so that a lost folder harms one
-    server only.
+    The authority's own key is thrown away: nothing else can ever be signed with it, so that a lost folder harms
+    one server only.
     """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
@@ -26,7 +26,9 @@ def write_certificates(folder: Path, hosts: Sequence[str]) -> None:
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0])])
     now = datetime.now(UTC)
 
-    def signed(name: x509.Name, key: ec.EllipticCurvePublicKey, extensions: Sequence[tuple[x509.ExtensionType, bool]]) -> bytes:
+    def signed(
+        name: x509.Name, key: ec.EllipticCurvePublicKey, extensions: Sequence[tuple[x509.ExtensionType, bool]]
+    ) -> bytes:
         made = x509.CertificateBuilder().subject_name(name).issuer_name(issuer).public_key(key)
         made = made.serial_number(x509.random_serial_number())
         made = made.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(days=DAYS))
@@ -50,7 +52,9 @@ def write_certificates(folder: Path, hosts: Sequence[str]) -> None:
         )
 
     root = signed(
-        issuer, authority.public_key(), [(x509.BasicConstraints(ca=True, path_length=0), True), (usage(True), True)]
+        issuer,
+        authority.public_key(),
+        [(x509.BasicConstraints(ca=True, path_length=0), True), (usage(True), True)],
     )
     own = signed(
         subject,

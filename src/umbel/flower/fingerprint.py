@@ -36,7 +36,9 @@ def fingerprint(recipe: TaskRecipe, task: Task, shared: Any) -> Fingerprint:
         found[f"tensor {name}"] = digest(leaf)
     for bank in _banks(shared):
         for part in bank.low_rank:
-            found[f"adapter of {part.name}"] = f"{part.kind}, rank {part.rank}, scaling {bank.scale * part.scaling:g}"
+            found[f"adapter of {part.name}"] = (
+                f"{part.kind}, rank {part.rank}, scaling {bank.scale * part.scaling:g}"
+            )
         for more in bank.additive:
             found[f"adapter of {more.name}"] = more.kind
         for name, leaf in bank.frozen.items():

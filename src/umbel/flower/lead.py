@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
 LOG = getLogger("umbel")
-POLL = 0.05  # seconds between two looks for answers
+POLL = 0.1  # seconds between two looks for answers
+EASE = 4.0  # how many times longer a pause is than the look before it took
 LOOK = 2.0  # seconds between two looks for nodes that are gone, or new
 
 
@@ -60,19 +61,19 @@ class Roster:
     labels: dict[int, list[int]] = field(default_factory=dict)  # of a client, how many of each
     refused: dict[int, str] = field(default_factory=dict)  # node → why
 
-    def enter(self, node: int, facts: Facts) -> None:
-        """Lets a node in, or says in `refused` why not."""
+    def entered(self, node: int, facts: Facts) -> str:
+        """Lets a node in, or says why not."""
         name, clients = str(facts["name"]), [int(client) for client in facts["clients"]]
         taken = [client for client in clients if self.homes.get(client, node) != node]
         if taken:
             other = self.names[self.homes[taken[0]]]
-            self.refused[node] = f"node {name!r}: client {taken[0]} is on node {other!r} already"
-            return
+            return f"node {name!r}: client {taken[0]} is on node {other!r} already"
         self.names[node] = name
         self.homes |= dict.fromkeys(clients, node)
         self.examples |= dict(zip(clients, map(int, facts["examples"]), strict=True))
         self.slots |= dict(zip(clients, map(int, facts.get("slots", ())), strict=False))
         self.labels |= dict(zip(clients, facts.get("label_counts", ()), strict=False))
+        return ""
 
 
 @dataclass
@@ -88,8 +89,9 @@ class Nodes:
     run: str  # 16 hex digits, under which nodes keep what their clients keep
     patience: Patience = field(default_factory=Patience)
     roster: Roster = field(default_factory=Roster)
+    greeted: dict[str, int] = field(default_factory=dict)  # who has not yet said who it is
     traffic: dict[str, int] = field(default_factory=lambda: {"down": 0, "up": 0})
-    seen: dict[int, tuple[float, ...]] = field(default_factory=dict)  # a test's last scores
+    seen: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # a test's last scores
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -117,7 +119,8 @@ class Nodes:
                 )
             if missing and told != (told := f"{len(wanted) - len(missing)} of {len(wanted)} clients are there"):
                 LOG.info(told)
-            time.sleep(0.2)
+            if missing:
+                time.sleep(POLL)
         count, slots = self.task.train.count.copy(), self.task.train.slots
         for client, examples in self.roster.examples.items():
             count[client] = examples
@@ -129,25 +132,26 @@ class Nodes:
         return replace(self.task, train=replace(self.task.train, count=count, slots=slots))
 
     def greet(self) -> None:
-        """Asks nodes that have come since who they are."""
-        known = {*self.roster.names, *self.roster.refused}
-        new = [node for node in sorted(self.grid.get_node_ids()) if node not in known]
+        """Asks nodes that have come who they are, and lets in those that have said it; waits for nobody."""
+        online = sorted(self.grid.get_node_ids())
+        # Whoever was refused and went away may come back mended.
+        self.roster.refused = {node: why for node, why in self.roster.refused.items() if node in online}
+        known = {*self.roster.names, *self.roster.refused, *self.greeted.values()}
+        new = [node for node in online if node not in known]
         table = {key: value for key, value in self.recipe.table().items() if key != "engine"}
         facts = {"recipe": table, "label": self.recipe.label, "fingerprint": self.fingerprint}
+        self.greeted |= self._pushed("hello", {node: (facts, {}) for node in new})
         troubles: dict[int, str] = {}
-        for node, told, _ in self.ask("hello", {node: (facts, {}) for node in new}, troubles):
+        for node, told, _ in self._pulled(self.greeted, troubles):
             if wrong := differences(self.fingerprint, told["fingerprint"]):
-                troubles[node] = f"node {told['name']!r}: its base is another than the server's; {'; '.join(wrong)}"
-                continue
-            self.roster.enter(node, told)
+                troubles[node] = f"node {told['name']!r}: its base is not the server's; {'; '.join(wrong)}"
+            elif why := self.roster.entered(node, told):
+                troubles[node] = why
+            else:
+                LOG.info("node %r is there, with clients %s", told["name"], _listed(told["clients"]))
         for node, why in troubles.items():
             self.roster.refused[node] = why
-        for node in new:
-            if node in self.roster.refused:
-                LOG.error("refused: %s", self.roster.refused[node])
-            elif node in self.roster.names:
-                clients = [client for client, home in self.roster.homes.items() if home == node]
-                LOG.info("node %r is there, with clients %s", self.roster.names[node], _listed(clients))
+            LOG.error("refused: %s", why)
 
     # A round.
 
@@ -170,14 +174,13 @@ class Nodes:
         used: list[int] = []
         waiting, slowest = there.tolist(), 0.0
         for node, told, parts in self.ask("train", questions, troubles):
-            own = [client for client in waiting if self.roster.homes[client] == node]
+            asked = [client for client in waiting if self.roster.homes[client] == node]
             slowest = max(slowest, float(told.get("seconds", 0.0)))
             try:
-                ready |= self._opened_uploads(node, own, shared, round, parts)
+                ready |= self._opened_uploads(node, asked, shared, round, parts)
             except WireError as error:
                 troubles[node] = str(error)
-            answered = {*own}
-            waiting = [client for client in waiting if client not in answered or client in ready]
+            waiting = [client for client in waiting if client not in asked or client in ready]
             while waiting and waiting[0] in ready:
                 client = waiting.pop(0)
                 used.append(client)
@@ -208,9 +211,9 @@ class Nodes:
         questions = {node: (facts, parts) for node, _, facts, parts in self._letters(shared, there, settling=True)}
         troubles: dict[int, str] = {}
         found: dict[int, tuple[Any, ...]] = {}
-        mixture = np.float32
+        mixture: Any = np.float32
         for node, told, parts in self.ask("evaluate", questions, troubles):
-            who = f"node {self.roster.names[node]!r}"
+            who = self._name(node)
             tensors = unpacked(parts.get("scores", b""), who)
             if "loss" not in tensors or any(len(leaf) != len(told["tests"]) for leaf in tensors.values()):
                 troubles[node] = f"{who}: its scores are not of as many tests as it says"
@@ -226,7 +229,9 @@ class Nodes:
         self.seen |= found
         every = [self.seen[test] for test in tests.tolist() if test in self.seen]
         if len(every) < len(tests):
-            raise RoundError(f"{len(tests) - len(every)} of {len(tests)} tests were never scored: {_listed(troubles.values())}")
+            raise RoundError(
+                f"{len(tests) - len(every)} of {len(tests)} tests were never scored: {_listed(troubles.values())}"
+            )
         width = min(len(row[2]) for row in every)  # 0 where somebody keeps its mixture to itself
         return Scores(
             np.array([row[0] for row in every]),
@@ -276,7 +281,7 @@ class Nodes:
         Raises:
             WireError: one is not what this run's method uploads.
         """
-        who = f"node {self.roster.names[node]!r}"
+        who = self._name(node)
         tensors = unpacked(parts.get("uploads", b""), who)
         found: dict[int, Any] = {}
         for name in tensors:
@@ -327,37 +332,13 @@ class Nodes:
             questions: what each node is asked.
             troubles: is added to.
         """
-        if not questions:
-            return
-        from flwr.app import Message
-
-        messages = []
-        for node, (facts, parts) in questions.items():
-            self.traffic["down"] += sum(map(len, parts.values()))
-            content = content_of(facts | {"run": self.run}, parts)
-            messages.append(Message(content, node, KINDS[kind], ttl=self.patience.answer, group_id=str(facts.get("round", ""))))
-        pushed = list(self.grid.push_messages(messages))
-        del messages
-        waiting = {name: node for name, node in zip(pushed, questions, strict=True) if name}
+        waiting = self._pushed(kind, questions)
         end, looked, gone = time.monotonic() + self.patience.answer, time.monotonic(), dict[int, float]()
         while waiting:
-            answers = list(self.grid.pull_messages(list(waiting)))
-            for answer in answers:
-                node = waiting.pop(answer.metadata.reply_to_message_id)
-                who = f"node {self.roster.names.get(node, node)!r}"
-                if answer.has_error():
-                    troubles[node] = f"{who}: {answer.error.reason}"
-                    continue
-                try:
-                    facts, parts = opened(answer.content, who)
-                except WireError as error:
-                    troubles[node] = str(error)
-                    continue
-                self.traffic["up"] += sum(map(len, parts.values()))
-                if "refused" in facts:
-                    troubles[node] = str(facts["refused"])
-                    continue
-                yield node, facts, parts
+            begin = time.monotonic()
+            answers = self._pulled(waiting, troubles)
+            took = time.monotonic() - begin
+            yield from answers
             now = time.monotonic()
             if now - looked > LOOK:
                 looked, online = now, set(self.grid.get_node_ids())
@@ -366,10 +347,48 @@ class Nodes:
                 lost = node in gone and now - gone[node] > self.patience.gone
                 if lost or now > end:
                     why = "is offline" if lost else f"has not answered for {self.patience.answer:.0f} s"
-                    troubles[node] = f"node {self.roster.names.get(node, node)!r} {why}"
+                    troubles[node] = f"{self._name(node)} {why}"
                     del waiting[name]
             if waiting and not answers:
-                time.sleep(POLL)
+                time.sleep(max(POLL, EASE * took))
+
+    def _pushed(self, kind: str, questions: dict[int, tuple[Facts, Parts]]) -> dict[str, int]:
+        """Sends the questions; the messages' names, and whom they are to."""
+        if not questions:
+            return {}
+        from flwr.app import Message
+
+        messages = []
+        for node, (facts, parts) in questions.items():
+            self.traffic["down"] += sum(map(len, parts.values()))
+            content, group = content_of(facts | {"run": self.run}, parts), str(facts.get("round", ""))
+            messages.append(Message(content, node, KINDS[kind], ttl=self.patience.answer, group_id=group))
+        # A name is missing where the SuperLink did not take the message: its node is gone.
+        return {n: node for n, node in zip(self.grid.push_messages(messages), questions, strict=True) if n}
+
+    def _pulled(self, waiting: dict[str, int], troubles: dict[int, str]) -> list[tuple[int, Facts, Parts]]:
+        """The answers that are there now, which are taken out of `waiting`."""
+        found = []
+        for answer in self.grid.pull_messages(list(waiting)) if waiting else ():
+            node = waiting.pop(answer.metadata.reply_to_message_id)
+            who = self._name(node)
+            if answer.has_error():
+                troubles[node] = f"{who}: {answer.error.reason}"
+                continue
+            try:
+                facts, parts = opened(answer.content, who)
+            except WireError as error:
+                troubles[node] = str(error)
+                continue
+            self.traffic["up"] += sum(map(len, parts.values()))
+            if "refused" in facts:
+                troubles[node] = str(facts["refused"])
+            else:
+                found.append((node, facts, parts))
+        return found
+
+    def _name(self, node: int) -> str:
+        return f"node {self.roster.names.get(node, node)!r}"
 
 
 def lead(
@@ -430,4 +449,3 @@ def _same(one: Params, other: Params) -> bool:
 
 def _listed(items: Any) -> str:
     return ", ".join(str(item) for item in items)
-

@@ -1,9 +1,9 @@
 """A SuperNode that stays in memory: one process that asks the SuperLink for messages and answers them itself.
 
-To the SuperLink it is a SuperNode like any other: TLS, its own key, heartbeats. It differs from Flower's own in two
-ways. Model and data are loaded once, and it looks for messages often while a run goes on: Flower's starts a process
-for each message and looks every three seconds. And it runs no app that comes over the network: what is run is what
-is installed here.
+To the SuperLink it is a SuperNode like any other: TLS, its own key, heartbeats. It differs from Flower's own in
+two ways. Model and data are loaded once, and it looks for messages often while a run goes on: Flower's starts a
+process for each message and looks every three seconds. And it runs no app that comes over the network: what is run
+is what is installed here.
 """
 
 import time
@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umbel.errors import DeployError, UmbelError
-from umbel.flower.apps import LOG, answered, hear
+from umbel.flower.apps import answered, hear
+from umbel.flower.lead import LOG
 from umbel.flower.work import NodeSettings, Site, settings_of
 
 if TYPE_CHECKING:
     from flwr.app import Message
 
-BUSY, IDLE = 0.05, 2.0  # seconds between two looks, in a run and long after one
+BUSY, IDLE = 0.1, 2.0  # seconds between two looks, in a run and long after one
+EASE = 4.0  # how many times longer a pause is than the look before it took: a slow server is left in peace
 LINK = {"superlink", "root_certificates", "key"}  # of a node's file; the rest are NodeSettings
 
 
@@ -72,14 +74,22 @@ def serve(settings: NodeSettings, link: Link, ended: Callable[[], bool] = lambda
 
     hear()
     site, keys = Site(settings), _keys(link.key)
-    with http_request_response(
-        link.superlink, link.root_certificates is None, link.root_certificates, keys
-    ) as (_, receive, send, _, _, pull, push, confirm):
+    with http_request_response(link.superlink, link.root_certificates is None, link.root_certificates, keys) as (
+        _,
+        receive,
+        send,
+        _,
+        _,
+        pull,
+        push,
+        confirm,
+    ):
         LOG.info("node %r is online at %s, with clients %s", settings.name, link.superlink, settings.clients)
         pause = BUSY
         while not ended():
+            begin = time.perf_counter()
             if (came := receive()) is None:
-                time.sleep(pause)
+                time.sleep(max(pause, EASE * (time.perf_counter() - begin)))
                 pause = min(pause * 1.02, IDLE)
                 continue
             pause = BUSY
@@ -143,7 +153,7 @@ def _keys(path: Path | None) -> Any:
     except (OSError, ValueError) as error:
         raise DeployError(f"{path} is no private key that can be read: {error}") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise DeployError(f"{path} is no elliptic curve key; make one by ssh-keygen -t ecdsa -b 384 -N '' -f {path}")
+        raise DeployError(
+            f"{path} is no elliptic curve key; make one by ssh-keygen -t ecdsa -b 384 -N '' -f {path}"
+        )
     return key, key.public_key()
-
-

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 KINDS = {"hello": "query.hello", "train": "train", "evaluate": "evaluate"}
 """What is asked → the type of Flower's message."""
 FORMAT = "safetensors"
+SMALL = (
+    1 << 20
+)  # bytes; Flower cuts arrays into pieces and sends equal ones once, but each takes requests of its own
 
 
 def kind_of(message_type: str) -> str:
@@ -33,8 +36,12 @@ def content_of(facts: Facts, parts: Parts) -> "RecordDict":
     """What a Flower message with them carries."""
     from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-    arrays = {name: Array("uint8", (len(part),), FORMAT, part) for name, part in parts.items() if part}
-    return RecordDict({"facts": ConfigRecord({"json": json.dumps(facts)}), "tensors": ArrayRecord(arrays)})
+    small = {name: part for name, part in parts.items() if part and len(part) <= SMALL}
+    arrays = {n: Array("uint8", (len(part),), FORMAT, part) for n, part in parts.items() if len(part) > SMALL}
+    content = RecordDict({"umbel": ConfigRecord({"facts": json.dumps(facts), **small})})
+    if arrays:
+        content["tensors"] = ArrayRecord(arrays)
+    return content
 
 
 def opened(content: "RecordDict", who: str) -> tuple[Facts, Parts]:
@@ -44,13 +51,19 @@ def opened(content: "RecordDict", who: str) -> tuple[Facts, Parts]:
         WireError: it is something else; `who` has sent it.
     """
     try:
-        facts: Any = json.loads(str(content.config_records["facts"]["json"]))
-        arrays = dict(content.array_records["tensors"])
+        record = dict(content.config_records["umbel"])
+        facts: Any = json.loads(str(record.pop("facts")))
     except (KeyError, ValueError) as error:
         raise WireError(f"{who}: this is no message of umbel's ({error!r})") from None
     if not isinstance(facts, dict):
         raise WireError(f"{who}: this is no message of umbel's (its facts are no table)")
-    for name, array in arrays.items():
+    parts: Parts = {}
+    for name, part in record.items():
+        if not isinstance(part, bytes):
+            raise WireError(f"{who}: {name} came as {type(part).__name__}, where bytes were expected")
+        parts[name] = part
+    for name, array in content.array_records.get("tensors", {}).items():
         if array.stype != FORMAT:
             raise WireError(f"{who}: {name} came as {array.stype!r}; only {FORMAT} is read")
-    return facts, {name: array.data for name, array in arrays.items()}
+        parts[name] = array.data
+    return facts, parts

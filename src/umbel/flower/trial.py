@@ -1,12 +1,12 @@
 """A deployment's folder, and a whole deployment on one machine.
 
-    DIR/app/                       the Flower app: the recipe, and two lines of Python
-    DIR/certificates/              ca.crt for everyone; server.pem and server.key for the SuperLink
-    DIR/keys/                      a key pair for each node
-    DIR/nodes/node-1.toml …        each node's settings
-    DIR/flwr/config.toml           how `flwr` finds the SuperLink; FLWR_HOME
-    DIR/compose.yaml, README.md    the same in containers, and the commands
-    DIR/logs/  DIR/run/  DIR/state/    what a trial leaves: logs, the run folder, what nodes keep
+DIR/app/                       the Flower app: the recipe, and two lines of Python
+DIR/certificates/              ca.crt for everyone; server.pem and server.key for the SuperLink
+DIR/keys/                      a key pair for each node
+DIR/nodes/node-1.toml …        each node's settings
+DIR/flwr/config.toml           how `flwr` finds the SuperLink; FLWR_HOME
+DIR/compose.yaml, README.md    the same in containers, and the commands
+DIR/logs/  DIR/run/  DIR/state/    what a trial leaves: logs, the run folder, what nodes keep
 """
 
 import json
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ The parts, each on its own machine (docs/deploy.md says what goes where):
     export FLWR_HOME={folder}/flwr
 
     # the server
-    flower-superlink --ssl-ca-certfile {folder}/certificates/ca.crt --ssl-certfile {folder}/certificates/server.pem \\
+    flower-superlink --ssl-ca-certfile {folder}/certificates/ca.crt \\
+        --ssl-certfile {folder}/certificates/server.pem \\
         --ssl-keyfile {folder}/certificates/server.key --enable-supernode-auth --host {host} --port {port} \\
         --disable-runtime-dependency-installation
     flwr supernode register {folder}/keys/node-1.pub {connection}          # for each node, once
@@ -110,7 +112,7 @@ The parts, each on its own machine (docs/deploy.md says what goes where):
 """
 COMPOSE = """\
 # docker compose up          (the image is any with Python, umbel[flower] and, on nodes, PyTorch for its device)
-# What is mounted where is the whole of what a container sees: a node gets its own key and its own data, nothing else.
+# What is mounted is all that a container sees: a node gets its own key and its own data, nothing else.
 services:
   superlink:
     image: ${{UMBEL_IMAGE:-umbel}}
@@ -144,7 +146,12 @@ SERVICE = """\
 
 
 def init(
-    folder: Path, recipe: Recipe, num_nodes: int, host: str = "127.0.0.1", port: int = 9300, more_hosts: Sequence[str] = ()
+    folder: Path,
+    recipe: Recipe,
+    num_nodes: int,
+    host: str = "127.0.0.1",
+    port: int = 9300,
+    more_hosts: Sequence[str] = (),
 ) -> None:
     """Writes a deployment's folder.
 
@@ -213,7 +220,7 @@ def deal(num_clients: int, num_nodes: int) -> list[str]:
     if not 1 <= num_nodes <= num_clients:
         raise DeployError(f"{num_nodes} nodes for {num_clients} clients: a node has at least one of them")
     ends = [num_clients * node // num_nodes for node in range(num_nodes + 1)]
-    return [f"{first}-{last - 1}" if last - first > 1 else str(first) for first, last in zip(ends, ends[1:], strict=False)]
+    return [f"{first}-{last - 1}" if last - first > 1 else str(first) for first, last in pairwise(ends)]
 
 
 @dataclass(frozen=True)
@@ -259,7 +266,9 @@ def up(
         DeployError: a part does not start, or the run ends before its last round.
     """
     out = free_name(folder / "run")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # as Ctrl-C: nothing is left behind
+    signal.signal(
+        signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT)
+    )  # as Ctrl-C: nothing is left behind
     with started(folder, said, stock) as trial:
         said("the run begins")
         config = " ".join([f"out='{out.absolute()}'", *options])
@@ -308,8 +317,7 @@ def started(folder: Path, said: Callable[[str], None], stock: bool = False) -> I
         server = stack.enter_context(process(link, folder / "logs" / "superlink.log", environment))
         wait_for(host, int(port), server, folder / "logs" / "superlink.log")
         said(f"the SuperLink is up at {host}:{port}, with TLS")
-        for path in nodes:
-            trial.flwr("supernode", "register", str(folder / "keys" / f"{path.stem}.pub"), CONNECTION)
+        register(trial, [folder / "keys" / f"{path.stem}.pub" for path in nodes])
         for path in nodes:
             log = folder / "logs" / f"{path.stem}.log"
             command = [tool("umbel"), "deploy", "node", str(path)]
@@ -318,6 +326,24 @@ def started(folder: Path, said: Callable[[str], None], stock: bool = False) -> I
             stack.enter_context(process(command, log, environment))
         said(f"{len(nodes)} nodes are started")
         yield trial
+
+
+def register(trial: Trial, keys: Sequence[Path]) -> None:
+    """Makes the SuperLink know the nodes' public keys.
+
+    Raises:
+        DeployError: it refuses one.
+    """
+    # All in one process, for each of Flower's commands takes seconds to load.
+    code = (
+        "import sys\n"
+        "from flwr.cli.app import app\n"
+        "for key in sys.argv[2:]: app(['supernode', 'register', key, sys.argv[1]], standalone_mode=False)\n"
+    )
+    command = [sys.executable, "-c", code, CONNECTION, *map(str, keys)]
+    done = subprocess.run(command, capture_output=True, text=True, env=trial.environment, check=False)
+    if done.returncode or done.stdout.count("registered") < len(keys):
+        raise DeployError(f"the SuperLink does not take the nodes' keys:\n{done.stdout}{done.stderr}")
 
 
 def stock_node(path: Path) -> list[str]:

@@ -23,7 +23,11 @@ def packed(tensors: Params) -> bytes:
     from safetensors.torch import save
 
     # A copy of each: rows of one state share their memory, which the format does not know.
-    return save({name: leaf.detach().cpu().contiguous().clone() for name, leaf in tensors.items()}) if tensors else b""
+    return (
+        save({name: leaf.detach().cpu().contiguous().clone() for name, leaf in tensors.items()})
+        if tensors
+        else b""
+    )
 
 
 def unpacked(content: bytes, who: str) -> Params:
@@ -41,8 +45,7 @@ def unpacked(content: bytes, who: str) -> Params:
 
 
 def filled(templates: Iterable[S], tensors: Params, who: str) -> S:
-    """A state like the first template that has just these tensors, with them in it; what is no tensor is the
-    template's.
+    """The first template that has just such tensors, with these in place of its own.
 
     Raises:
         WireError: no template fits, or a tensor holds NaN or infinity; it names the tensor and `who` sent it.

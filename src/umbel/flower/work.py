@@ -208,7 +208,7 @@ def hello(work: Work, server: Fingerprint) -> Facts:
         WireError: the server has another base.
     """
     if wrong := differences(server, work.fingerprint):
-        raise WireError(f"its base is another than the server's; {'; '.join(wrong)}")
+        raise WireError(f"its base is not the server's; {'; '.join(wrong)}")
     clients = work.settings.numbers
     train = work.task.train
     facts: Facts = {
@@ -302,7 +302,9 @@ def with_data(task: Task, settings: NodeSettings, seed: int) -> Task:
         DataError: a client's file or function gives no data that the model can train on.
     """
     if task.serves is not None:
-        raise DataError(f"{task.name}: pooled slots have tests of several owners; leave the node's data to the task")
+        raise DataError(
+            f"{task.name}: pooled slots have tests of several owners; leave the node's data to the task"
+        )
     clients = settings.numbers
     given = [client_data(settings.data, client) for client in clients.tolist()]
     if all(test is not None for _, test in given):
@@ -316,8 +318,14 @@ def client_data(source: str, client: int) -> tuple[tuple[Tensor, Tensor], tuple[
     """A client's (x, y) and, if they are given, (x_test, y_test); see NodeSettings.data."""
     if ":" in source and not Path(source).exists():
         given = function_of(source)(client)
-        if not isinstance(given, tuple) or len(given) not in (2, 4) or not all(isinstance(t, Tensor) for t in given):
-            raise DataError(f"{source} must return the tensors (x, y) or (x, y, x_test, y_test) of client {client}")
+        if (
+            not isinstance(given, tuple)
+            or len(given) not in (2, 4)
+            or not all(isinstance(t, Tensor) for t in given)
+        ):
+            raise DataError(
+                f"{source} must return the tensors (x, y) or (x, y, x_test, y_test) of client {client}"
+            )
         return (given[0], given[1]), (given[2], given[3]) if len(given) == 4 else None
     stem = Path(source).expanduser() / f"client-{client:06d}"
     files: Iterable[Path] = (stem.with_suffix(".safetensors"), stem.with_suffix(".npz"))
@@ -345,4 +353,3 @@ def _spread(examples: Examples, clients: np.ndarray, task: Task) -> Examples:
     start, count = np.zeros(task.num_clients, np.int64), np.zeros(task.num_clients, np.int64)
     start[clients], count[clients] = examples.start, examples.count
     return Examples(examples.x, examples.y, start, count)
-
