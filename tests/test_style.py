@@ -62,7 +62,7 @@ INSIDE = {
     "flower": "wire fingerprint credentials \n kept \n work \n post \n lead \n apps \n node \n trial",
     "model": "copies dropout nets pretrained \n stacked \n loss",
     "tasks": "augment corpora partition task \n bases grouped pool texts slots \n"
-    "tokens cifar digits femnist mnist shakespeare synthetic \n language cifar_vit glue dolly flan_feddpa \n"
+    "tokens cifar digits femnist mnist shakespeare synthetic own \n language cifar_vit glue dolly flan_feddpa \n"
     "ag_news code_vs_prose multilingual shakespeare_roles \n unused",
 }
 # A report is made of what lies in run folders, never of a run.

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -229,6 +229,7 @@ class Trial:
 
     folder: Path
     environment: dict[str, str]
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def flwr(self, *arguments: str) -> str:
         """What a command of Flower's prints.
@@ -265,32 +266,40 @@ def up(
     Raises:
         DeployError: a part does not start, or the run ends before its last round.
     """
-    out = free_name(folder / "run")
     signal.signal(
         signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT)
     )  # as Ctrl-C: nothing is left behind
+    out = free_name(folder / "run")
     with started(folder, said, stock) as trial:
         said("the run begins")
-        config = " ".join([f"out='{out.absolute()}'", *options])
-        log = folder / "logs" / "run.log"
-        command = [tool("flwr"), "run", str(folder / "app"), CONNECTION, "--stream", "--run-config", config]
-        with process(command, log, trial.environment) as run:
-            shown = 0
-            while True:
-                ended = run.poll() is not None
-                lines = read_lines(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
-                for figures in lines[shown:]:
-                    told(figures)
-                shown = len(lines)
-                if ended:
-                    break
-                time.sleep(0.2)
-        status = json.loads(trial.flwr("list", CONNECTION, "--format", "json"))
-        ends = [run["status"] for run in status.get("runs", [])]
-        if not ends or not ends[0].startswith("finished:completed"):
-            errors = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-            raise DeployError(f"the run has ended as {ends[:1] or 'nothing'}:\n" + "\n".join(errors[-15:]))
+        lead_run(trial, out, told, options)
     return out
+
+
+def lead_run(trial: Trial, out: Path, told: Callable[[dict[str, Any]], None], options: Sequence[str] = ()) -> None:
+    """Has the SuperLink do the run; its folder is `out`.
+
+    Raises:
+        DeployError: it ends before its last round.
+    """
+    config = " ".join([f"out='{out.absolute()}'", *options])
+    log = trial.folder / "logs" / "run.log"
+    command = [tool("flwr"), "run", str(trial.folder / "app"), CONNECTION, "--stream", "--run-config", config]
+    with process(command, log, trial.environment) as run:
+        shown, ended = 0, False
+        while not ended:
+            ended = run.poll() is not None
+            lines = read_lines(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
+            for figures in lines[shown:]:
+                told(figures)
+            shown = len(lines)
+            time.sleep(0.2)
+    # Its exit code says nothing of how the run went.
+    status = json.loads(trial.flwr("list", CONNECTION, "--format", "json"))
+    ends = [run["status"] for run in status.get("runs", [])]
+    if not ends or not ends[0].startswith("finished:completed"):
+        errors = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+        raise DeployError(f"the run has ended as {', '.join(ends[:1]) or 'nothing'}:\n" + "\n".join(errors[-15:]))
 
 
 @contextmanager
@@ -315,6 +324,7 @@ def started(folder: Path, said: Callable[[str], None], stock: bool = False) -> I
         link = [tool("flower-superlink"), *tls, "--enable-supernode-auth", "--host", host, "--port", port]
         link.append("--disable-runtime-dependency-installation")
         server = stack.enter_context(process(link, folder / "logs" / "superlink.log", environment))
+        trial.processes.append(server)
         wait_for(host, int(port), server, folder / "logs" / "superlink.log")
         said(f"the SuperLink is up at {host}:{port}, with TLS")
         register(trial, [folder / "keys" / f"{path.stem}.pub" for path in nodes])
@@ -323,7 +333,7 @@ def started(folder: Path, said: Callable[[str], None], stock: bool = False) -> I
             command = [tool("umbel"), "deploy", "node", str(path)]
             if stock:
                 command = [*stock_node(path), "--port", str(free_port(host)), *tls]
-            stack.enter_context(process(command, log, environment))
+            trial.processes.append(stack.enter_context(process(command, log, environment)))
         said(f"{len(nodes)} nodes are started")
         yield trial
 

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -34,6 +33,7 @@ from umbel.onboarding import read_client
 from umbel.recipe import Recipe, Table, load, read
 from umbel.rounds import start
 from umbel.tasks import Task
+from umbel.tasks.own import function_of
 from umbel.tasks.pool import pooled
 from umbel.tasks.task import split
 from umbel.tree import Params
@@ -333,19 +333,6 @@ def client_data(source: str, client: int) -> tuple[tuple[Tensor, Tensor], tuple[
     if found is None:
         raise DataError(f"client {client} has no data: there is no {stem}.safetensors or .npz")
     return read_client(found)
-
-
-def function_of(place: str) -> Any:
-    """The function that "module:function" names.
-
-    Raises:
-        DataError: there is none.
-    """
-    module, _, name = place.partition(":")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise DataError(f"{place}: there is no such function ({error}); is its folder in PYTHONPATH?") from None
 
 
 def _spread(examples: Examples, clients: np.ndarray, task: Task) -> Examples:
