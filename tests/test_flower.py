@@ -1,6 +1,7 @@
 """Runs over Flower's messages are those of one machine, bit for bit, and what does not fit is refused."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from uuid import uuid4
 
@@ -10,6 +11,13 @@ import torch
 
 pytest.importorskip("flwr", reason="flwr is not installed")
 
+from flwr.app.message import remove_content_from_message
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import save_file
 
@@ -19,6 +27,7 @@ from umbel.clients import Examples
 from umbel.errors import DeployError, RecipeError
 from umbel.flower.apps import answered
 from umbel.flower.lead import Patience, lead
+from umbel.flower.node import Link, serve
 from umbel.flower.post import opened
 from umbel.flower.trial import deal
 from umbel.flower.wire import packed, unpacked
@@ -335,3 +344,71 @@ def test_clients_are_dealt_to_nodes(num_nodes):
     dealt = [NodeSettings(clients=own).numbers.tolist() for own in deal(7, num_nodes)]
     assert [client for own in dealt for client in own] == list(range(7))
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+
+
+# A node in one process.
+
+
+class Link1:
+    """A SuperLink's side of one node's connection, in this process."""
+
+    def __init__(self):
+        self.questions, self.objects, self.answers, self.confirmed = [], {}, [], []
+
+    def ask(self, message):
+        message.metadata.__dict__["_message_id"] = message.object_id
+        self.objects |= {name: one.deflate() for name, one in get_all_nested_objects(message).items()}
+        self.questions.append((remove_content_from_message(message), get_object_tree(message)))
+
+    def connected(self, *_):
+        def receive():
+            return self.questions.pop(0) if self.questions else None
+
+        def send(message, objects, seconds):
+            self.answers.append((message, objects))
+            return {leaf.object_id for leaf in iterate_object_tree(objects)}, "session"
+
+        def push(run, session, name, content):
+            self.objects[name] = content
+
+        functions = (lambda run, name: self.objects[name]), push, (lambda run, name: self.confirmed.append(name))
+        return nullcontext((1, receive, send, None, None, *functions))
+
+    def opened(self):
+        _, objects = self.answers[-1]
+        names = [leaf.object_id for leaf in iterate_object_tree(objects)]
+        whole = inflate_object_from_contents(objects.object_id, {name: self.objects[name] for name in names})
+        return opened(whole.content, "")
+
+
+def served(link, settings, monkeypatch):
+    """Lets a node answer all that it is asked."""
+    monkeypatch.setattr("flwr.supernode.fleet_http_connection.http_request_response", link.connected)
+    serve(settings, Link("here:1", None, None), lambda: not link.questions)
+
+
+def test_a_node_answers_and_one_that_was_killed_answers_when_it_is_back(tmp_path, monkeypatch):
+    grid = Recording(sites(tmp_path / "grid", "0-4"))
+    lead(grid, floral(), patience=Patience(0.5, 0.5, 0.5))
+    hello, train = (
+        next(m for m, _ in grid.pairs if m.metadata.message_type == t) for t in ("query.hello", "train")
+    )
+    expected = opened(next(a for m, a in grid.pairs if m is train).content, "")[1]
+    settings, link = NodeSettings("a", "0-4", str(tmp_path / "state")), Link1()
+    link.ask(hello)
+    served(link, settings, monkeypatch)
+    assert link.opened()[0]["clients"] == [0, 1, 2, 3, 4]
+    assert len(link.confirmed) == 1
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    link.ask(train)
+    with monkeypatch.context() as patched:
+        patched.setattr("umbel.flower.node.answered", killed)
+        with pytest.raises(KeyboardInterrupt):
+            served(link, settings, monkeypatch)
+    assert len(link.answers) == 1
+    served(link, settings, monkeypatch)
+    assert link.opened()[1] == expected
+    assert not (tmp_path / "state" / "inbox").exists()

@@ -17,6 +17,7 @@ from umbel.errors import DeployError, UmbelError
 from umbel.flower.apps import answered, hear
 from umbel.flower.lead import LOG
 from umbel.flower.work import NodeSettings, Site, settings_of
+from umbel.folder import write
 
 if TYPE_CHECKING:
     from flwr.app import Message
@@ -68,23 +69,23 @@ def serve(settings: NodeSettings, link: Link, ended: Callable[[], bool] = lambda
     """Answers the SuperLink's messages until `ended`, which is asked between two of them.
 
     Raises:
-        DeployError: the key cannot be read.
+        DeployError: the key cannot be read, or the connection has broken for good.
     """
     from flwr.supernode.fleet_http_connection import http_request_response
 
     hear()
     site, keys = Site(settings), _keys(link.key)
-    with http_request_response(link.superlink, link.root_certificates is None, link.root_certificates, keys) as (
-        _,
-        receive,
-        send,
-        _,
-        _,
-        pull,
-        push,
-        confirm,
-    ):
+    inbox = Inbox(Path(settings.state).expanduser() / "inbox")
+    connection = http_request_response(
+        link.superlink, link.root_certificates is None, link.root_certificates, keys
+    )
+    with connection as (node, receive, send, _, _, pull, push, confirm):
         LOG.info("node %r is online at %s, with clients %s", settings.name, link.superlink, settings.clients)
+        # The SuperLink gives a message out once: what a process before this one has left undone is done first.
+        if (left := inbox.message(node)) is not None:
+            LOG.info("node %r goes on with a message that it had not answered", settings.name)
+            _send(_answer(site, left), 0.0, send, push)
+        inbox.clear()
         pause = BUSY
         while not ended():
             begin = time.perf_counter()
@@ -94,9 +95,42 @@ def serve(settings: NodeSettings, link: Link, ended: Callable[[], bool] = lambda
                 continue
             pause = BUSY
             message = _whole(*came, pull, confirm)
+            inbox.put(message)
             begin = time.perf_counter()
             answer = _answer(site, message)
             _send(answer, time.perf_counter() - begin, send, push)
+            inbox.clear()
+        return
+    # Flower's connection keeps errors to itself, but for the log.
+    raise DeployError(f"the connection to {link.superlink} has broken; start the node again")
+
+
+@dataclass(frozen=True)
+class Inbox:
+    """The message that is being answered, on disk: whoever is killed meanwhile answers it when it is back."""
+
+    path: Path
+
+    def put(self, message: "Message") -> None:
+        """Keeps a message until `clear`."""
+        from flwr.common.serde import message_to_proto
+
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write(self.path, message_to_proto(message).SerializeToString())
+
+    def message(self, node: int) -> "Message | None":
+        """The message that is there, if it was to this node of Flower's."""
+        from flwr.common.serde import message_from_proto
+        from flwr.proto.message_pb2 import Message as Encoded
+
+        if not self.path.is_file():
+            return None
+        message: Any = message_from_proto(Encoded.FromString(self.path.read_bytes()))
+        return message if message.metadata.dst_node_id == node else None  # type: ignore[no-any-return]
+
+    def clear(self) -> None:
+        """Forgets it."""
+        self.path.unlink(missing_ok=True)
 
 
 def _answer(site: Site, message: "Message") -> "Message":
@@ -133,12 +167,16 @@ def _send(answer: "Message", seconds: float, send: Any, push: Any) -> None:
         no_object_id_recompute,
     )
     from flwr.supercore.inflatable.inflatable_utils import push_objects
+    from flwr.supercore.run import RunNotRunningException
 
     answer.metadata.__dict__["_message_id"] = answer.object_id
-    with no_object_id_recompute():
-        objects, run = get_all_nested_objects(answer), answer.metadata.run_id
-        wanted, session = send(answer, get_object_tree(answer), seconds)
-        push_objects(objects, lambda one, content: push(run, session, one, content), object_ids_to_push=wanted)
+    try:
+        with no_object_id_recompute():
+            objects, run = get_all_nested_objects(answer), answer.metadata.run_id
+            wanted, session = send(answer, get_object_tree(answer), seconds)
+            push_objects(objects, lambda one, content: push(run, session, one, content), object_ids_to_push=wanted)
+    except RunNotRunningException:
+        LOG.warning("the run has ended; nobody waits for the answer")
 
 
 def _keys(path: Path | None) -> Any:
