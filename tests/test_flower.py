@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from test_battery import CASES, GROUP, every, labelled, net
 from umbel import tree
 from umbel.clients import Examples
-from umbel.errors import DeployError, RecipeError
+from umbel.errors import DeployError, RecipeError, RoundError
 from umbel.flower.apps import answered
 from umbel.flower.lead import Patience, lead
 from umbel.flower.node import Link, serve
@@ -230,6 +230,35 @@ def test_a_node_with_another_base_is_refused_by_name(tmp_path, caplog):
         DeployError, match=r"client 4(.|\n)*'ward': its base is not the server's.*tensor 0\.weight: the node has"
     ):
         lead(grid, floral(), patience=Patience(0.5, 0.5, 0.5))
+
+
+@dataclass
+class Confused(Site):
+    """A node that says something else than what it was asked."""
+
+    def answer(self, kind, facts, parts):
+        told, answer = super().answer(kind, facts, parts)
+        match self.settings.name:
+            case "hello":
+                return told | {"examples": "many"}, answer
+            case "score":
+                return told, answer | ({"scores": packed({"loss": torch.zeros(7)})} if kind == "evaluate" else {})
+            case _:
+                return told | {"clients": [99], "examples": [1]}, answer
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "told"),
+    [
+        ("hello", DeployError, "does not say what a node says"),
+        ("clients", DeployError, "its clients are 99, of 5 that there are"),
+        ("score", RoundError, "loss is not of the 1 tests"),
+    ],
+)
+def test_answers_that_make_no_sense_do_not_stop_the_server_in_its_tracks(name, error, told, tmp_path):
+    ward = Confused(NodeSettings(name, "4", str(tmp_path / "ward")))
+    with pytest.raises(error, match=told):
+        lead(FakeGrid([*sites(tmp_path, "0-3"), ward]), floral(), patience=Patience(0.5, 0.5, 0.5))
 
 
 def test_missing_and_doubled_clients_are_named(tmp_path):

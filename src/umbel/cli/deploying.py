@@ -74,7 +74,11 @@ def up(
             if not quiet:
                 say(line_of(figures))
 
-        out = trial.up(folder, shown, lambda text: None if quiet else say(text), stock, option or ())
+        try:
+            out = trial.up(folder, shown, lambda text: None if quiet else say(text), stock, option or ())
+        except KeyboardInterrupt:
+            say(f"stopped, with all that was started; its logs are in {folder / 'logs'}")
+            raise typer.Exit(130) from None
         print(f"results: {out}      (umbel report {out})")
 
 

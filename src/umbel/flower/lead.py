@@ -61,16 +61,21 @@ class Roster:
     labels: dict[int, list[int]] = field(default_factory=dict)  # of a client, how many of each
     refused: dict[int, str] = field(default_factory=dict)  # node → why
 
-    def entered(self, node: int, facts: Facts) -> str:
+    def entered(self, node: int, facts: Facts, num_clients: int) -> str:
         """Lets a node in, or says why not."""
         name, clients = str(facts["name"]), [int(client) for client in facts["clients"]]
+        counts = [int(count) for count in facts["examples"]]
+        if len(counts) != len(clients) or not all(0 <= client < num_clients for client in clients):
+            return f"node {name!r}: its clients are {_listed(clients)}, of {num_clients} that there are"
+        if empty := [client for client, count in zip(clients, counts, strict=True) if count < 1]:
+            return f"node {name!r}: client {empty[0]} has no examples"
         taken = [client for client in clients if self.homes.get(client, node) != node]
         if taken:
             other = self.names[self.homes[taken[0]]]
             return f"node {name!r}: client {taken[0]} is on node {other!r} already"
         self.names[node] = name
         self.homes |= dict.fromkeys(clients, node)
-        self.examples |= dict(zip(clients, map(int, facts["examples"]), strict=True))
+        self.examples |= dict(zip(clients, counts, strict=True))
         self.slots |= dict(zip(clients, map(int, facts.get("slots", ())), strict=False))
         self.labels |= dict(zip(clients, facts.get("label_counts", ()), strict=False))
         return ""
@@ -143,12 +148,15 @@ class Nodes:
         self.greeted |= self._pushed("hello", {node: (facts, {}) for node in new})
         troubles: dict[int, str] = {}
         for node, told, _ in self._pulled(self.greeted, troubles):
-            if wrong := differences(self.fingerprint, told["fingerprint"]):
-                troubles[node] = f"node {told['name']!r}: its base is not the server's; {'; '.join(wrong)}"
-            elif why := self.roster.entered(node, told):
-                troubles[node] = why
-            else:
-                LOG.info("node %r is there, with clients %s", told["name"], _listed(told["clients"]))
+            try:
+                if wrong := differences(self.fingerprint, told["fingerprint"]):
+                    troubles[node] = f"node {told['name']!r}: its base is not the server's; {'; '.join(wrong)}"
+                elif why := self.roster.entered(node, told, self.task.num_clients):
+                    troubles[node] = why
+                else:
+                    LOG.info("node %r is there, with clients %s", told["name"], _listed(told["clients"]))
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                troubles[node] = f"{self._name(node)}: it does not say what a node says ({error!r})"
         for node, why in troubles.items():
             self.roster.refused[node] = why
             LOG.error("refused: %s", why)
@@ -175,10 +183,10 @@ class Nodes:
         waiting, slowest = there.tolist(), 0.0
         for node, told, parts in self.ask("train", questions, troubles):
             asked = [client for client in waiting if self.roster.homes[client] == node]
-            slowest = max(slowest, float(told.get("seconds", 0.0)))
             try:
+                slowest = max(slowest, float(told.get("seconds", 0.0)))
                 ready |= self._opened_uploads(node, asked, shared, round, parts)
-            except WireError as error:
+            except (WireError, TypeError, ValueError) as error:
                 troubles[node] = str(error)
             waiting = [client for client in waiting if client not in asked or client in ready]
             while waiting and waiting[0] in ready:
@@ -212,18 +220,18 @@ class Nodes:
         troubles: dict[int, str] = {}
         found: dict[int, tuple[Any, ...]] = {}
         mixture: Any = np.float32
-        for node, told, parts in self.ask("evaluate", questions, troubles):
-            who = self._name(node)
-            tensors = unpacked(parts.get("scores", b""), who)
-            if "loss" not in tensors or any(len(leaf) != len(told["tests"]) for leaf in tensors.values()):
-                troubles[node] = f"{who}: its scores are not of as many tests as it says"
+        for node, _, parts in self.ask("evaluate", questions, troubles):
+            own = self.task.tests_of(np.array(questions[node][0]["clients"]))
+            try:
+                rows = _scores_in(parts, len(own), self._name(node))
+            except WireError as error:
+                troubles[node] = str(error)
                 continue
-            rows = {name: leaf.numpy() for name, leaf in tensors.items()}
             mixture = rows["mixture"].dtype if "mixture" in rows else mixture
-            nothing = np.zeros((len(told["tests"]), 0), dtype=np.float32)
-            for place, test in enumerate(told["tests"]):
+            nothing = np.zeros((len(own), 0), dtype=np.float32)
+            for place, test in enumerate(own.tolist()):
                 right = rows["accuracy"][place] if "accuracy" in rows else None
-                found[int(test)] = (rows["loss"][place], right, rows.get("mixture", nothing)[place])
+                found[test] = (rows["loss"][place], right, rows.get("mixture", nothing)[place])
         for why in troubles.values():
             LOG.error("evaluation: %s", why)
         self.seen |= found
@@ -441,6 +449,22 @@ def _discrepancy(labels: Sequence[Sequence[int]], num_labels: int) -> np.ndarray
     from umbel.weighting import discrepancy_of
 
     return np.array([discrepancy_of(np.array([*own, *[0] * (num_labels - len(own))])) for own in labels])
+
+
+def _scores_in(parts: Parts, num_tests: int, who: str) -> dict[str, np.ndarray]:
+    """The "loss", "accuracy" and "mixture" of so many tests, those that are there.
+
+    Raises:
+        WireError: they are something else.
+    """
+    tensors = unpacked(parts.get("scores", b""), who)
+    dims = {"loss": 1, "accuracy": 1, "mixture": 2}
+    if "loss" not in tensors or not tensors.keys() <= dims.keys():
+        raise WireError(f"{who}: its scores are {_listed(tensors) or 'nothing'}, where {_listed(dims)} are known")
+    for name, leaf in tensors.items():
+        if leaf.dim() != dims[name] or len(leaf) != num_tests or not leaf.is_floating_point():
+            raise WireError(f"{who}: {name} is not of the {num_tests} tests that it was asked for")
+    return {name: leaf.numpy() for name, leaf in tensors.items()}
 
 
 def _same(one: Params, other: Params) -> bool:

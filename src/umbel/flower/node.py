@@ -126,7 +126,7 @@ class Inbox:
         if not self.path.is_file():
             return None
         message: Any = message_from_proto(Encoded.FromString(self.path.read_bytes()))
-        return message if message.metadata.dst_node_id == node else None  # type: ignore[no-any-return]
+        return message if message.metadata.dst_node_id == node else None
 
     def clear(self) -> None:
         """Forgets it."""
