@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -57,8 +58,10 @@ def test_the_folder_has_what_each_part_needs_and_nothing_secret_in_the_app(folde
     assert settings.numbers.tolist() == [2, 3]
     assert link.key is not None
     assert link.key.is_file()
-    services = (folder / "compose.yaml").read_text()
-    assert services.count("umbel deploy node /node/node-") == 3
+    services = yaml.safe_load((folder / "compose.yaml").read_text())["services"]
+    assert set(services) == {"superlink", "run", "node-1", "node-2", "node-3"}
+    assert [own for own in services["node-2"]["volumes"] if "keys" in own] == ["./keys/node-2:/keys/node-2:ro"]
+    assert all(".pub:" in own for own in services["run"]["volumes"] if "keys" in own)
 
 
 def test_a_folder_that_is_there_is_left_alone(folder):

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("flwr", reason="flwr is not installed")
 
+from flwr.app import Array
 from flwr.app.message import remove_content_from_message
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
@@ -24,13 +25,13 @@ from safetensors.torch import save_file
 from test_battery import CASES, GROUP, every, labelled, net
 from umbel import tree
 from umbel.clients import Examples
-from umbel.errors import DeployError, RecipeError, RoundError
+from umbel.errors import DeployError, RecipeError, RoundError, WireError
 from umbel.flower.apps import answered
 from umbel.flower.lead import Patience, lead
 from umbel.flower.node import Link, serve
-from umbel.flower.post import opened
+from umbel.flower.post import content_of, opened
 from umbel.flower.trial import deal
-from umbel.flower.wire import packed, unpacked
+from umbel.flower.wire import equal, packed, unpacked
 from umbel.flower.work import NodeSettings, Site, settings_of
 from umbel.recipe import Recipe
 from umbel.rounds import rounds, start
@@ -441,3 +442,36 @@ def test_a_node_answers_and_one_that_was_killed_answers_when_it_is_back(tmp_path
     served(link, settings, monkeypatch)
     assert link.opened()[1] == expected
     assert not (tmp_path / "state" / "inbox").exists()
+
+
+# Encoding.
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool]
+)
+def test_tensors_come_back_as_they_were(dtype):
+    tensors = {
+        "a/b.weight": torch.arange(6).reshape(2, 3).to(dtype),
+        "none": torch.empty(2, 0, dtype=dtype),
+        "number": torch.ones((), dtype=dtype),
+        "rows": torch.ones(1, 3, dtype=dtype).expand(4, 3)[:, ::2],
+    }
+    back = unpacked(packed(tensors), "")
+    assert set(back) == set(tensors)
+    assert all(equal(leaf, back[name]) for name, leaf in tensors.items())
+    assert packed({}) == b""
+
+
+def test_zeros_of_two_signs_are_two_things():
+    assert not equal(torch.zeros(1), -torch.zeros(1))
+
+
+def test_large_parts_travel_as_arrays_and_nothing_is_unpickled(monkeypatch):
+    monkeypatch.setattr("umbel.flower.post.SMALL", 10)
+    record = content_of({"round": 1}, {"small": b"a" * 10, "large": b"b" * 11})
+    assert list(record.array_records["tensors"]) == ["large"]
+    assert opened(record, "") == ({"round": 1}, {"small": b"a" * 10, "large": b"b" * 11})
+    record.array_records["tensors"]["large"] = Array(np.zeros(3))
+    with pytest.raises(WireError, match=r"ward: large came as 'numpy.ndarray'; only safetensors is read"):
+        opened(record, "ward")

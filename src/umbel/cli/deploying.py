@@ -85,6 +85,9 @@ def up(
 @deploy.command(cls=Command)
 def node(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The node's settings, such as nodes/node-1.toml.")],
+    superlink: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where the server is; by default where the file says.")
+    ] = "",
 ) -> None:
     """Run one node: it trains its clients whenever the server asks, and stays until it is stopped.
 
@@ -93,7 +96,7 @@ def node(
     with told():
         from umbel.flower.node import node_of, serve
 
-        settings, link = node_of(file)
+        settings, link = node_of(file, superlink)
         serve(settings, link)
 
 

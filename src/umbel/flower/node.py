@@ -36,8 +36,8 @@ class Link:
     key: Path | None  # the node's private key, an OpenSSH file
 
 
-def node_of(path: Path) -> tuple[NodeSettings, Link]:
-    """What a node's file says; paths in it are seen from its folder.
+def node_of(path: Path, superlink: str = "") -> tuple[NodeSettings, Link]:
+    """What a node's file says; paths in it are seen from its folder. `superlink` goes before the file's.
 
     Raises:
         DeployError: there is none, or it names files that are not there.
@@ -46,6 +46,7 @@ def node_of(path: Path) -> tuple[NodeSettings, Link]:
         table = {name.replace("-", "_"): value for name, value in tomllib.loads(path.read_text("utf-8")).items()}
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise DeployError(f"{path} cannot be read as a node's settings: {error}") from None
+    table |= {"superlink": superlink} if superlink else {}
     if "superlink" not in table:
         raise DeployError(f'{path} has no superlink = "host:port"')
     files: dict[str, Path | None] = {}

@@ -111,8 +111,13 @@ The parts, each on its own machine (docs/deploy.md says what goes where):
     flwr run {folder}/app {connection} --stream --run-config 'out="{folder}/run"'
 """
 COMPOSE = """\
-# docker compose up          (the image is any with Python, umbel[flower] and, on nodes, PyTorch for its device)
-# What is mounted is all that a container sees: a node gets its own key and its own data, nothing else.
+# docker compose up -d superlink
+# docker compose run --rm run flwr supernode register /keys/node-1.pub containers        # for each node, once
+# docker compose up -d
+# docker compose run --rm run
+#
+# UMBEL_IMAGE is any image with Python, umbel[flower] and PyTorch for its device. What is mounted is all that a
+# container sees: a node its own key, its settings and its own state; add its data.
 services:
   superlink:
     image: ${{UMBEL_IMAGE:-umbel}}
@@ -124,6 +129,14 @@ services:
 {environment}
     volumes: ["./certificates:/certificates:ro", "superlink:/state"]
     ports: ["{port}:{port}"]
+  run:
+    image: ${{UMBEL_IMAGE:-umbel}}
+    profiles: [run]
+    command: ["flwr", "run", "/app", "containers", "--stream", "--run-config", "out='/state/run'"]
+    environment:
+      <<: *quiet
+      FLWR_HOME: /flwr
+    volumes: ["./app:/app", "./flwr:/flwr", "./certificates/ca.crt:/certificates/ca.crt:ro"{public}]
 {services}
 volumes:
   superlink:
@@ -132,7 +145,7 @@ volumes:
 SERVICE = """\
   {name}:
     image: ${{UMBEL_IMAGE:-umbel}}
-    command: umbel deploy node /node/{name}.toml
+    command: umbel deploy node /node/{name}.toml --superlink superlink:{port}
     environment: *quiet
     read_only: true
     tmpfs: [/tmp]
@@ -181,7 +194,9 @@ def init(
     schedule = recipe.schedule
     told = PYPROJECT.format(label=json.dumps(recipe.label), rounds=schedule.rounds, seed=schedule.seed)
     (folder / "app" / "pyproject.toml").write_text(told, "utf-8")
-    write_certificates(folder / "certificates", list(dict.fromkeys([host, "localhost", "127.0.0.1", *more_hosts])))
+    write_certificates(
+        folder / "certificates", list(dict.fromkeys([host, "localhost", "127.0.0.1", "superlink", *more_hosts]))
+    )
     (folder / "nodes").mkdir()
     names = [f"node-{number}" for number in range(1, num_nodes + 1)]
     for name, clients in zip(names, dealt, strict=True):
@@ -199,15 +214,17 @@ def init(
     (folder / "flwr").mkdir()
     certificate = (folder / "certificates" / "ca.crt").absolute()
     connection = {"address": f"{host}:{port}", "root-certificates": str(certificate)}
-    document = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
+    inside_network = {"address": f"superlink:{port}", "root-certificates": "/certificates/ca.crt"}
+    document = {"superlink": {"default": CONNECTION, CONNECTION: connection, "containers": inside_network}}
     (folder / "flwr" / "config.toml").write_text(tomli_w.dumps(document), "utf-8")
     exported = "\n    ".join(f"export {name}={value}" for name, value in QUIET.items())
     said = README.format(folder=folder, environment=exported, host=host, port=port, connection=CONNECTION)
     (folder / "README.md").write_text(said, "utf-8")
     inside = "\n".join(f'      {name}: "{value}"' for name, value in QUIET.items())
-    services = "".join(SERVICE.format(name=name) for name in names)
+    services = "".join(SERVICE.format(name=name, port=port) for name in names)
+    public = "".join(f', "./keys/{name}.pub:/keys/{name}.pub:ro"' for name in names)
     volumes = "\n".join(f"  {name}:" for name in names)
-    compose = COMPOSE.format(port=port, environment=inside, services=services, volumes=volumes)
+    compose = COMPOSE.format(port=port, environment=inside, services=services, volumes=volumes, public=public)
     (folder / "compose.yaml").write_text(compose, "utf-8")
 
 

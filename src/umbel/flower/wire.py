@@ -96,8 +96,11 @@ def apart(state: Any) -> tuple[Params, Params]:
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same, type and bits (but for the signs of zeros)."""
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.cpu(), other.cpu())
+    """Whether two tensors are the same, to the sign of a zero; one with NaN is like none."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    one, other = one.cpu(), other.cpu()
+    return torch.equal(one, other) and torch.equal(one.signbit(), other.signbit())
 
 
 @contextmanager
