@@ -47,6 +47,7 @@ LAYERS = """
     pretrainable
     pretraining runs
     onboarding exporting serving
+    flower
     tables
     plots
     report
@@ -55,15 +56,16 @@ LAYERS = """
 INSIDE = {
     "secure": "settings secrets messages \n fixed_point client \n server \n exchange",
     "privacy": "settings \n accounting clipping",
-    "cli": "said \n options watch show \n jobs onboarding exporting \n comparing \n app",
+    "cli": "said \n options watch show \n jobs onboarding exporting deploying \n comparing \n app",
     "adapters": "places bank \n lora_layers lora_folders precondition \n mixture plan \n products \n averaging",
     "methods": "protocol server gate \n routing lora settling \n similarity trusting \n"
     "fedavg local floral ensemble fedsa_lora flexlora fedit feddpa fl_tac threshold_clustering trust \n"
     "ffa_lora fedem ifca fedprox finetune apfl partial local_adapter knnper \n"
     "ditto pfedme fedper fedbn \n fedrep",
+    "flower": "wire fingerprint credentials \n kept \n work \n post \n lead \n apps \n node \n trial",
     "model": "copies dropout nets pretrained \n stacked \n loss recompute",
     "tasks": "augment corpora partition task \n bases grouped pool texts slots \n"
-    "tokens cifar digits femnist mnist shakespeare synthetic \n language cifar_vit glue dolly flan_feddpa \n"
+    "tokens cifar digits femnist mnist shakespeare synthetic own \n language cifar_vit glue dolly flan_feddpa \n"
     "ag_news code_vs_prose multilingual shakespeare_roles \n unused",
 }
 # A report is made of what lies in run folders, never of a run.
@@ -84,8 +86,9 @@ LATE = {
     "datasets",
     "peft",
     "transformers",
+    "flwr",
 }  # imported where they are used: they take their time
-NEVER = {"flwr", "pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "random"}
+NEVER = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "random"}
 UNSAFE = {"torch.save", "torch.load", "np.load", "np.save", "torch.serialization.load"}
 SEEDING = {
     "torch.manual_seed",
@@ -211,6 +214,7 @@ def test_nothing_unwanted_is_imported(module):
     everywhere = {name.split(".")[0] for name in imports(module)}
     at_once = {name.split(".")[0] for name in imports(module, late=False)}
     assert everywhere.isdisjoint(NEVER)
+    assert "flwr" not in everywhere or module.startswith("flower.")
     assert at_once & LATE <= ({"typer"} if module.partition(".")[0] == "cli" else set())
 
 

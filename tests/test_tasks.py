@@ -28,6 +28,7 @@ from umbel.tasks import (
     FEMNISTDigits,
     FlanFedDPA,
     Multilingual,
+    Own,
     Shakespeare,
     ShakespeareRoles,
     SyntheticLinear,
@@ -52,6 +53,7 @@ SMALL = {  # those of files on data sets of noise
     "glue": GLUE(num_holders=3, length=32),
     "mnist": MNIST(num_clients=8),
     "multilingual": Multilingual(**WINDOWS),
+    "own": Own("test_tasks:own_task"),
     "shakespeare": Shakespeare(least_letters=500, hidden=8),
     "shakespeare_roles": ShakespeareRoles(length=8, public_windows=0, num_clients=1),
     "synthetic_linear": SyntheticLinear(num_test=20),
@@ -63,6 +65,10 @@ every_task = pytest.mark.parametrize("recipe", SMALL.values(), ids=SMALL)
 GROUPED = {name: recipe for name, recipe in SMALL.items() if hasattr(recipe, "num_groups") and name not in SLOTS}
 every_grouped_task = pytest.mark.parametrize("recipe", GROUPED.values(), ids=GROUPED)
 every_synthetic = pytest.mark.parametrize("cls", [SyntheticLinear, SyntheticMLP])
+
+
+def own_task(seed):
+    return Digits(num_clients=4).load(seed)
 
 
 def pairs(x, y):

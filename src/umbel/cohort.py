@@ -148,7 +148,14 @@ class Cohort:
         self, shared: Any, store: PrivateStore, clients: np.ndarray, round: int, weights: np.ndarray | None = None
     ) -> tuple[Any, Any]:
         """The uploads and new private states of K clients, stacked; `weights` (K,) say how much each counts."""
-        message, private = self.method.send(shared, self.index(clients)), store.rows(clients)
+        return self.trained(
+            self.method.send(shared, self.index(clients)), store.rows(clients), clients, round, weights
+        )
+
+    def trained(
+        self, message: Any, private: Any, clients: np.ndarray, round: int, weights: np.ndarray | None = None
+    ) -> tuple[Any, Any]:
+        """`update`, for clients that have received a message."""
         data = ClientData(
             self.train, clients, self.seed, round, weights, self.augment, None, self.num_rounds, self._guard()
         )
@@ -160,7 +167,10 @@ class Cohort:
 
     def served(self, shared: Any, private: Any, clients: np.ndarray) -> tuple[Params, Tensor]:
         """The K clients' personal models, and (K, C) how they mix them, settled on their training data."""
-        message = self.method.send(shared, self.index(clients))
+        return self.serving(self.method.send(shared, self.index(clients)), private, clients)
+
+    def serving(self, message: Any, private: Any, clients: np.ndarray) -> tuple[Params, Tensor]:
+        """`served`, for clients that have received a message."""
         data = ClientData(self.train, clients, self.seed, 0, None, self.augment)
         private = self.method.settle(self.loss, message, private, data)
         return self.method.personalize(message, private), self.method.mixture(message, private)
@@ -313,6 +323,7 @@ class Tally:
         self.dropped: list[int] = []
         self.lost: dict[str, int] = {}  # uploads that came to nothing, by the reason
         self.clients: list[int] = []  # whose uploads passed by
+        self.figures: dict[str, float] = {}  # what else there is to say of the round
 
     def sent(self, upload: Any, num_clients: int) -> None:
         """Counts what was sent, whether it arrives or not."""

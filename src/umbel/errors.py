@@ -23,3 +23,11 @@ class RunFolderError(UmbelError):
 
 class RoundError(UmbelError):
     """A round of which no client's work could be used."""
+
+
+class WireError(UmbelError):
+    """A message between server and nodes that is not what its receiver expects."""
+
+
+class DeployError(UmbelError):
+    """A deployment that cannot start or go on: certificates, keys, nodes, processes."""

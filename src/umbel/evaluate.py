@@ -102,29 +102,14 @@ def scores(cohort: Cohort, serve: Serve, examples: Examples, clients: np.ndarray
     )
 
 
-@dataclass(frozen=True)
-class Exam:
-    """What a run's clients are asked, and what is known of them."""
-
-    test: Examples
-    tests: np.ndarray  # which of the test sets, ascending
-    group: np.ndarray | None  # of these tests, where it is known
-    serves: np.ndarray | None = None  # whose model answers each test set; None: that of the same number
-    traps: Examples | None = None  # with the trigger of a backdoor, where there is one
-
-    def scores(self, cohort: Cohort, shared: Any, store: PrivateStore) -> tuple[Scores, dict[str, Any]]:
-        """The clients' scores, and figures of them and of what they mix."""
-        found = evaluate(cohort, shared, store, self.test, self.tests, self.serves)
-        figures: dict[str, Any] = found.summary()
-        if not getattr(cohort.method, "mixes_clients", False):  # such a method has figures of its own
-            figures |= routing(found.mixture, self.group)
-        if self.group is not None:
-            figures |= found.of_groups(self.group)
-        if self.traps is not None:
-            some = self.tests[self.traps.count[self.tests] > 0]
-            led = evaluate(cohort, shared, store, self.traps, some, self.serves)
-            figures["attack_success"] = led.summary()["accuracy"]
-        return found, figures
+def figures_of(found: Scores, method: Any, group: np.ndarray | None) -> dict[str, Any]:
+    """What a round's figures say of scores, of what clients mix, and of their true groups (K,), where known."""
+    figures: dict[str, Any] = found.summary()
+    if not getattr(method, "mixes_clients", False):  # such a method has figures of its own
+        figures |= routing(found.mixture, group)
+    if group is not None:
+        figures |= found.of_groups(group)
+    return figures
 
 
 def routing(mixture: np.ndarray, group: np.ndarray | None) -> dict[str, Any]:

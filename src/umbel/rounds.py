@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from umbel.attacks import attackers, poisoned, trapped
 from umbel.clock import steps
 from umbel.cohort import Cohort, Cost, Engine, PrivateStore, Tally, chunk_size
 from umbel.errors import DataError
-from umbel.evaluate import Exam, Scores
+from umbel.evaluate import Scores, evaluate, figures_of
 from umbel.faults import MISSING, fates
 from umbel.meeting import Met, check, late_uploads, ledger, meet, server_step
 from umbel.methods.protocol import Method, Population
@@ -41,6 +41,35 @@ class Progress:
     scores: Scores | None  # per client, in rounds that are evaluated
     clips: Params = field(default_factory=dict)  # of the next round, where clients are protected
     last: bool = False  # whether the run is over
+
+
+class Fleet(Protocol):
+    """The clients, wherever they are."""
+
+    def uploads(self, shared: Any, clients: np.ndarray, round: int, seen: Tally) -> Iterator[Any]:
+        """The uploads of a round's clients, in ascending order, chunk by chunk; `seen` counts them."""
+
+    def scores(self, shared: Any, tests: np.ndarray) -> Scores:
+        """How well the clients' own models do on these tests."""
+
+
+@dataclass(frozen=True)
+class Here:
+    """All clients on this machine."""
+
+    cohort: Cohort
+    store: PrivateStore
+    task: Task
+
+    def uploads(self, shared: Any, clients: np.ndarray, round: int, seen: Tally) -> Iterator[Any]:
+        """See `Fleet`."""
+        return self.cohort.uploads(shared, self.store, clients, round, seen)
+
+    def scores(self, shared: Any, tests: np.ndarray) -> Scores:
+        """See `Fleet`."""
+        test = self.task.test.to(self.cohort.train.x.device)
+        serves = None if self.task.serves is None else self.task.serves.cpu().numpy()
+        return evaluate(self.cohort, shared, self.store, test, tests, serves)
 
 
 def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tuple[Cohort, Progress]:
@@ -133,12 +162,28 @@ def sampled(members: np.ndarray, schedule: Schedule, round: int) -> np.ndarray:
 
 
 def rounds(
-    cohort: Cohort, at: Progress, task: Task, schedule: Schedule, cost: Cost | None = None
+    cohort: Cohort,
+    at: Progress,
+    task: Task,
+    schedule: Schedule,
+    cost: Cost | None = None,
+    fleet: Fleet | None = None,
 ) -> Iterator[Progress]:
-    """The run's progress after each of the remaining rounds; `cost` is measured unless it is given."""
+    """The run's progress after each of the remaining rounds.
+
+    Args:
+        cohort: of `start`.
+        at: where the run stands.
+        task: whose; only its counts, groups and tests' owners are looked at here.
+        schedule: how long.
+        cost: of one client; measured unless it is given.
+        fleet: who trains and is tested; by default all clients, here.
+    """
     method, shared, store = cohort.method, at.shared, at.store
     members = participants(task.num_clients, schedule)
-    exam = _exam(cohort, task, schedule)
+    fleet, device = fleet or Here(cohort, store, task), cohort.train.x.device
+    tests = task.tests_of(honest(task.num_clients, schedule))
+    group = None if task.group is None else task.group[tests].cpu().numpy()
     slots = task.train.slots
     cost = cost or cohort.cost(shared, store, members[:1])  # of one client
     clock = steps(schedule.asynchronous, schedule.seed, members, schedule.clients_per_round or len(members))
@@ -151,7 +196,7 @@ def rounds(
         clients = sampled(members, schedule, round) if step is None else step.clients
         tally = Tally()
         # What travels may shrink while a run lasts.
-        bytes_down = tree.row_bytes(method.send(shared, torch.from_numpy(clients[:1]).to(exam.test.x.device)))
+        bytes_down = tree.row_bytes(method.send(shared, torch.from_numpy(clients[:1]).to(device)))
         fate = fates(schedule.faults, schedule.seed, round, clients)
         working = clients[fate != MISSING]
         if len(working) < len(clients):
@@ -160,7 +205,7 @@ def rounds(
             met = meet(cohort, shared, store, working, round, schedule, clips, tally)
         else:
             uploads = (
-                cohort.uploads(shared, store, working, round, tally)
+                fleet.uploads(shared, working, round, tally)
                 if step is None
                 else late_uploads(cohort, begun, store, step, round, schedule.asynchronous.power, tally)
             )
@@ -178,6 +223,7 @@ def rounds(
             **cost.of(task.train.count[working], None if slots is None else slots[working]),
             "train_seconds": perf_counter() - begin,
         }
+        figures |= tally.figures
         if tally.dropped:
             figures["dropped"] = tally.dropped
         figures |= met.figures | {"bytes_down": figures["bytes_down"] + met.bytes_down}
@@ -189,18 +235,16 @@ def rounds(
         figures |= {name: float(value) for name, value in getattr(shared, "figures", {}).items()}
         scores = None
         if round % schedule.evaluate_every == 0 or round == last:
-            scores, said = exam.scores(cohort, shared, store)
-            figures |= said
+            scores = fleet.scores(shared, tests)
+            figures |= figures_of(scores, method, group)
+            figures |= _led(cohort, shared, store, task, tests) if schedule.attack.kind == "backdoor" else {}
         figures["seconds"] = perf_counter() - begin
         yield Progress(round, shared, store, figures, scores, clips, round == last)
 
 
-def _exam(cohort: Cohort, task: Task, schedule: Schedule) -> Exam:
-    test, tests = task.test.to(cohort.train.x.device), task.tests_of(honest(task.num_clients, schedule))
-    return Exam(
-        test,
-        tests,
-        None if task.group is None else task.group[tests].cpu().numpy(),
-        None if task.serves is None else task.serves.cpu().numpy(),
-        trapped(test, cohort.train.x.max()) if schedule.attack.kind == "backdoor" else None,
-    )
+def _led(cohort: Cohort, shared: Any, store: PrivateStore, task: Task, tests: np.ndarray) -> dict[str, float]:
+    """How often a backdoor's trigger has its way, in %."""
+    traps = trapped(task.test.to(cohort.train.x.device), cohort.train.x.max())
+    serves = None if task.serves is None else task.serves.cpu().numpy()
+    led = evaluate(cohort, shared, store, traps, tests[traps.count[tests] > 0], serves)
+    return {"attack_success": led.summary()["accuracy"]}

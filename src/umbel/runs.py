@@ -208,13 +208,14 @@ def _finish(folder: RunFolder | None, begun: Result, cost: Cost | None, on_round
         at = progress
         history.append(at.figures)
         if folder is not None:
-            _record(folder, at, task, schedule)
+            record(folder, at, task, schedule)
         if on_round is not None:
             on_round(at)
     return replace(begun, progress=at)
 
 
-def _record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> None:
+def record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> None:
+    """Writes a round's figures, and its checkpoint if one is due."""
     last = at.last
     folder.append("metrics.jsonl", at.figures)
     due = last or at.round % max(1, schedule.rounds // SNAPSHOTS) == 0

@@ -15,6 +15,7 @@ all but REA and "one".
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -45,16 +46,19 @@ class Weighting:
         Raises:
             RecipeError: feddisco on a task without class labels.
         """
+        return self.of_counts(train.count[clients].astype(float), lambda: label_discrepancy(train, clients))
+
+    def of_counts(self, counts: np.ndarray, discrepancies: Callable[[], np.ndarray]) -> np.ndarray:
+        """`of`, from how many examples clients have (K,) and, where it is asked for, what labels (K,) in nats."""
         import numpy as np
 
-        counts: np.ndarray = train.count[clients].astype(float)
         if self.rule == "one":
             return np.ones_like(counts)
         if self.rule == "uniform":
             return np.full_like(counts, counts.mean())
         if self.rule != "feddisco":
             return counts
-        discrepancy = label_discrepancy(train, clients)
+        discrepancy = discrepancies()
         total = discrepancy.sum()
         relative = discrepancy / total if total > 0 else discrepancy
         terms = np.maximum(counts / counts.sum() - self.a * relative + self.b, 0)
@@ -84,6 +88,13 @@ def label_discrepancy(train: Examples, clients: np.ndarray) -> np.ndarray:
     divergence = np.zeros(len(clients))
     for row, client in enumerate(clients):
         counts = np.bincount(train.of_client(int(client))[1].flatten().cpu().numpy(), minlength=num_labels)
-        shares = counts[counts > 0] / counts.sum()
-        divergence[row] = float((shares * np.log(shares * num_labels)).sum())
+        divergence[row] = discrepancy_of(counts)
     return divergence
+
+
+def discrepancy_of(counts: np.ndarray) -> float:
+    """In nats: KL divergence of how often each label occurs (Y,) from uniform."""
+    import numpy as np
+
+    shares = counts[counts > 0] / counts.sum()
+    return float((shares * np.log(shares * len(counts))).sum())

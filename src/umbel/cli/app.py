@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from umbel.cli.deploying import deploy
 from umbel.cli.jobs import resumed, trained
 from umbel.cli.options import (
     Command,
@@ -30,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(deploy, name="deploy")
 
 
 def main() -> None:

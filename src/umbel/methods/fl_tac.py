@@ -149,6 +149,15 @@ class FLTAC:
         route = F.one_hot(cluster + 1, len(shared.used) + 1)[:, 1:].to(next(iter(own.adapter.values())))
         return Message(own.base, own.adapter, own.stats, shared.bank, route, AtServer(shared))
 
+    def beside(self, message: Message) -> Shared | None:
+        """What a slot without a cluster settles by, once there are clusters; it travels to such slots only."""
+        shared = message.server.shared
+        return shared if bool(shared.used.any()) and not bool(message.route.any(1).all()) else None
+
+    def with_beside(self, message: Message, beside: Shared) -> Message:
+        """The message as it was where `beside` was taken from it."""
+        return replace(message, server=AtServer(beside))
+
     def client_update(
         self, loss: Loss, message: Message, private: Private, data: ClientData
     ) -> tuple[Upload, Private]:

@@ -213,6 +213,11 @@ class FLoRAL:
             shared.bank,
         )
 
+    def later(self, shared: Shared) -> list[Shared]:
+        """Shareds whose messages have other shapes than the first one's: with fewer adapters."""
+        fewer = range(1, self.num_adapters) if self.prune_below else ()
+        return [replace(shared, alive=shared.alive[:count]) for count in fewer]
+
     def client_update(
         self, loss: Loss, message: Message, private: Private, data: ClientData
     ) -> tuple[Upload, Private]:

@@ -33,6 +33,10 @@ class Method(Protocol):
     Four states, frozen dataclasses of tensors, carry everything: `Shared` is what the server holds,
     `Message` what a client receives, `Private` what it keeps and never sends, `Upload` what it sends back.
     Message, Private and Upload have a leading client axis K in every tensor; one client is K = 1.
+
+    Two things a method may say beyond this, for runs across machines, where messages are checked and copied:
+    `later(shared)`, Shareds whose messages have other tensors than the first one's; and `beside(message)`, what a
+    message points to on the server and `settle` needs, with `with_beside(message, beside)`.
     """
 
     @property

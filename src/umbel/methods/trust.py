@@ -186,6 +186,10 @@ class Trust:
                 own, everyone, listens = everyone, tree.broadcast(shared.held, size), shared.linked[who] & due
         return Message(own, everyone, listens, shared.trust[who], who, shared.bank, shared.public)
 
+    def later(self, shared: Shared) -> list[Shared]:
+        """Shareds whose messages have other tensors than the first one's: where no mix is due."""
+        return [replace(shared, round=torch.ones_like(shared.round))] if self.scheme == "validation" else []
+
     def client_update(
         self, loss: Loss, message: Message, private: Private, data: ClientData
     ) -> tuple[Upload, Private]:

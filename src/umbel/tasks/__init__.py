@@ -11,6 +11,7 @@ from umbel.tasks.flan_feddpa import FlanFedDPA
 from umbel.tasks.glue import GLUE
 from umbel.tasks.mnist import MNIST
 from umbel.tasks.multilingual import Multilingual
+from umbel.tasks.own import Own
 from umbel.tasks.shakespeare import Shakespeare
 from umbel.tasks.shakespeare_roles import ShakespeareRoles
 from umbel.tasks.synthetic import SyntheticLinear, SyntheticMLP
@@ -29,6 +30,7 @@ TASKS: dict[str, type[TaskRecipe]] = {
     "glue": GLUE,
     "mnist": MNIST,
     "multilingual": Multilingual,
+    "own": Own,
     "shakespeare": Shakespeare,
     "shakespeare_roles": ShakespeareRoles,
     "synthetic_linear": SyntheticLinear,
@@ -49,6 +51,7 @@ __all__ = [
     "FEMNISTDigits",
     "FlanFedDPA",
     "Multilingual",
+    "Own",
     "Shakespeare",
     "ShakespeareRoles",
     "SyntheticLinear",

@@ -1,0 +1,198 @@
+"""A SuperNode that stays in memory: one process that asks the SuperLink for messages and answers them itself.
+
+To the SuperLink it is a SuperNode like any other: TLS, its own key, heartbeats. It differs from Flower's own in
+two ways. Model and data are loaded once, and it looks for messages often while a run goes on: Flower's starts a
+process for each message and looks every three seconds. And it runs no app that comes over the network: what is run
+is what is installed here.
+"""
+
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from umbel.errors import DeployError, UmbelError
+from umbel.flower.apps import answered, hear
+from umbel.flower.lead import LOG
+from umbel.flower.work import NodeSettings, Site, settings_of
+from umbel.folder import write
+
+if TYPE_CHECKING:
+    from flwr.app import Message
+
+BUSY, IDLE = 0.1, 2.0  # seconds between two looks, in a run and long after one
+EASE = 4.0  # how many times longer a pause is than the look before it took: a slow server is left in peace
+LINK = {"superlink", "root_certificates", "key"}  # of a node's file; the rest are NodeSettings
+
+
+@dataclass(frozen=True)
+class Link:
+    """How a node reaches the SuperLink."""
+
+    superlink: str  # host:port
+    root_certificates: bytes | None  # PEM; None: no TLS, for trials on one machine
+    key: Path | None  # the node's private key, an OpenSSH file
+
+
+def node_of(path: Path, superlink: str = "") -> tuple[NodeSettings, Link]:
+    """What a node's file says; paths in it are seen from its folder. `superlink` goes before the file's.
+
+    Raises:
+        DeployError: there is none, or it names files that are not there.
+    """
+    try:
+        table = {name.replace("-", "_"): value for name, value in tomllib.loads(path.read_text("utf-8")).items()}
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise DeployError(f"{path} cannot be read as a node's settings: {error}") from None
+    table |= {"superlink": superlink} if superlink else {}
+    if "superlink" not in table:
+        raise DeployError(f'{path} has no superlink = "host:port"')
+    files: dict[str, Path | None] = {}
+    for name in ("root_certificates", "key"):
+        value = table.get(name, "")
+        files[name] = path.parent / value if value else None
+        if value and not (path.parent / value).is_file():
+            raise DeployError(f"{path}: {name} = {value!r}, but there is no file {path.parent / value}")
+    own: dict[str, Any] = {name: value for name, value in table.items() if name not in LINK}
+    for name in ("state", "recipe"):
+        if own.get(name):
+            own[name] = str(path.parent / str(own[name]))
+    if own.get("data") and ":" not in own["data"]:
+        own["data"] = str(path.parent / str(own["data"]))
+    certificates = files["root_certificates"]
+    link = Link(str(table["superlink"]), certificates.read_bytes() if certificates else None, files["key"])
+    return settings_of(own), link
+
+
+def serve(settings: NodeSettings, link: Link, ended: Callable[[], bool] = lambda: False) -> None:
+    """Answers the SuperLink's messages until `ended`, which is asked between two of them.
+
+    Raises:
+        DeployError: the key cannot be read, or the connection has broken for good.
+    """
+    from flwr.supernode.fleet_http_connection import http_request_response
+
+    hear()
+    site, keys = Site(settings), _keys(link.key)
+    inbox = Inbox(Path(settings.state).expanduser() / "inbox")
+    connection = http_request_response(
+        link.superlink, link.root_certificates is None, link.root_certificates, keys
+    )
+    with connection as (node, receive, send, _, _, pull, push, confirm):
+        LOG.info("node %r is online at %s, with clients %s", settings.name, link.superlink, settings.clients)
+        # The SuperLink gives a message out once: what a process before this one has left undone is done first.
+        if (left := inbox.message(node)) is not None:
+            LOG.info("node %r goes on with a message that it had not answered", settings.name)
+            _send(_answer(site, left), 0.0, send, push)
+        inbox.clear()
+        pause = BUSY
+        while not ended():
+            begin = time.perf_counter()
+            if (came := receive()) is None:
+                time.sleep(max(pause, EASE * (time.perf_counter() - begin)))
+                pause = min(pause * 1.02, IDLE)
+                continue
+            pause = BUSY
+            message = _whole(*came, pull, confirm)
+            inbox.put(message)
+            begin = time.perf_counter()
+            answer = _answer(site, message)
+            _send(answer, time.perf_counter() - begin, send, push)
+            inbox.clear()
+        return
+    # Flower's connection keeps errors to itself, but for the log.
+    raise DeployError(f"the connection to {link.superlink} has broken; start the node again")
+
+
+@dataclass(frozen=True)
+class Inbox:
+    """The message that is being answered, on disk: whoever is killed meanwhile answers it when it is back."""
+
+    path: Path
+
+    def put(self, message: "Message") -> None:
+        """Keeps a message until `clear`."""
+        from flwr.common.serde import message_to_proto
+
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write(self.path, message_to_proto(message).SerializeToString())
+
+    def message(self, node: int) -> "Message | None":
+        """The message that is there, if it was to this node of Flower's."""
+        from flwr.common.serde import message_from_proto
+        from flwr.proto.message_pb2 import Message as Encoded
+
+        if not self.path.is_file():
+            return None
+        message: Any = message_from_proto(Encoded.FromString(self.path.read_bytes()))
+        return message if message.metadata.dst_node_id == node else None
+
+    def clear(self) -> None:
+        """Forgets it."""
+        self.path.unlink(missing_ok=True)
+
+
+def _answer(site: Site, message: "Message") -> "Message":
+    """The answer; an error that this code did not foresee goes back as one too, and the node stays."""
+    from flwr.app import Error, Message
+
+    try:
+        return answered(site, message)
+    except UmbelError as error:
+        reason = f"node {site.settings.name!r}: {error}"
+    except Exception as error:
+        LOG.exception("a message could not be answered")
+        reason = f"node {site.settings.name!r}: {type(error).__name__}: {error}"
+    return Message(Error(code=0, reason=reason), reply_to=message)
+
+
+def _whole(message: "Message", objects: Any, pull: Any, confirm: Any) -> "Message":
+    """The message with its content."""
+    from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+    from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
+
+    name, run = message.metadata.message_id, message.metadata.run_id
+    contents = pull_objects([leaf.object_id for leaf in iterate_object_tree(objects)], lambda one: pull(run, one))
+    confirm(run, name)
+    whole: Any = inflate_object_from_contents(name, contents)
+    whole.metadata.__dict__["_message_id"] = name  # which its content cannot hold
+    return whole  # type: ignore[no-any-return]
+
+
+def _send(answer: "Message", seconds: float, send: Any, push: Any) -> None:
+    from flwr.supercore.inflatable.inflatable_object import (
+        get_all_nested_objects,
+        get_object_tree,
+        no_object_id_recompute,
+    )
+    from flwr.supercore.inflatable.inflatable_utils import push_objects
+    from flwr.supercore.run import RunNotRunningException
+
+    answer.metadata.__dict__["_message_id"] = answer.object_id
+    try:
+        with no_object_id_recompute():
+            objects, run = get_all_nested_objects(answer), answer.metadata.run_id
+            wanted, session = send(answer, get_object_tree(answer), seconds)
+            push_objects(objects, lambda one, content: push(run, session, one, content), object_ids_to_push=wanted)
+    except RunNotRunningException:
+        LOG.warning("the run has ended; nobody waits for the answer")
+
+
+def _keys(path: Path | None) -> Any:
+    """The node's private and public key, None without a file."""
+    if path is None:
+        return None
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+    try:
+        key = load_ssh_private_key(path.read_bytes(), None)
+    except (OSError, ValueError) as error:
+        raise DeployError(f"{path} is no private key that can be read: {error}") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise DeployError(
+            f"{path} is no elliptic curve key; make one by ssh-keygen -t ecdsa -b 384 -N '' -f {path}"
+        )
+    return key, key.public_key()

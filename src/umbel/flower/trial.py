@@ -1,0 +1,471 @@
+"""A deployment's folder, and a whole deployment on one machine.
+
+DIR/app/                       the Flower app: the recipe, and two lines of Python
+DIR/certificates/              ca.crt for everyone; server.pem and server.key for the SuperLink
+DIR/keys/                      a key pair for each node
+DIR/nodes/node-1.toml …        each node's settings
+DIR/flwr/config.toml           how `flwr` finds the SuperLink; FLWR_HOME
+DIR/compose.yaml, README.md    the same in containers, and the commands
+DIR/logs/  DIR/run/  DIR/state/    what a trial leaves: logs, the run folder, what nodes keep
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from umbel.errors import DeployError
+from umbel.flower.credentials import write_certificates, write_keys
+from umbel.folder import read_lines
+from umbel.recipe import Recipe
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+}
+"""Flower calls nobody, and installs nothing at run time."""
+CONNECTION = "deployment"
+
+PYPROJECT = """\
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "umbel-run"
+version = "1.0.0"
+description = "A run of umbel"
+license = "Apache-2.0"
+dependencies = ["umbel[flower]"]
+
+[tool.hatch.build.targets.wheel]
+packages = ["."]
+
+[tool.flwr.app]
+publisher = "umbel"
+
+[tool.flwr.app.components]
+serverapp = "umbel_run.server:app"
+clientapp = "umbel_run.client:app"
+
+[tool.flwr.app.config]
+method = {label}
+rounds = {rounds}
+seed = {seed}
+out = ""              # the run folder, on the server; "" for none
+wait-nodes = 300.0    # seconds, for all clients to be there
+wait-answer = 3600.0  # for a node's answer
+wait-gone = 30.0      # for a node that is offline to come back
+"""
+SERVER = '''\
+"""The server's side of the run."""
+
+from pathlib import Path
+
+from umbel.flower.apps import server_app
+
+app = server_app(Path(__file__).parent)
+'''
+CLIENT = '''\
+"""The node's side of the run, for Flower's own SuperNodes."""
+
+from umbel.flower.apps import client_app
+
+app = client_app()
+'''
+README = """\
+# A deployment of umbel
+
+One machine, to see that it works:
+
+    umbel deploy up {folder}
+
+The parts, each on its own machine (docs/deploy.md says what goes where):
+
+    {environment}
+    export FLWR_HOME={folder}/flwr
+
+    # the server
+    flower-superlink --ssl-ca-certfile {folder}/certificates/ca.crt \\
+        --ssl-certfile {folder}/certificates/server.pem \\
+        --ssl-keyfile {folder}/certificates/server.key --enable-supernode-auth --host {host} --port {port} \\
+        --disable-runtime-dependency-installation
+    flwr supernode register {folder}/keys/node-1.pub {connection}          # for each node, once
+
+    # each node
+    umbel deploy node {folder}/nodes/node-1.toml
+
+    # the run
+    flwr run {folder}/app {connection} --stream --run-config 'out="{folder}/run"'
+"""
+COMPOSE = """\
+# docker compose up -d superlink
+# docker compose run --rm run flwr supernode register /keys/node-1.pub containers        # for each node, once
+# docker compose up -d
+# docker compose run --rm run
+#
+# UMBEL_IMAGE is any image with Python, umbel[flower] and PyTorch for its device. What is mounted is all that a
+# container sees: a node its own key, its settings and its own state; add its data.
+services:
+  superlink:
+    image: ${{UMBEL_IMAGE:-umbel}}
+    command: >-
+      flower-superlink --ssl-ca-certfile /certificates/ca.crt --ssl-certfile /certificates/server.pem
+      --ssl-keyfile /certificates/server.key --enable-supernode-auth --host 0.0.0.0 --port {port}
+      --database /state/superlink.db --disable-runtime-dependency-installation
+    environment: &quiet
+{environment}
+    volumes: ["./certificates:/certificates:ro", "superlink:/state"]
+    ports: ["{port}:{port}"]
+  run:
+    image: ${{UMBEL_IMAGE:-umbel}}
+    profiles: [run]
+    command: ["flwr", "run", "/app", "containers", "--stream", "--run-config", "out='/state/run'"]
+    environment:
+      <<: *quiet
+      FLWR_HOME: /flwr
+    volumes: ["./app:/app", "./flwr:/flwr", "./certificates/ca.crt:/certificates/ca.crt:ro"{public}]
+{services}
+volumes:
+  superlink:
+{volumes}
+"""
+SERVICE = """\
+  {name}:
+    image: ${{UMBEL_IMAGE:-umbel}}
+    command: umbel deploy node /node/{name}.toml --superlink superlink:{port}
+    environment: *quiet
+    read_only: true
+    tmpfs: [/tmp]
+    volumes:
+      - ./nodes/{name}.toml:/node/{name}.toml:ro
+      - ./certificates/ca.crt:/certificates/ca.crt:ro
+      - ./keys/{name}:/keys/{name}:ro
+      - {name}:/state/{name}
+    depends_on: [superlink]
+"""
+
+
+def init(
+    folder: Path,
+    recipe: Recipe,
+    num_nodes: int,
+    host: str = "127.0.0.1",
+    port: int = 9300,
+    more_hosts: Sequence[str] = (),
+) -> None:
+    """Writes a deployment's folder.
+
+    Args:
+        folder: a new one.
+        recipe: what to run; its clients are dealt to the nodes in runs of numbers.
+        num_nodes: how many nodes.
+        host: where nodes find the SuperLink.
+        port: see host.
+        more_hosts: other names that the certificate shall hold for.
+
+    Raises:
+        DeployError: something is there already, or there are more nodes than clients.
+    """
+    import tomli_w
+
+    if folder.exists():
+        raise DeployError(f"{folder} exists and is left as it is; name another folder, or remove it")
+    dealt = deal(recipe.task.load(recipe.schedule.seed).num_clients, num_nodes)
+    app = folder / "app" / "umbel_run"
+    app.mkdir(parents=True)
+    table = {key: value for key, value in recipe.table().items() if key != "engine"}
+    (app / "recipe.toml").write_text(tomli_w.dumps(table), "utf-8")
+    (app / "__init__.py").write_text('"""A run of umbel."""\n', "utf-8")
+    (app / "server.py").write_text(SERVER, "utf-8")
+    (app / "client.py").write_text(CLIENT, "utf-8")
+    schedule = recipe.schedule
+    told = PYPROJECT.format(label=json.dumps(recipe.label), rounds=schedule.rounds, seed=schedule.seed)
+    (folder / "app" / "pyproject.toml").write_text(told, "utf-8")
+    write_certificates(
+        folder / "certificates", list(dict.fromkeys([host, "localhost", "127.0.0.1", "superlink", *more_hosts]))
+    )
+    (folder / "nodes").mkdir()
+    names = [f"node-{number}" for number in range(1, num_nodes + 1)]
+    for name, clients in zip(names, dealt, strict=True):
+        write_keys(folder / "keys", name)
+        node = {
+            "name": name,
+            "superlink": f"{host}:{port}",
+            "root_certificates": "../certificates/ca.crt",
+            "key": f"../keys/{name}",
+            "clients": clients,
+            "state": f"../state/{name}",
+            "threads": 1,  # as many as its machine has cores, on one of its own
+        }
+        (folder / "nodes" / f"{name}.toml").write_text(tomli_w.dumps(node), "utf-8")
+    (folder / "flwr").mkdir()
+    certificate = (folder / "certificates" / "ca.crt").absolute()
+    connection = {"address": f"{host}:{port}", "root-certificates": str(certificate)}
+    inside_network = {"address": f"superlink:{port}", "root-certificates": "/certificates/ca.crt"}
+    document = {"superlink": {"default": CONNECTION, CONNECTION: connection, "containers": inside_network}}
+    (folder / "flwr" / "config.toml").write_text(tomli_w.dumps(document), "utf-8")
+    exported = "\n    ".join(f"export {name}={value}" for name, value in QUIET.items())
+    said = README.format(folder=folder, environment=exported, host=host, port=port, connection=CONNECTION)
+    (folder / "README.md").write_text(said, "utf-8")
+    inside = "\n".join(f'      {name}: "{value}"' for name, value in QUIET.items())
+    services = "".join(SERVICE.format(name=name, port=port) for name in names)
+    public = "".join(f', "./keys/{name}.pub:/keys/{name}.pub:ro"' for name in names)
+    volumes = "\n".join(f"  {name}:" for name in names)
+    compose = COMPOSE.format(port=port, environment=inside, services=services, volumes=volumes, public=public)
+    (folder / "compose.yaml").write_text(compose, "utf-8")
+
+
+def deal(num_clients: int, num_nodes: int) -> list[str]:
+    """The clients of each node, as NodeSettings has them: runs of numbers of nearly equal length.
+
+    Raises:
+        DeployError: there are more nodes than clients.
+    """
+    if not 1 <= num_nodes <= num_clients:
+        raise DeployError(f"{num_nodes} nodes for {num_clients} clients: a node has at least one of them")
+    ends = [num_clients * node // num_nodes for node in range(num_nodes + 1)]
+    return [f"{first}-{last - 1}" if last - first > 1 else str(first) for first, last in pairwise(ends)]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A deployment on this machine, while it is up."""
+
+    folder: Path
+    environment: dict[str, str]
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def flwr(self, *arguments: str) -> str:
+        """What a command of Flower's prints.
+
+        Raises:
+            DeployError: it failed.
+        """
+        command = [tool("flwr"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=self.environment, check=False)
+        if done.returncode:
+            raise DeployError(f"flwr {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+
+def up(
+    folder: Path,
+    told: Callable[[dict[str, Any]], None],
+    said: Callable[[str], None],
+    stock: bool = False,
+    options: Sequence[str] = (),
+) -> Path:
+    """Runs a deployment on this machine: SuperLink, nodes, the run; what was started is stopped, come what may.
+
+    Args:
+        folder: of `init`; its server must be on this machine.
+        told: is given each round's figures.
+        said: is given what happens, in words.
+        stock: with Flower's own SuperNodes in place of umbel's.
+        options: of the run, "rounds=5".
+
+    Returns:
+        The run folder.
+
+    Raises:
+        DeployError: a part does not start, or the run ends before its last round.
+    """
+    signal.signal(
+        signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT)
+    )  # as Ctrl-C: nothing is left behind
+    out = free_name(folder / "run")
+    with started(folder, said, stock) as trial:
+        said("the run begins")
+        lead_run(trial, out, told, options)
+    return out
+
+
+def lead_run(trial: Trial, out: Path, told: Callable[[dict[str, Any]], None], options: Sequence[str] = ()) -> None:
+    """Has the SuperLink do the run; its folder is `out`.
+
+    Raises:
+        DeployError: it ends before its last round.
+    """
+    config = " ".join([f"out='{out.absolute()}'", *options])
+    log = trial.folder / "logs" / "run.log"
+    command = [tool("flwr"), "run", str(trial.folder / "app"), CONNECTION, "--stream", "--run-config", config]
+    with process(command, log, trial.environment) as run:
+        shown, ended = 0, False
+        while not ended:
+            ended = run.poll() is not None
+            lines = read_lines(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
+            for figures in lines[shown:]:
+                told(figures)
+            shown = len(lines)
+            time.sleep(0.2)
+    # Its exit code says nothing of how the run went.
+    status = json.loads(trial.flwr("list", CONNECTION, "--format", "json"))
+    ends = [run["status"] for run in status.get("runs", [])]
+    if not ends or not ends[0].startswith("finished:completed"):
+        errors = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+        raise DeployError(f"the run has ended as {', '.join(ends[:1]) or 'nothing'}:\n" + "\n".join(errors[-15:]))
+
+
+@contextmanager
+def started(folder: Path, said: Callable[[str], None], stock: bool = False) -> Iterator[Trial]:
+    """A SuperLink and the folder's nodes, until the block ends."""
+    import tomllib
+
+    nodes = sorted((folder / "nodes").glob("*.toml"))
+    if not nodes:
+        raise DeployError(f"{folder} has no nodes/*.toml; write them by `umbel deploy init {folder} …`")
+    host, _, port = tomllib.loads(nodes[0].read_text("utf-8"))["superlink"].rpartition(":")
+    if taken(host, int(port)):
+        raise DeployError(f"something listens on {host}:{port} already; stop it, or init with another --port")
+    (folder / "logs").mkdir(exist_ok=True)
+    # Flower's programs look for each other in PATH.
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = os.environ | QUIET | {"FLWR_HOME": str((folder / "flwr").absolute()), "PATH": programs}
+    trial, certificates = Trial(folder, environment), folder.absolute() / "certificates"
+    tls = ["--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key"]
+    tls = [word if word.startswith("--") else str(certificates / word) for word in tls]
+    with ExitStack() as stack:
+        link = [tool("flower-superlink"), *tls, "--enable-supernode-auth", "--host", host, "--port", port]
+        link.append("--disable-runtime-dependency-installation")
+        server = stack.enter_context(process(link, folder / "logs" / "superlink.log", environment))
+        trial.processes.append(server)
+        wait_for(host, int(port), server, folder / "logs" / "superlink.log")
+        said(f"the SuperLink is up at {host}:{port}, with TLS")
+        register(trial, [folder / "keys" / f"{path.stem}.pub" for path in nodes])
+        for path in nodes:
+            log = folder / "logs" / f"{path.stem}.log"
+            command = [tool("umbel"), "deploy", "node", str(path)]
+            if stock:
+                command = [*stock_node(path), "--port", str(free_port(host)), *tls]
+            trial.processes.append(stack.enter_context(process(command, log, environment)))
+        said(f"{len(nodes)} nodes are started")
+        yield trial
+
+
+def register(trial: Trial, keys: Sequence[Path]) -> None:
+    """Makes the SuperLink know the nodes' public keys.
+
+    Raises:
+        DeployError: it refuses one.
+    """
+    # All in one process, for each of Flower's commands takes seconds to load.
+    code = (
+        "import sys\n"
+        "from flwr.cli.app import app\n"
+        "for key in sys.argv[2:]: app(['supernode', 'register', key, sys.argv[1]], standalone_mode=False)\n"
+    )
+    command = [sys.executable, "-c", code, CONNECTION, *map(str, keys)]
+    done = subprocess.run(command, capture_output=True, text=True, env=trial.environment, check=False)
+    if done.returncode or done.stdout.count("registered") < len(keys):
+        raise DeployError(f"the SuperLink does not take the nodes' keys:\n{done.stdout}{done.stderr}")
+
+
+def stock_node(path: Path) -> list[str]:
+    """The command of Flower's own SuperNode for a node's file, but for its port and TLS."""
+    from umbel.flower.node import node_of
+
+    settings, link = node_of(path)
+    config = {"name": settings.name, "clients": settings.clients, "state": str(Path(settings.state).absolute())}
+    told = " ".join(f"{name}={json.dumps(value)}" for name, value in config.items())
+    certificate = path.parent.absolute().parent / "certificates" / "ca.crt"
+    command = [tool("flower-supernode"), "--root-certificates", str(certificate), "--superlink", link.superlink]
+    command += ["--auth-supernode-private-key", str(link.key), "--host", "127.0.0.1", "--node-config", told]
+    return command
+
+
+@contextmanager
+def process(command: Sequence[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process with its children, all of which are stopped when the block ends."""
+    with log.open("wb") as file:
+        # A session of its own: Ctrl-C comes to this program alone, which then stops the others in their order.
+        started = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+    try:
+        yield started
+    finally:
+        stop(started)
+
+
+def stop(started: subprocess.Popen[bytes], patience: float = 10.0) -> None:
+    """Ends a process and what it has started: first asked, then made to."""
+    for number, wait in ((signal.SIGINT, patience), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(started.pid, number)
+        except ProcessLookupError:
+            break
+        end = time.monotonic() + wait
+        while time.monotonic() < end and _alive(started):
+            time.sleep(0.05)
+    started.wait()
+
+
+def _alive(started: subprocess.Popen[bytes]) -> bool:
+    """Whether any process of the group is left."""
+    started.poll()
+    try:
+        os.killpg(started.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_for(host: str, port: int, server: subprocess.Popen[bytes], log: Path, seconds: float = 60.0) -> None:
+    """Waits until the server listens.
+
+    Raises:
+        DeployError: it has ended, or does not listen in time.
+    """
+    end = time.monotonic() + seconds
+    while not taken(host, port):
+        if server.poll() is not None or time.monotonic() > end:
+            tail = "\n".join(log.read_text("utf-8", "replace").splitlines()[-10:])
+            raise DeployError(f"the SuperLink does not listen on {host}:{port}; {log} ends with\n{tail}")
+        time.sleep(0.1)
+
+
+def taken(host: str, port: int) -> bool:
+    """Whether something listens there."""
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex((host, port)) == 0
+
+
+def free_port(host: str) -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def free_name(path: Path) -> Path:
+    """The path, or with the first number that makes it new: run, run-2, run-3."""
+    number, name = 1, path
+    while name.exists():
+        number += 1
+        name = path.with_name(f"{path.name}-{number}")
+    return name
+
+
+def tool(name: str) -> str:
+    """The program of that name that was installed along with this Python.
+
+    Raises:
+        DeployError: it was not.
+    """
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.is_file() else shutil.which(name)
+    if found is None:
+        raise DeployError(f"there is no {name}; install Flower by pip install 'umbel[flower]'")
+    return found

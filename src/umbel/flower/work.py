@@ -1,0 +1,342 @@
+"""What a node does when it is asked: its clients' data, the model and what they keep, and answers to questions.
+
+    hello      which clients it has, how many examples, and its fingerprint
+    train      the server's messages to clients → their uploads; what they keep stays on this node's disk
+    evaluate   the server's messages to clients → the scores of their own models on their own test data
+
+No code and no path comes from the network: a recipe's task may name code only if the node's owner named it too.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from umbel import tree
+from umbel.clients import Examples
+from umbel.cohort import Cohort, Engine
+from umbel.errors import DataError, RecipeError, UmbelError, WireError
+from umbel.evaluate import scores
+from umbel.flower.fingerprint import Fingerprint, differences, fingerprint
+from umbel.flower.kept import Kept
+from umbel.flower.wire import filled, packed, unpacked
+from umbel.folder import read_json, write
+from umbel.onboarding import read_client
+from umbel.recipe import Recipe, Table, load, read
+from umbel.rounds import start
+from umbel.tasks import Task
+from umbel.tasks.own import function_of
+from umbel.tasks.pool import pooled
+from umbel.tasks.task import split
+from umbel.tree import Params
+
+Facts = dict[str, Any]
+"""What is said in words and numbers: anything that JSON knows."""
+Parts = dict[str, bytes]
+"""Tensors by part, each as `wire.packed` made it."""
+
+RUN = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class NodeSettings:
+    """What a node's owner decides.
+
+    Attributes:
+        name: what the node is called in messages.
+        clients: which of the task's clients live here, "0-3" or "0,2,5-7".
+        state: the folder in which their private states are kept.
+        data: where their data are: "" in the recipe's task (trials); a folder with client-000003.safetensors or
+            .npz; or "module:function", a function of a client's number that returns (x, y) or
+            (x, y, x_test, y_test).
+        recipe: a file; runs of any other recipe are refused. "" for any.
+        code: "module:function" that a recipe's task may call for its model; "" for none.
+        share_mixture: whether a client's mixture is sent along with its scores.
+        device: on which the clients train.
+        threads: PyTorch's on the CPU; 0 leaves them as they are.
+    """
+
+    name: str = "node"
+    clients: str = "0"
+    state: str = "state"
+    data: str = ""
+    recipe: str = ""
+    code: str = ""
+    share_mixture: bool = True
+    device: str = "cpu"
+    threads: int = 0
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The clients, ascending."""
+        found: set[int] = set()
+        for part in str(self.clients).split(","):
+            ends = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+            if not ends or int(ends[2] or ends[1]) < int(ends[1]):
+                raise RecipeError(f"clients = {self.clients!r}: numbers are wanted, such as 0-3 or 0,2,5-7")
+            found |= set(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
+        return np.array(sorted(found))
+
+
+def settings_of(table: Mapping[str, Any]) -> NodeSettings:
+    """The node's settings from a table; a name may be written with "-" for "_".
+
+    Raises:
+        RecipeError: it has an unknown name, or a value of the wrong type.
+    """
+    known = {field.name: type(field.default) for field in fields(NodeSettings)}
+    values = {name.replace("-", "_"): value for name, value in table.items()}
+    for name, value in values.items():
+        if name not in known:
+            raise RecipeError(f"node: there is no setting {name!r} (there are: {', '.join(known)})")
+        if name == "clients" and type(value) is int:
+            values[name] = str(value)
+        elif type(value) is not known[name]:
+            raise RecipeError(f"node: {name} = {value!r}, where {known[name].__name__} is wanted")
+    return NodeSettings(**values)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One run, as a node sees it."""
+
+    settings: NodeSettings
+    recipe: Recipe
+    cohort: Cohort
+    task: Task
+    shared: Any  # the method's first: the pattern of what comes, and what never changes
+    kept: Kept
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What the run starts from here."""
+        return fingerprint(self.recipe.task, self.task, self.shared)
+
+    def patterns(self, client: int) -> list[Any]:
+        """Messages (K = 1) like those that the client may receive; the first is that of the first round."""
+        method, one = self.cohort.method, torch.tensor([client], device=self.cohort.train.x.device)
+        later = getattr(method, "later", None)
+        return [method.send(shared, one) for shared in (self.shared, *(later(self.shared) if later else ()))]
+
+
+@dataclass
+class Site:
+    """A node's side of all runs; the last run stays in memory."""
+
+    settings: NodeSettings
+    works: dict[str, Work] = field(default_factory=dict)
+
+    def answer(self, kind: str, facts: Facts, parts: Parts) -> tuple[Facts, Parts]:
+        """The answer to a question; {"refused": why} where it cannot be given."""
+        try:
+            work = self._work(kind, facts)
+            if kind == "hello":
+                return hello(work, facts["fingerprint"]), {}
+            return train(work, facts, parts) if kind == "train" else evaluate(work, facts, parts)
+        except UmbelError as error:
+            return {"refused": f"node {self.settings.name!r}: {error}"}, {}
+
+    def _work(self, kind: str, facts: Facts) -> Work:
+        run = str(facts.get("run"))
+        if not RUN.fullmatch(run):
+            raise WireError(f"the server calls its run {run!r}, which is no run's name")
+        folder = Path(self.settings.state).expanduser() / run
+        if kind == "hello":
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            told = {"table": facts["recipe"], "label": facts["label"]}
+            write(folder / "recipe.json", json.dumps(told).encode())
+            self.works = {run: opened(self.settings, facts["recipe"], facts["label"], folder)}
+        elif run not in self.works:  # this process is younger than the run
+            if not (folder / "recipe.json").is_file():
+                raise WireError(f"run {run} is not known here; begin a new run")
+            told = read_json(folder / "recipe.json")
+            self.works = {run: opened(self.settings, told["table"], told["label"], folder)}
+        return self.works[run]
+
+
+def opened(settings: NodeSettings, table: Table, label: str, folder: Path) -> Work:
+    """The run of a recipe that the server has sent.
+
+    Raises:
+        UmbelError: the recipe is not one that the node's owner lets in, or cannot be run here.
+    """
+    recipe = read(table, label)
+    check_allowed(settings, recipe)
+    task = recipe.task.load(recipe.schedule.seed)
+    task = pooled(task) if recipe.schedule.pool else task
+    clients = settings.numbers
+    if clients[-1] >= task.num_clients:
+        raise RecipeError(f"clients = {settings.clients!r}, but {task.name} has {task.num_clients}, from 0 on")
+    if settings.data:
+        task = with_data(task, settings, recipe.schedule.seed)
+    engine = Engine(mode="looped", device=settings.device, threads=settings.threads)
+    cohort, at = start(task, recipe.method, recipe.schedule, engine)
+    return Work(settings, recipe, cohort, task, at.shared, Kept(folder, at.store.fresh(1)))
+
+
+def check_allowed(settings: NodeSettings, recipe: Recipe) -> None:
+    """Raises RecipeError if the node's owner has not let this recipe, or the code that it names, in."""
+    code = getattr(recipe.task, "code", "")
+    if code and code != settings.code:
+        raise RecipeError(
+            f"the server's recipe calls {code}, which this node's owner has not let in; "
+            f"with code = {code!r} in the node's settings it would"
+        )
+    if settings.recipe:
+        pinned = read(load(Path(settings.recipe).expanduser()), recipe.label).identity()
+        told = recipe.identity()
+        if told != pinned:
+            key = next(key for key in {**told, **pinned} if told.get(key) != pinned.get(key))
+            raise RecipeError(
+                f"the server's recipe is another than {settings.recipe}: it says {key} = {told.get(key)}, "
+                f"the file {pinned.get(key)}"
+            )
+
+
+def hello(work: Work, server: Fingerprint) -> Facts:
+    """Who is here. The number of examples decides how much an upload counts.
+
+    Raises:
+        WireError: the server has another base.
+    """
+    if wrong := differences(server, work.fingerprint):
+        raise WireError(f"its base is not the server's; {'; '.join(wrong)}")
+    clients = work.settings.numbers
+    train = work.task.train
+    facts: Facts = {
+        "name": work.settings.name,
+        "clients": clients.tolist(),
+        "examples": train.count[clients].tolist(),
+        "fingerprint": work.fingerprint,
+    }
+    if train.slots is not None:
+        facts["slots"] = train.slots[clients].tolist()
+    if work.cohort.weighting.rule == "feddisco":
+        labels = [train.of_client(int(client))[1].flatten().cpu().numpy() for client in clients]
+        facts["label_counts"] = [np.bincount(own).tolist() for own in labels]
+    return facts
+
+
+def train(work: Work, facts: Facts, parts: Parts) -> tuple[Facts, Parts]:
+    """The uploads of the round's clients; whoever's work is not finite sends nothing and keeps what it had."""
+    begin = perf_counter()
+    round, weights = int(facts["round"]), facts["weights"]
+    sent: Params = {}
+    dropped: list[int] = []
+    for client, message in received(work, facts, parts):
+        before = work.kept.before(client, round)
+        weight = np.array([float(weights[str(client)])])
+        upload, after = work.cohort.trained(message, before, np.array([client]), round, weight)
+        good = tree.finite_rows(upload)
+        if tree.tensors(after):
+            good &= tree.finite_rows(after)
+        if not bool(good.all()):
+            dropped.append(client)
+            continue
+        if tree.tensors(after):
+            work.kept.put(client, round, before, after)
+        sent |= {f"{client}/{name}": leaf for name, leaf in tree.tensors(upload).items()}
+    return {"dropped": dropped, "seconds": perf_counter() - begin}, {"uploads": packed(sent)}
+
+
+def evaluate(work: Work, facts: Facts, parts: Parts) -> tuple[Facts, Parts]:
+    """The scores of the clients' own models on their own tests."""
+    messages = dict(received(work, facts, parts))
+    tests = work.task.tests_of(np.array(sorted(messages)))
+    serves = None if work.task.serves is None else work.task.serves.cpu().numpy()
+
+    def serve(chunk: np.ndarray) -> tuple[Params, Tensor]:
+        client = int(chunk[0] if serves is None else serves[chunk][0])
+        return work.cohort.serving(messages[client], work.kept.latest(client), np.array([client]))
+
+    found = scores(work.cohort, serve, work.task.test.to(work.cohort.train.x.device), tests)
+    told = {"loss": torch.from_numpy(found.loss)}
+    if found.accuracy is not None:
+        told["accuracy"] = torch.from_numpy(found.accuracy)
+    if work.settings.share_mixture:
+        told["mixture"] = torch.from_numpy(found.mixture)
+    return {}, {"scores": packed(told)}
+
+
+def received(work: Work, facts: Facts, parts: Parts) -> Iterator[tuple[int, Any]]:
+    """The clients that the server has written to, and what it sent them (K = 1), checked.
+
+    Raises:
+        WireError: a message is not what this run's method sends, or is to a client that is not here.
+    """
+    common = unpacked(parts.get("common", b""), "the server")
+    own = unpacked(parts.get("own", b""), "the server")
+    beside = unpacked(parts.get("beside", b""), "the server")
+    for client in facts["clients"]:
+        if client not in work.settings.numbers:
+            raise WireError(f"the server has written to client {client}, who is not here")
+        who = f"the server, to client {client}"
+        patterns = work.patterns(client)
+        known = tree.tensors(patterns[0])
+        if strange := [name for name in facts["unchanged"] if name not in known]:
+            raise WireError(f"{who}: {strange[0]} is said to be as it was, but was not expected")
+        tensors = {name: known[name] for name in facts["unchanged"]} | common | _of(client, own)
+        message = filled(patterns, tensors, who)
+        if beside:
+            message = work.cohort.method.with_beside(message, filled([work.shared], beside, who))  # type: ignore[attr-defined]
+        yield client, message
+
+
+def _of(client: int, tensors: Params) -> Params:
+    """The tensors "CLIENT/name" of one client, by name."""
+    return {n.removeprefix(f"{client}/"): leaf for n, leaf in tensors.items() if n.startswith(f"{client}/")}
+
+
+def with_data(task: Task, settings: NodeSettings, seed: int) -> Task:
+    """The task with this node's own data in place of its own; other clients have none.
+
+    Raises:
+        DataError: a client's file or function gives no data that the model can train on.
+    """
+    if task.serves is not None:
+        raise DataError(
+            f"{task.name}: pooled slots have tests of several owners; leave the node's data to the task"
+        )
+    clients = settings.numbers
+    given = [client_data(settings.data, client) for client in clients.tolist()]
+    if all(test is not None for _, test in given):
+        train, test = Examples.of([own for own, _ in given]), Examples.of([t for _, t in given if t is not None])
+    else:
+        train, test = split(Examples.of([own for own, _ in given]), 0.25, seed)
+    return replace(task, train=_spread(train, clients, task), test=_spread(test, clients, task), group=task.group)
+
+
+def client_data(source: str, client: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    """A client's (x, y) and, if they are given, (x_test, y_test); see NodeSettings.data."""
+    if ":" in source and not Path(source).exists():
+        given = function_of(source)(client)
+        if (
+            not isinstance(given, tuple)
+            or len(given) not in (2, 4)
+            or not all(isinstance(t, Tensor) for t in given)
+        ):
+            raise DataError(
+                f"{source} must return the tensors (x, y) or (x, y, x_test, y_test) of client {client}"
+            )
+        return (given[0], given[1]), (given[2], given[3]) if len(given) == 4 else None
+    stem = Path(source).expanduser() / f"client-{client:06d}"
+    files: Iterable[Path] = (stem.with_suffix(".safetensors"), stem.with_suffix(".npz"))
+    found = next((path for path in files if path.is_file()), None)
+    if found is None:
+        raise DataError(f"client {client} has no data: there is no {stem}.safetensors or .npz")
+    return read_client(found)
+
+
+def _spread(examples: Examples, clients: np.ndarray, task: Task) -> Examples:
+    """Examples of these clients under their numbers in the task; the others have none."""
+    start, count = np.zeros(task.num_clients, np.int64), np.zeros(task.num_clients, np.int64)
+    start[clients], count[clients] = examples.start, examples.count
+    return Examples(examples.x, examples.y, start, count)

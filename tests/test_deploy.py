@@ -1,0 +1,122 @@
+"""A deployment's folder, and a real one: SuperLink, nodes, TLS and keys on this machine."""
+
+import json
+import os
+import subprocess
+import tomllib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+pytest.importorskip("flwr", reason="flwr is not installed")
+
+from test_flower import without_times
+from umbel import tree
+from umbel.cli import app
+from umbel.cohort import Engine
+from umbel.errors import DeployError
+from umbel.flower import trial
+from umbel.flower.node import node_of
+from umbel.recipe import find, load, read
+from umbel.runs import run_recipe
+
+
+def digits(label="floral", *overrides):
+    return read(load(find("digits"), ["task.num_clients=6", "rounds=2", *overrides]), label)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    trial.init(tmp_path / "trial", digits(), 3, port=trial.free_port("127.0.0.1"))
+    return tmp_path / "trial"
+
+
+def test_the_folder_has_what_each_part_needs_and_nothing_secret_in_the_app(folder):
+    from cryptography import x509
+
+    assert read(load(folder / "app" / "umbel_run" / "recipe.toml"), "floral").identity() == digits().identity()
+    config = tomllib.loads((folder / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    assert config["components"] == {"serverapp": "umbel_run.server:app", "clientapp": "umbel_run.client:app"}
+    assert config["config"]["rounds"] == 2
+    secrets = [*folder.glob("keys/node-?"), folder / "certificates" / "server.key"]
+    assert len(secrets) == 4
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in secrets)
+    assert not [path for path in folder.rglob("app/**/*") if path.suffix in (".key", ".pem", ".pub")]
+    root, own = (
+        x509.load_pem_x509_certificate((folder / "certificates" / name).read_bytes())
+        for name in ("ca.crt", "server.pem")
+    )
+    own.verify_directly_issued_by(root)
+    names = own.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert str(names.get_values_for_type(x509.IPAddress)[0]) == "127.0.0.1"
+    settings, link = node_of(folder / "nodes" / "node-2.toml")
+    assert settings.numbers.tolist() == [2, 3]
+    assert link.key is not None
+    assert link.key.is_file()
+    services = yaml.safe_load((folder / "compose.yaml").read_text())["services"]
+    assert set(services) == {"superlink", "run", "node-1", "node-2", "node-3"}
+    assert [own for own in services["node-2"]["volumes"] if "keys" in own] == ["./keys/node-2:/keys/node-2:ro"]
+    assert all(".pub:" in own for own in services["run"]["volumes"] if "keys" in own)
+
+
+def test_a_folder_that_is_there_is_left_alone(folder):
+    with pytest.raises(DeployError, match="exists and is left as it is"):
+        trial.init(folder, digits(), 3)
+    with pytest.raises(DeployError, match="7 nodes for 6 clients"):
+        trial.init(folder.with_name("more"), digits(), 7)
+
+
+def test_a_nodes_file_is_checked(tmp_path):
+    (tmp_path / "node.toml").write_text('name = "ward"\n')
+    with pytest.raises(DeployError, match='has no superlink = "host:port"'):
+        node_of(tmp_path / "node.toml")
+    (tmp_path / "node.toml").write_text('superlink = "fl:1"\nkey = "keys/ward"\n')
+    with pytest.raises(DeployError, match=r"key = 'keys/ward', but there is no file .*keys/ward"):
+        node_of(tmp_path / "node.toml")
+
+
+def test_the_command_line_writes_the_folder(tmp_path):
+    arguments = [
+        "deploy",
+        "init",
+        str(tmp_path / "a"),
+        "digits",
+        "--method",
+        "trust",
+        "--rounds=3",
+        "--nodes",
+        "2",
+    ]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert f"umbel deploy up {tmp_path / 'a'}" in done.stdout
+    assert node_of(tmp_path / "a" / "nodes" / "node-1.toml")[0].clients == "0-19"
+
+
+@pytest.mark.slow
+def test_nodes_over_tls_with_keys_are_as_one_machine(folder):
+    stranger = tomllib.loads((folder / "nodes" / "node-1.toml").read_text()) | {"name": "stranger"}
+    trial.write_keys(folder / "keys", "stranger")
+    said, told = [], []
+    with trial.started(folder, said.append) as running:
+        written = "".join(f"{name} = {json.dumps(value)}\n" for name, value in stranger.items())
+        (folder / "stranger.toml").write_text(written.replace("../", "").replace("keys/node-1", "keys/stranger"))
+        command = [trial.tool("umbel"), "deploy", "node", str(folder / "stranger.toml")]
+        refused = subprocess.run(command, capture_output=True, text=True, env=running.environment, check=False)
+        assert refused.returncode != 0
+        assert "Failed to activate" in refused.stdout + refused.stderr
+        trial.lead_run(running, folder / "run", told.append)
+        processes = [started.pid for started in running.processes]
+    for pid in processes:
+        with pytest.raises(ProcessLookupError):
+            os.killpg(pid, 0)
+    here = run_recipe(replace(digits(), engine=Engine(mode="looped")))
+    np.testing.assert_equal(without_times(told), without_times(json.loads(json.dumps(here.history))))
+    tensors = load_file(folder / "run" / "checkpoints" / "000002.safetensors")
+    for name, leaf in tree.tensors(here.progress.shared).items():
+        assert torch.equal(tensors[f"shared/{name}"], leaf), name

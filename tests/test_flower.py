@@ -1,0 +1,477 @@
+"""Runs over Flower's messages are those of one machine, bit for bit, and what does not fit is refused."""
+
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from uuid import uuid4
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="flwr is not installed")
+
+from flwr.app import Array
+from flwr.app.message import remove_content_from_message
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.task_identity import TaskIdentity
+from safetensors.torch import save_file
+
+from test_battery import CASES, GROUP, every, labelled, net
+from umbel import tree
+from umbel.clients import Examples
+from umbel.errors import DeployError, RecipeError, RoundError, WireError
+from umbel.flower.apps import answered
+from umbel.flower.lead import Patience, lead
+from umbel.flower.node import Link, serve
+from umbel.flower.post import content_of, opened
+from umbel.flower.trial import deal
+from umbel.flower.wire import equal, packed, unpacked
+from umbel.flower.work import NodeSettings, Site, settings_of
+from umbel.recipe import Recipe
+from umbel.rounds import rounds, start
+from umbel.schedule import Schedule
+from umbel.tasks import TASKS, Task
+
+TIMES = {"seconds", "train_seconds", "client_seconds", "exchange_seconds", "wire_up", "wire_down"}
+
+
+@dataclass(frozen=True)
+class Small:
+    """Five clients with a few examples each."""
+
+    norm: bool = False
+    seed: int = 0  # of nothing; another one is another task
+
+    def load(self, seed):
+        clients = labelled([6, 8, 7, 14, 8] if self.norm else [5, 8, 1, 13, 8])
+        module = net(self.norm)
+        module[0].weight.data += SHIFT[0]
+        return Task("small", module, "cross_entropy", Examples.of(clients), Examples.of(clients), GROUP)
+
+
+@pytest.fixture(autouse=True)
+def small_task(monkeypatch):
+    monkeypatch.setitem(TASKS, "small", Small)
+    for name in ("_run_id", "_task_id", "_node_id"):  # of which Flower's processes have one each
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+class FakeGrid:
+    """Nodes in this process, which answer in an order of their own."""
+
+    def __init__(self, sites):
+        self.sites = dict(enumerate(sites, 1))
+        self.answers = {}
+        self.asked = []
+
+    def get_node_ids(self):
+        return list(self.sites)
+
+    def push_messages(self, messages):
+        names = []
+        for message in reversed(list(messages)):
+            message.metadata.__dict__["_message_id"] = uuid4().hex
+            names.append(message.metadata.message_id)
+            self.asked.append(message)
+            self.answers[names[-1]] = answered(self.sites[message.metadata.dst_node_id], message)
+        return names[::-1]
+
+    def pull_messages(self, names):
+        return [self.answers.pop(name) for name in [name for name in names if name in self.answers][-1:]]
+
+
+def sites(tmp_path, *clients):
+    return [Site(NodeSettings(f"site {own}", own, str(tmp_path / own))) for own in clients]
+
+
+def here(recipe):
+    """The rounds on this machine, one client after the other."""
+    task = recipe.task.load(recipe.schedule.seed)
+    cohort, at = start(task, recipe.method, recipe.schedule, replace(recipe.engine, mode="looped"))
+    history = []
+    for progress in rounds(cohort, at, task, recipe.schedule):
+        at = progress
+        history.append(at.figures)
+    return at, history
+
+
+def same(one, other):
+    one, other = tree.tensors(one), tree.tensors(other)
+    assert list(one) == list(other)
+    for name, leaf in one.items():
+        assert torch.equal(leaf, other[name]), name
+    return True
+
+
+def without_times(history):
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in history]
+
+
+def check_parity(recipe, tmp_path, *clients):
+    grid = FakeGrid(sites(tmp_path, *clients))
+    away = lead(grid, recipe, patience=Patience(0.5, 0.5, 0.5))
+    at, history = here(recipe)
+    assert same(away.progress.shared, at.shared)
+    np.testing.assert_equal(without_times(away.history), without_times(history))
+    for site in grid.sites.values():
+        (work,) = site.works.values()
+        for client in site.settings.numbers.tolist():
+            assert same(work.kept.latest(client), at.store.rows(np.array([client])))
+    return grid
+
+
+@every(CASES)
+def test_every_method_runs_as_on_one_machine(method, tmp_path):
+    norm = type(method).__name__ == "FedBN"
+    recipe = Recipe("tested", Small(norm), method, Schedule(rounds=2))
+    check_parity(recipe, tmp_path, "0", "1-2", "3,4")
+
+
+@every({name: dict(list(own.items())[:1]) for name, own in CASES.items()})
+def test_with_a_few_clients_in_each_round(method, tmp_path):
+    recipe = Recipe("tested", Small(), method, Schedule(rounds=3, clients_per_round=2, seed=1))
+    check_parity(recipe, tmp_path, "0,4", "1-3")
+
+
+# What is kept.
+
+
+def floral():
+    return Recipe("tested", Small(), CASES["floral"]["gradient"], Schedule(rounds=3))
+
+
+@dataclass
+class Forgetful(Site):
+    """A node that is started anew for every question."""
+
+    def answer(self, kind, facts, parts):
+        self.works = {}
+        return super().answer(kind, facts, parts)
+
+
+def test_a_node_that_is_started_anew_goes_on_from_its_disk(tmp_path):
+    grid = FakeGrid([Forgetful(NodeSettings("a", "0-4", str(tmp_path)))])
+    away = lead(grid, floral(), patience=Patience(0.5, 0.5, 0.5))
+    assert same(away.progress.shared, here(floral())[0].shared)
+    (run,) = tmp_path.iterdir()
+    assert (run.stat().st_mode & 0o777) == 0o700
+    assert {path.name for path in run.iterdir()} == {"recipe.json"} | {
+        f"client-{k:06d}.safetensors" for k in range(5)
+    }
+
+
+class Recording(FakeGrid):
+    """Keeps what was asked, with the answers."""
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        names = super().push_messages(messages)
+        self.pairs = [*getattr(self, "pairs", []), *zip(messages, (self.answers[n] for n in names), strict=True)]
+        return names
+
+
+def test_a_round_that_is_asked_for_twice_has_one_answer(tmp_path):
+    grid = Recording(sites(tmp_path, "0-4"))
+    lead(grid, floral(), patience=Patience(0.5, 0.5, 0.5))
+    question, answer = [pair for pair in grid.pairs if pair[0].metadata.message_type == "train"][-1]
+    again = answered(grid.sites[1], question)
+    assert opened(again.content, "")[1] == opened(answer.content, "")[1]
+    first = next(pair for pair in grid.pairs if pair[0].metadata.message_type == "train")[0]
+    facts, _ = opened(answered(grid.sites[1], first).content, "")
+    assert "cannot go back to round 1" in facts["refused"]
+
+
+def test_what_is_private_is_in_no_message(tmp_path):
+    grid = Recording([Site(NodeSettings("a", "0-4", str(tmp_path), share_mixture=False))])
+    lead(grid, floral(), patience=Patience(0.5, 0.5, 0.5))
+    for message, answer in grid.pairs:
+        names = [n for part in opened(answer.content, "")[1].values() for n in unpacked(part, "")]
+        assert not [name for name in names if "logits" in name or "mixture" in name], message.metadata.message_type
+
+
+def test_a_frozen_base_and_what_never_changes_do_not_travel(tmp_path):
+    recipe = replace(floral(), method=CASES["floral"]["frozen base"])
+    grid = Recording(sites(tmp_path, "0-4"))
+    lead(grid, recipe, patience=Patience(0.5, 0.5, 0.5))
+    sent = [
+        opened(message.content, "")[1] for message, _ in grid.pairs if message.metadata.message_type == "train"
+    ]
+    assert sent[0] == {}  # all is as it was at the start
+    assert {name.partition("/")[0] for part in sent[-1].values() for name in unpacked(part, "")} == {
+        "adapters",
+        "told",
+    }
+
+
+# What is refused.
+
+
+SHIFT = [0.0]  # of the base, on a node that has another
+
+
+@dataclass
+class OtherBase(Site):
+    def answer(self, kind, facts, parts):
+        SHIFT[0] = 1.0
+        try:
+            return super().answer(kind, facts, parts)
+        finally:
+            SHIFT[0] = 0.0
+
+
+def test_a_node_with_another_base_is_refused_by_name(tmp_path, caplog):
+    grid = FakeGrid([*sites(tmp_path, "0-3"), OtherBase(NodeSettings("ward", "4", str(tmp_path / "ward")))])
+    with pytest.raises(
+        DeployError, match=r"client 4(.|\n)*'ward': its base is not the server's.*tensor 0\.weight: the node has"
+    ):
+        lead(grid, floral(), patience=Patience(0.5, 0.5, 0.5))
+
+
+@dataclass
+class Confused(Site):
+    """A node that says something else than what it was asked."""
+
+    def answer(self, kind, facts, parts):
+        told, answer = super().answer(kind, facts, parts)
+        match self.settings.name:
+            case "hello":
+                return told | {"examples": "many"}, answer
+            case "score":
+                return told, answer | ({"scores": packed({"loss": torch.zeros(7)})} if kind == "evaluate" else {})
+            case _:
+                return told | {"clients": [99], "examples": [1]}, answer
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "told"),
+    [
+        ("hello", DeployError, "does not say what a node says"),
+        ("clients", DeployError, "its clients are 99, of 5 that there are"),
+        ("score", RoundError, "loss is not of the 1 tests"),
+    ],
+)
+def test_answers_that_make_no_sense_do_not_stop_the_server_in_its_tracks(name, error, told, tmp_path):
+    ward = Confused(NodeSettings(name, "4", str(tmp_path / "ward")))
+    with pytest.raises(error, match=told):
+        lead(FakeGrid([*sites(tmp_path, "0-3"), ward]), floral(), patience=Patience(0.5, 0.5, 0.5))
+
+
+def test_missing_and_doubled_clients_are_named(tmp_path):
+    with pytest.raises(DeployError, match="no node with clients 3, 4"):
+        lead(FakeGrid(sites(tmp_path, "0-2")), floral(), patience=Patience(0.3, 0.5, 0.5))
+    with pytest.raises(DeployError, match=r"'site (2-3|0-2)': client 2 is on node 'site (0-2|2-3)' already"):
+        lead(FakeGrid(sites(tmp_path, "0-2", "2-3")), floral(), patience=Patience(0.3, 0.5, 0.5))
+
+
+@dataclass
+class Tampering(Site):
+    """A node whose uploads are changed on the way."""
+
+    change: object = None
+
+    def answer(self, kind, facts, parts):
+        told, answer = super().answer(kind, facts, parts)
+        if kind == "train":
+            answer = {"uploads": packed(self.change(unpacked(answer["uploads"], "")))}
+        return told, answer
+
+
+def changed(name, function):
+    return lambda tensors: tensors | {name: function(tensors[name])}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (changed("4/base/0.bias", lambda leaf: leaf[:, :2]), r"4/?.*base/0.bias has the shape"),
+        (changed("4/base/0.bias", torch.Tensor.double), "base/0.bias is torch.float64"),
+        (changed("4/base/0.bias", lambda leaf: leaf / 0), "base/0.bias holds NaN or infinity"),
+        (lambda tensors: {n: leaf for n, leaf in tensors.items() if n != "4/weight"}, "weight is missing"),
+        (lambda tensors: tensors | {"4/more": torch.zeros(1)}, "more was not expected"),
+        (lambda tensors: tensors | {"0/weight": torch.zeros(1)}, "is of no client that it was asked for"),
+    ],
+)
+def test_uploads_that_do_not_fit_are_dropped_by_name(change, told, tmp_path, caplog):
+    ward = Tampering(NodeSettings("ward", "4", str(tmp_path / "ward")), change=change)
+    result = lead(FakeGrid([*sites(tmp_path, "0-3"), ward]), floral(), patience=Patience(0.5, 0.5, 0.5))
+    assert all(line["dropped"] == [4] for line in result.history)
+    assert any("ward" in line.message and re.search(told, line.message) for line in caplog.records)
+
+
+def test_a_message_that_does_not_fit_is_refused_by_the_node(tmp_path):
+    grid = Recording(sites(tmp_path, "0-4"))
+    lead(grid, floral(), patience=Patience(0.5, 0.5, 0.5))
+    question = [message for message, _ in grid.pairs if message.metadata.message_type == "train"][-1]
+    facts, parts = opened(question.content, "")
+    common = unpacked(parts["common"], "")
+    name = next(iter(common))
+    for value, told in ((common[name][..., :1], "has the shape"), (common[name] * torch.nan, "holds NaN")):
+        wrong = parts | {"common": packed(common | {name: value})}
+        answer, none = grid.sites[1].answer("train", facts | {"round": 4}, wrong)
+        assert name in answer["refused"]
+        assert told in answer["refused"]
+        assert none == {}
+    answer, _ = grid.sites[1].answer("train", facts | {"clients": [7]}, parts)
+    assert "client 7, who is not here" in answer["refused"]
+    answer, _ = grid.sites[1].answer("train", facts | {"run": "../../etc"}, parts)
+    assert "no run's name" in answer["refused"]
+    answer, _ = grid.sites[1].answer("train", facts, {"common": b"\x80\x04K\x01."})  # a pickle
+    assert "no safetensors" in answer["refused"]
+
+
+def test_a_node_joins_no_other_recipe_than_its_owners(tmp_path):
+    import tomli_w
+
+    table = replace(floral(), schedule=Schedule(rounds=2)).table()
+    (tmp_path / "ours.toml").write_text(tomli_w.dumps(table))
+    strict = Site(NodeSettings("ward", "0-4", str(tmp_path), recipe=str(tmp_path / "ours.toml")))
+    with pytest.raises(DeployError, match=r"another than .*ours\.toml: it says rounds = 3, the file 2"):
+        lead(FakeGrid([strict]), floral(), patience=Patience(0.3, 0.5, 0.5))
+
+
+# A node's own data.
+
+
+def examples_of(client):
+    return labelled([5, 8, 1, 13, 8])[client] * 2
+
+
+def test_data_come_from_a_function_or_a_folder(tmp_path):
+    for client in range(5):
+        x, y = labelled([5, 8, 1, 13, 8])[client]
+        save_file(
+            {"x": x, "y": y, "x_test": x.clone(), "y_test": y.clone()},
+            tmp_path / f"client-{client:06d}.safetensors",
+        )
+    at, history = here(floral())
+    for source in (f"{__name__}:examples_of", str(tmp_path)):
+        settings = NodeSettings("a", "0-4", str(tmp_path / "state"), data=source)
+        away = lead(FakeGrid([Site(settings)]), floral(), patience=Patience(0.5, 0.5, 0.5))
+        assert same(away.progress.shared, at.shared)
+        np.testing.assert_equal(without_times(away.history), without_times(history))
+    settings = NodeSettings("a", "0-4", str(tmp_path / "state"), data=str(tmp_path / "state"))
+    with pytest.raises(DeployError, match="client 0 has no data: there is no"):
+        lead(FakeGrid([Site(settings)]), floral(), patience=Patience(0.3, 0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [({"clients": "3-1"}, "clients"), ({"client": "1"}, "no setting 'client'"), ({"threads": "1"}, "threads")],
+)
+def test_a_nodes_settings_are_checked(table, told):
+    with pytest.raises(RecipeError, match=told):
+        _ = settings_of(table).numbers
+
+
+@pytest.mark.parametrize("num_nodes", [1, 3, 7])
+def test_clients_are_dealt_to_nodes(num_nodes):
+    dealt = [NodeSettings(clients=own).numbers.tolist() for own in deal(7, num_nodes)]
+    assert [client for own in dealt for client in own] == list(range(7))
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+
+
+# A node in one process.
+
+
+class Link1:
+    """A SuperLink's side of one node's connection, in this process."""
+
+    def __init__(self):
+        self.questions, self.objects, self.answers, self.confirmed = [], {}, [], []
+
+    def ask(self, message):
+        message.metadata.__dict__["_message_id"] = message.object_id
+        self.objects |= {name: one.deflate() for name, one in get_all_nested_objects(message).items()}
+        self.questions.append((remove_content_from_message(message), get_object_tree(message)))
+
+    def connected(self, *_):
+        def receive():
+            return self.questions.pop(0) if self.questions else None
+
+        def send(message, objects, seconds):
+            self.answers.append((message, objects))
+            return {leaf.object_id for leaf in iterate_object_tree(objects)}, "session"
+
+        def push(run, session, name, content):
+            self.objects[name] = content
+
+        functions = (lambda run, name: self.objects[name]), push, (lambda run, name: self.confirmed.append(name))
+        return nullcontext((1, receive, send, None, None, *functions))
+
+    def opened(self):
+        _, objects = self.answers[-1]
+        names = [leaf.object_id for leaf in iterate_object_tree(objects)]
+        whole = inflate_object_from_contents(objects.object_id, {name: self.objects[name] for name in names})
+        return opened(whole.content, "")
+
+
+def served(link, settings, monkeypatch):
+    """Lets a node answer all that it is asked."""
+    monkeypatch.setattr("flwr.supernode.fleet_http_connection.http_request_response", link.connected)
+    serve(settings, Link("here:1", None, None), lambda: not link.questions)
+
+
+def test_a_node_answers_and_one_that_was_killed_answers_when_it_is_back(tmp_path, monkeypatch):
+    grid = Recording(sites(tmp_path / "grid", "0-4"))
+    lead(grid, floral(), patience=Patience(0.5, 0.5, 0.5))
+    hello, train = (
+        next(m for m, _ in grid.pairs if m.metadata.message_type == t) for t in ("query.hello", "train")
+    )
+    expected = opened(next(a for m, a in grid.pairs if m is train).content, "")[1]
+    settings, link = NodeSettings("a", "0-4", str(tmp_path / "state")), Link1()
+    link.ask(hello)
+    served(link, settings, monkeypatch)
+    assert link.opened()[0]["clients"] == [0, 1, 2, 3, 4]
+    assert len(link.confirmed) == 1
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    link.ask(train)
+    with monkeypatch.context() as patched:
+        patched.setattr("umbel.flower.node.answered", killed)
+        with pytest.raises(KeyboardInterrupt):
+            served(link, settings, monkeypatch)
+    assert len(link.answers) == 1
+    served(link, settings, monkeypatch)
+    assert link.opened()[1] == expected
+    assert not (tmp_path / "state" / "inbox").exists()
+
+
+# Encoding.
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool]
+)
+def test_tensors_come_back_as_they_were(dtype):
+    tensors = {
+        "a/b.weight": torch.arange(6).reshape(2, 3).to(dtype),
+        "none": torch.empty(2, 0, dtype=dtype),
+        "number": torch.ones((), dtype=dtype),
+        "rows": torch.ones(1, 3, dtype=dtype).expand(4, 3)[:, ::2],
+    }
+    back = unpacked(packed(tensors), "")
+    assert set(back) == set(tensors)
+    assert all(equal(leaf, back[name]) for name, leaf in tensors.items())
+    assert packed({}) == b""
+
+
+def test_zeros_of_two_signs_are_two_things():
+    assert not equal(torch.zeros(1), -torch.zeros(1))
+
+
+def test_large_parts_travel_as_arrays_and_nothing_is_unpickled(monkeypatch):
+    monkeypatch.setattr("umbel.flower.post.SMALL", 10)
+    record = content_of({"round": 1}, {"small": b"a" * 10, "large": b"b" * 11})
+    assert list(record.array_records["tensors"]) == ["large"]
+    assert opened(record, "") == ({"round": 1}, {"small": b"a" * 10, "large": b"b" * 11})
+    record.array_records["tensors"]["large"] = Array(np.zeros(3))
+    with pytest.raises(WireError, match=r"ward: large came as 'numpy.ndarray'; only safetensors is read"):
+        opened(record, "ward")
