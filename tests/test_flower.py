@@ -27,13 +27,13 @@ from umbel import tree
 from umbel.clients import Examples
 from umbel.errors import DeployError, RecipeError, RoundError, WireError
 from umbel.flower.apps import answered
-from umbel.flower.lead import Patience, lead
+from umbel.flower.lead import Patience, lead, refuse_simulated
 from umbel.flower.node import Link, serve
 from umbel.flower.post import content_of, opened
 from umbel.flower.trial import deal
 from umbel.flower.wire import equal, packed, unpacked
 from umbel.flower.work import NodeSettings, Site, settings_of
-from umbel.recipe import Recipe
+from umbel.recipe import Recipe, find, load, read
 from umbel.rounds import rounds, start
 from umbel.schedule import Schedule
 from umbel.tasks import TASKS, Task
@@ -475,3 +475,10 @@ def test_large_parts_travel_as_arrays_and_nothing_is_unpickled(monkeypatch):
     record.array_records["tensors"]["large"] = Array(np.zeros(3))
     with pytest.raises(WireError, match=r"ward: large came as 'numpy.ndarray'; only safetensors is read"):
         opened(record, "ward")
+
+
+@pytest.mark.parametrize("asked", ["secure.aggregation=masks", "faults.drop_out=0.1", "privacy.level=client"])
+def test_what_only_the_simulator_does_is_refused(asked):
+    recipe = read(load(find("digits"), [asked, "weighting.rule=one", "privacy.epsilon=8"]), "fedavg")
+    with pytest.raises(RecipeError, match=rf"\[{asked.partition('.')[0]}\] is for the simulator"):
+        refuse_simulated(recipe.schedule)

@@ -18,7 +18,7 @@ import torch
 from umbel import tree
 from umbel.clients import Examples
 from umbel.cohort import Cohort, Tally
-from umbel.errors import DeployError, RoundError, WireError
+from umbel.errors import DeployError, RecipeError, RoundError, WireError
 from umbel.evaluate import Scores
 from umbel.flower.fingerprint import Fingerprint, differences, fingerprint
 from umbel.flower.post import KINDS, content_of, opened
@@ -28,6 +28,7 @@ from umbel.folder import RunFolder, check_free
 from umbel.recipe import Recipe
 from umbel.rounds import Progress, participants, rounds, start
 from umbel.runs import Result, record
+from umbel.schedule import Schedule
 from umbel.tasks import Task
 from umbel.tasks.pool import pooled
 from umbel.tree import Params
@@ -192,11 +193,11 @@ class Nodes:
             while waiting and waiting[0] in ready:
                 client = waiting.pop(0)
                 used.append(client)
-                seen.add(ready[client], 1)
+                _counted(seen, ready[client], client)
                 yield ready.pop(client)
         for client in sorted(ready):  # after some that never came
             used.append(client)
-            seen.add(ready[client], 1)
+            _counted(seen, ready[client], client)
             yield ready.pop(client)
         seen.dropped.extend(np.setdiff1d(clients, used).tolist())
         for why in troubles.values():
@@ -245,6 +246,7 @@ class Nodes:
             np.array([row[0] for row in every]),
             np.array([row[1] for row in every]) if every[0][1] is not None else None,
             np.array([row[2][:width] for row in every], dtype=mixture).reshape(len(every), width),
+            self.task.loss == "cross_entropy" and self.task.test.y.dim() > 1,
         )
 
     def _weights(self, clients: np.ndarray) -> np.ndarray:
@@ -418,6 +420,7 @@ def lead(
     Raises:
         UmbelError: nodes are missing, or no client's work could be used.
     """
+    refuse_simulated(recipe.schedule)
     if folder is not None:
         check_free(folder)
     task = recipe.task.load(recipe.schedule.seed)
@@ -442,6 +445,26 @@ def lead(
         if on_round is not None:
             on_round(at)
     return Result(counted, recipe.schedule, cohort, at, history, [])
+
+
+def refuse_simulated(schedule: Schedule) -> None:
+    """Raises RecipeError if the recipe asks for what is done in the simulator only."""
+    here = {
+        "faults": schedule.faults.any,
+        "attack": schedule.attack.kind != "none",
+        "asynchronous": schedule.asynchronous.buffer > 0,
+        "secure": schedule.secure.aggregation != "plain",
+        "privacy": schedule.privacy.level != "none",
+    }
+    if asked := [name for name, wanted in here.items() if wanted]:
+        raise RecipeError(
+            f"[{asked[0]}] is for the simulator so far (umbel run); leave it out of a deployed recipe"
+        )
+
+
+def _counted(seen: Tally, upload: Any, client: int) -> None:
+    seen.sent(upload, 1)
+    seen.add(upload, np.array([client]))
 
 
 def _discrepancy(labels: Sequence[Sequence[int]], num_labels: int) -> np.ndarray:
