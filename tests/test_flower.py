@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from test_battery import CASES, GROUP, every, labelled, net
 from umbel import tree
 from umbel.clients import Examples
-from umbel.errors import DeployError, RecipeError, RoundError, WireError
+from umbel.errors import DeployError, RecipeError, RoundError, RunFolderError, WireError
 from umbel.flower.apps import answered
 from umbel.flower.lead import Patience, lead, refuse_simulated
 from umbel.flower.node import Link, serve
@@ -34,11 +34,15 @@ from umbel.flower.trial import deal
 from umbel.flower.wire import equal, packed, unpacked
 from umbel.flower.work import NodeSettings, Site, settings_of
 from umbel.recipe import Recipe, find, load, read
+from umbel.report import write_report
 from umbel.rounds import rounds, start
+from umbel.runs import resume
 from umbel.schedule import Schedule
 from umbel.tasks import TASKS, Task
 
 TIMES = {"seconds", "train_seconds", "client_seconds", "exchange_seconds", "wire_up", "wire_down"}
+
+QUICK = Patience(nodes=0.2, answer=60.0, gone=0.2)
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def without_times(history):
 
 def check_parity(recipe, tmp_path, *clients):
     grid = FakeGrid(sites(tmp_path, *clients))
-    away = lead(grid, recipe, patience=Patience(0.5, 0.5, 0.5))
+    away = lead(grid, recipe, patience=QUICK)
     at, history = here(recipe)
     assert same(away.progress.shared, at.shared)
     np.testing.assert_equal(without_times(away.history), without_times(history))
@@ -139,6 +143,14 @@ def test_with_a_few_clients_in_each_round(method, tmp_path):
     check_parity(recipe, tmp_path, "0,4", "1-3")
 
 
+def test_a_run_leaves_a_folder_to_report_on_but_not_to_resume(tmp_path):
+    lead(FakeGrid(sites(tmp_path, "0-4")), floral(), tmp_path / "runs" / "away", QUICK)
+    write_report([tmp_path / "runs" / "away"], tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size > 1000
+    with pytest.raises(RunFolderError, match="is of a run across machines"):
+        resume(tmp_path / "runs" / "away")
+
+
 # What is kept.
 
 
@@ -157,7 +169,7 @@ class Forgetful(Site):
 
 def test_a_node_that_is_started_anew_goes_on_from_its_disk(tmp_path):
     grid = FakeGrid([Forgetful(NodeSettings("a", "0-4", str(tmp_path)))])
-    away = lead(grid, floral(), patience=Patience(0.5, 0.5, 0.5))
+    away = lead(grid, floral(), patience=QUICK)
     assert same(away.progress.shared, here(floral())[0].shared)
     (run,) = tmp_path.iterdir()
     assert (run.stat().st_mode & 0o777) == 0o700
@@ -178,7 +190,7 @@ class Recording(FakeGrid):
 
 def test_a_round_that_is_asked_for_twice_has_one_answer(tmp_path):
     grid = Recording(sites(tmp_path, "0-4"))
-    lead(grid, floral(), patience=Patience(0.5, 0.5, 0.5))
+    lead(grid, floral(), patience=QUICK)
     question, answer = [pair for pair in grid.pairs if pair[0].metadata.message_type == "train"][-1]
     again = answered(grid.sites[1], question)
     assert opened(again.content, "")[1] == opened(answer.content, "")[1]
@@ -189,7 +201,7 @@ def test_a_round_that_is_asked_for_twice_has_one_answer(tmp_path):
 
 def test_what_is_private_is_in_no_message(tmp_path):
     grid = Recording([Site(NodeSettings("a", "0-4", str(tmp_path), share_mixture=False))])
-    lead(grid, floral(), patience=Patience(0.5, 0.5, 0.5))
+    lead(grid, floral(), patience=QUICK)
     for message, answer in grid.pairs:
         names = [n for part in opened(answer.content, "")[1].values() for n in unpacked(part, "")]
         assert not [name for name in names if "logits" in name or "mixture" in name], message.metadata.message_type
@@ -198,7 +210,7 @@ def test_what_is_private_is_in_no_message(tmp_path):
 def test_a_frozen_base_and_what_never_changes_do_not_travel(tmp_path):
     recipe = replace(floral(), method=CASES["floral"]["frozen base"])
     grid = Recording(sites(tmp_path, "0-4"))
-    lead(grid, recipe, patience=Patience(0.5, 0.5, 0.5))
+    lead(grid, recipe, patience=QUICK)
     sent = [
         opened(message.content, "")[1] for message, _ in grid.pairs if message.metadata.message_type == "train"
     ]
@@ -230,7 +242,7 @@ def test_a_node_with_another_base_is_refused_by_name(tmp_path, caplog):
     with pytest.raises(
         DeployError, match=r"client 4(.|\n)*'ward': its base is not the server's.*tensor 0\.weight: the node has"
     ):
-        lead(grid, floral(), patience=Patience(0.5, 0.5, 0.5))
+        lead(grid, floral(), patience=QUICK)
 
 
 @dataclass
@@ -259,14 +271,14 @@ class Confused(Site):
 def test_answers_that_make_no_sense_do_not_stop_the_server_in_its_tracks(name, error, told, tmp_path):
     ward = Confused(NodeSettings(name, "4", str(tmp_path / "ward")))
     with pytest.raises(error, match=told):
-        lead(FakeGrid([*sites(tmp_path, "0-3"), ward]), floral(), patience=Patience(0.5, 0.5, 0.5))
+        lead(FakeGrid([*sites(tmp_path, "0-3"), ward]), floral(), patience=QUICK)
 
 
 def test_missing_and_doubled_clients_are_named(tmp_path):
     with pytest.raises(DeployError, match="no node with clients 3, 4"):
-        lead(FakeGrid(sites(tmp_path, "0-2")), floral(), patience=Patience(0.3, 0.5, 0.5))
+        lead(FakeGrid(sites(tmp_path, "0-2")), floral(), patience=QUICK)
     with pytest.raises(DeployError, match=r"'site (2-3|0-2)': client 2 is on node 'site (0-2|2-3)' already"):
-        lead(FakeGrid(sites(tmp_path, "0-2", "2-3")), floral(), patience=Patience(0.3, 0.5, 0.5))
+        lead(FakeGrid(sites(tmp_path, "0-2", "2-3")), floral(), patience=QUICK)
 
 
 @dataclass
@@ -299,14 +311,14 @@ def changed(name, function):
 )
 def test_uploads_that_do_not_fit_are_dropped_by_name(change, told, tmp_path, caplog):
     ward = Tampering(NodeSettings("ward", "4", str(tmp_path / "ward")), change=change)
-    result = lead(FakeGrid([*sites(tmp_path, "0-3"), ward]), floral(), patience=Patience(0.5, 0.5, 0.5))
+    result = lead(FakeGrid([*sites(tmp_path, "0-3"), ward]), floral(), patience=QUICK)
     assert all(line["dropped"] == [4] for line in result.history)
     assert any("ward" in line.message and re.search(told, line.message) for line in caplog.records)
 
 
 def test_a_message_that_does_not_fit_is_refused_by_the_node(tmp_path):
     grid = Recording(sites(tmp_path, "0-4"))
-    lead(grid, floral(), patience=Patience(0.5, 0.5, 0.5))
+    lead(grid, floral(), patience=QUICK)
     question = [message for message, _ in grid.pairs if message.metadata.message_type == "train"][-1]
     facts, parts = opened(question.content, "")
     common = unpacked(parts["common"], "")
@@ -332,7 +344,7 @@ def test_a_node_joins_no_other_recipe_than_its_owners(tmp_path):
     (tmp_path / "ours.toml").write_text(tomli_w.dumps(table))
     strict = Site(NodeSettings("ward", "0-4", str(tmp_path), recipe=str(tmp_path / "ours.toml")))
     with pytest.raises(DeployError, match=r"another than .*ours\.toml: it says rounds = 3, the file 2"):
-        lead(FakeGrid([strict]), floral(), patience=Patience(0.3, 0.5, 0.5))
+        lead(FakeGrid([strict]), floral(), patience=QUICK)
 
 
 # A node's own data.
@@ -352,12 +364,12 @@ def test_data_come_from_a_function_or_a_folder(tmp_path):
     at, history = here(floral())
     for source in (f"{__name__}:examples_of", str(tmp_path)):
         settings = NodeSettings("a", "0-4", str(tmp_path / "state"), data=source)
-        away = lead(FakeGrid([Site(settings)]), floral(), patience=Patience(0.5, 0.5, 0.5))
+        away = lead(FakeGrid([Site(settings)]), floral(), patience=QUICK)
         assert same(away.progress.shared, at.shared)
         np.testing.assert_equal(without_times(away.history), without_times(history))
     settings = NodeSettings("a", "0-4", str(tmp_path / "state"), data=str(tmp_path / "state"))
     with pytest.raises(DeployError, match="client 0 has no data: there is no"):
-        lead(FakeGrid([Site(settings)]), floral(), patience=Patience(0.3, 0.5, 0.5))
+        lead(FakeGrid([Site(settings)]), floral(), patience=QUICK)
 
 
 @pytest.mark.parametrize(
@@ -419,7 +431,7 @@ def served(link, settings, monkeypatch):
 
 def test_a_node_answers_and_one_that_was_killed_answers_when_it_is_back(tmp_path, monkeypatch):
     grid = Recording(sites(tmp_path / "grid", "0-4"))
-    lead(grid, floral(), patience=Patience(0.5, 0.5, 0.5))
+    lead(grid, floral(), patience=QUICK)
     hello, train = (
         next(m for m, _ in grid.pairs if m.metadata.message_type == t) for t in ("query.hello", "train")
     )

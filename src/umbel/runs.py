@@ -174,11 +174,16 @@ def _opened(path: Path, task: Task | None, method: Method | None) -> tuple[RunFo
         schedule, engine = build(Schedule, facts["schedule"], "schedule"), Engine(**facts["engine"])
         folder = RunFolder.opened(path, _identity(task, method, schedule))
     task = pooled(task) if schedule.pool else task
+    facts = folder.facts()
+    if facts.get("deployed"):
+        raise RunFolderError(
+            f"{path} is of a run across machines: what its clients keep is on their nodes, so that neither its "
+            f"rounds nor its models can be made here; umbel report {path} shows how it went"
+        )
     checkpoint, warnings = folder.latest()
     if schedule.asynchronous.buffer and checkpoint is not None and checkpoint.round < schedule.rounds:
         # What clients are at work on is in no checkpoint: the run is made again, to the same bits.
         checkpoint = None
-    facts = folder.facts()
     chunk = int(facts["chunk"])
     cohort, at = start(task, method, schedule, replace(engine, mode="stacked", chunk=chunk))
     cohort = replace(cohort, chunk=chunk)

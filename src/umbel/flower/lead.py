@@ -113,20 +113,23 @@ class Nodes:
             DeployError: some are not, and it names them and the nodes that were refused.
         """
         wanted = participants(self.task.num_clients, self.recipe.schedule).tolist()
-        end = time.monotonic() + self.patience.nodes
-        told = ""
-        while missing := [client for client in wanted if client not in self.roster.homes]:
+        begin, told = time.monotonic(), ""
+        while True:
             self.greet()
-            if time.monotonic() > end:
+            missing = [client for client in wanted if client not in self.roster.homes]
+            if not missing:
+                break
+            waited = time.monotonic() - begin
+            # Who has come may still be loading its model.
+            if waited > self.patience.nodes + (self.patience.answer if self.greeted else 0.0):
                 reasons = "".join(f"\n  refused: {why}" for why in self.roster.refused.values())
                 raise DeployError(
-                    f"after {self.patience.nodes:.0f} s there is no node with client{'s' * (len(missing) > 1)} "
+                    f"after {waited:.0f} s there is no node with client{'s' * (len(missing) > 1)} "
                     f"{_listed(missing)}; start the nodes that have them{reasons}"
                 )
-            if missing and told != (told := f"{len(wanted) - len(missing)} of {len(wanted)} clients are there"):
+            if told != (told := f"{len(wanted) - len(missing)} of {len(wanted)} clients are there"):
                 LOG.info(told)
-            if missing:
-                time.sleep(POLL)
+            time.sleep(POLL)
         count, slots = self.task.train.count.copy(), self.task.train.slots
         for client, examples in self.roster.examples.items():
             count[client] = examples
@@ -433,7 +436,7 @@ def lead(
     if folder is not None:
         num_bytes = sum(leaf.numel() * leaf.element_size() for leaf in tree.tensors(at.shared).values())
         facts = {"task": task.name, "num_clients": task.num_clients, "chunk": 1, "cost": asdict(cost)}
-        facts |= {"schedule": asdict(recipe.schedule), "engine": asdict(recipe.engine), "run": nodes.run}
+        facts |= {"schedule": asdict(recipe.schedule), "engine": asdict(recipe.engine), "deployed": nodes.run}
         folder.parent.mkdir(parents=True, exist_ok=True)
         kept = RunFolder.create(folder, recipe.identity(), recipe.table(), facts, num_bytes)
     history = []
