@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from umbel.errors import RoundError
 from umbel.folder import machine
 from umbel.recipe import read
 from umbel.runs import run_recipe
@@ -70,9 +71,12 @@ def recipe_of(base: Table, level: str, label: str, epsilon: float, seed: int) ->
 
 
 def measured(base: Table, level: str, label: str, epsilon: float, seed: int) -> Table:
-    """One run's figures."""
+    """One run's figures; of one in which noise ended training, what it said."""
     begin = perf_counter()
-    result = run_recipe(read(recipe_of(base, level, label, epsilon, seed), label))
+    try:
+        result = run_recipe(read(recipe_of(base, level, label, epsilon, seed), label))
+    except RoundError as error:
+        return {"seed": seed, "diverged": str(error)}
     figures = result.figures
     kept = ("accuracy", "worst_decile", "nmi", "epsilon", "delta")
     clips = {name: value for name, value in figures.items() if name.startswith("clip_")}
@@ -99,7 +103,7 @@ def run(document: Table, out: Path | None, only: str) -> None:
                     continue
                 runs = [measured(base, level, label, epsilon, seed) for seed in document["seeds"]]
                 cells.append({"task": name, "level": level, "label": label, "epsilon": told, "runs": runs})
-                print(name, label, told, [run["accuracy"] for run in runs], file=sys.stderr, flush=True)
+                print(name, label, told, [run.get("accuracy") for run in runs], file=sys.stderr, flush=True)
                 if out:
                     out.write_text(json.dumps(document, indent=1) + "\n")
 
@@ -131,7 +135,9 @@ def tables(document: Table) -> list[str]:
 def _cell(cell: Table | None) -> str:
     if cell is None:
         return "–"
-    scores = [run["accuracy"] for run in cell["runs"]]
+    scores = [run["accuracy"] for run in cell["runs"] if "accuracy" in run]
+    if len(scores) < len(cell["runs"]):
+        return "diverged"
     apart = f" ({' / '.join(f'{score:.1f}' for score in scores)})" if len(scores) > 1 else ""
     agreement = [run["nmi"] for run in cell["runs"] if "nmi" in run]
     routes = f", NMI {fmean(agreement):.2f}" if agreement and "oracle" not in cell["label"] else ""
