@@ -146,7 +146,9 @@ def flip_lines(document: dict[str, Any]) -> list[str]:
     lines = [
         f"FLoRAL on digits as in its recipe, {figures['rounds']} rounds, 20 % of the clients flip their steps five times over:",
         "",
-        "| seed (hostile in each group of ten) | no attack | plain mean | " + " | ".join(rules) + " |",
+        "| seed (hostile in each group of ten) | no attack (all 40 clients) | plain mean | "
+        + " | ".join(rules)
+        + " |",
         "|---" * (3 + len(rules)) + "|",
     ]
     for row in figures["seeds"]:
