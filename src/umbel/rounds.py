@@ -130,5 +130,7 @@ def rounds(
                 figures |= routing(scores.mixture, group)
             if group is not None:
                 figures |= scores.of_groups(group)
+        elif group is not None and (routes := getattr(shared, "routes", None)) is not None:
+            figures |= routing(routes[tests].cpu().numpy(), group)  # needs no evaluation
         figures["seconds"] = perf_counter() - begin
         yield Progress(round, shared, store, figures, scores)
