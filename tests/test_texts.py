@@ -3,17 +3,20 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import BertTokenizer
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 import small_texts
 from small_texts import END, LETTERS, PAD, XQUAD
 from umbel.errors import DataError, RecipeError
-from umbel.model.loss import IGNORED, cross_entropy
+from umbel.model.loss import IGNORED, Loss, cross_entropy
+from umbel.model.pretrained import of_transformers
+from umbel.model.stacked import stackable
 from umbel.tasks import (
     GLUE,
     AGNews,
@@ -338,18 +341,69 @@ def test_padding_changes_no_answer(small):
         assert torch.allclose(task.model(x), task.model(wider), atol=1e-6)
 
 
-def test_a_tokenizer_that_joins_pairs_does_so_itself(real_data, tmp_path):
-    folder = real_data / "tokenizers" / "bert-base-uncased"
-    if not (folder / "vocab.txt").exists():
-        pytest.skip("no vocabulary of BERT")
-    words = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-    bert = BertTokenizer(vocab={word: at for at, word in enumerate(words)})
-    bert.save_pretrained(tmp_path)
+@pytest.fixture
+def bert(tmp_path):
+    """A tokenizer like BERT's, in a folder with a config that says so."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "sat", "dog"]
+    own = BertTokenizer(vocab={word: at for at, word in enumerate(words)})
+    own.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    return own
+
+
+def small_bert(**settings):
+    shape = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(**shape, intermediate_size=8, initializer_range=0.5, **settings)
+    torch.manual_seed(0)
+    return of_transformers(BertForSequenceClassification(config), "text")
+
+
+def test_a_tokenizer_that_joins_pairs_does_so_itself(bert, tmp_path):
     x = Tokenizer(str(tmp_path)).padded(["a cat sat"], ["a dog"], 12, 0)
     assert bert.convert_ids_to_tokens(x[0].tolist()) == (
         ["[CLS]", "a", "cat", "sat", "[SEP]", "a", "dog", "[SEP]"] + 4 * ["[PAD]"]
     )
+
+
+def test_a_base_like_bert_is_told_which_text_of_a_pair_a_token_is_of(bert, tmp_path):
+    tokenizer, base = Tokenizer(str(tmp_path)), small_bert()
+    first, second = ["a cat sat", "a", "dog", "a cat sat a dog"], ["a dog", "cat", "", "sat sat sat sat"]
+    x = tokenizer.padded(first, second, 9, base.pad_id)  # the last pair is cut
+    own = bert(first, second, truncation=True, max_length=9, padding="max_length", return_tensors="pt")
+    assert torch.equal(own["input_ids"], x)
+    with torch.no_grad():
+        one_text = base(x)
+        base.separate(tokenizer.separator)
+        wanted = base.model(**own).logits
+        torch.testing.assert_close(base(x), wanted)
+        assert ((one_text - wanted).abs().amax(1) > 0.01).all()
+        alone = tokenizer.padded(first, [], 9, base.pad_id)
+        read = bert(first, padding="max_length", max_length=9, return_tensors="pt")
+        torch.testing.assert_close(base(alone), base.model(**read).logits)
+
+
+def test_a_base_that_never_learned_to_tell_texts_apart_is_told_nothing(bert, small, tmp_path):
+    base = small_bert(type_vocab_size=1)
+    base.separate(Tokenizer(str(tmp_path)).separator)
+    assert base.separator == -1
+    assert Tokenizer("models/stories260K").separator == -1
+
+
+@pytest.mark.parametrize("num_clients", [1, 3])
+def test_what_all_texts_have_as_padding_is_not_computed(num_clients):
+    base = small_bert()
+    x = torch.zeros(num_clients, 2, 9, dtype=torch.long)
+    for place, length in enumerate(torch.tensor([5, 3, 4, 1, 2, 5])[: 2 * num_clients].tolist()):
+        x.view(-1, 9)[place, :length] = torch.arange(3, 3 + length)
+    lengths = []
+    base.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[-1]))
+    params = {"model.classifier.bias": torch.randn(num_clients, 2)}
+    loss = Loss(stackable(base), "cross_entropy")
+    with torch.no_grad():
+        outputs = [replace(loss, whole=whole).outputs(params, x) for whole in (True, False)]
+    assert lengths == [9, 5]
+    torch.testing.assert_close(*outputs)
+    assert base.shortened(torch.zeros(2, 9)).shape == (2, 1)
 
 
 # Following instructions.

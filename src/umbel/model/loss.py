@@ -67,6 +67,7 @@ class Loss:
 
     module: nn.Module
     name: LossName
+    whole: bool = False  # compute padding too where a model could leave it out (`shortened` of pretrained.py)
 
     def __call__(self, params: Params, batch: Batch, training: bool = True) -> Tensor:
         return batch.mean(self.per_example(self.outputs(params, batch.x, training, batch.key), batch.y))
@@ -82,6 +83,8 @@ class Loss:
         Raises:
             ModelError: K > 1 and PyTorch cannot stack a layer of the module.
         """
+        shortened = None if self.whole else getattr(self.module, "shortened", None)
+        x = x if shortened is None else shortened(x)
         if any(layer.training != training for layer in self.module.modules()):
             self.module.train(training)
         if training and key is not None:

@@ -5,8 +5,8 @@ a task are drawn from a Dirichlet distribution, and those below one per cent (or
 tenth of an even share) or `least_examples` go to others.
 Every slot is tested on the same part of its task's development set. All tasks have two labels and one head.
 Of QNLI the data folder has the development set only: a fifth of it, drawn by the seed, is for testing, and no
-question or sentence of that fifth is trained on. A base gets ids and nothing else: one like BERT, which was
-pretrained with segment ids (token_type_ids), reads both sentences of a pair as the first segment.
+question or sentence of that fifth is trained on. A base like BERT is told which sentence of a pair a token is
+of (token_type_ids).
 """
 
 from collections.abc import Sequence
@@ -75,6 +75,7 @@ class GLUE:
     def load(self, seed: int) -> Task:
         model = load_pretrained(self.base, "text", 2, seed, self.precision, self.bits)
         tokenizer = Tokenizer(self.base)
+        model.separate(tokenizer.separator)
 
         def read(own: Sentences) -> tuple[Tensor, Tensor]:
             x = tokenizer.padded(own.first, own.second if any(own.second) else [], self.length, model.pad_id)
