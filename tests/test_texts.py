@@ -29,11 +29,14 @@ from umbel.tasks import (
     dolly,
     texts,
 )
+from umbel.tasks import vectors as vectors_module
+from umbel.tasks.bases import load_pretrained
 from umbel.tasks.cifar import DEVIATION, MEAN
 from umbel.tasks.cifar_vit import divided
 from umbel.tasks.glue import _split, sentences
 from umbel.tasks.slots import Holders, held
 from umbel.tasks.tokens import Tokenizer
+from umbel.tasks.vectors import vectors
 
 SMALL = {"length": 16, "tokens_per_client": 640, "public_windows": 10}
 LANGUAGE = {  # each with its categories' letters
@@ -215,6 +218,7 @@ def test_too_little_text_is_told(small):
         (lambda: GLUE(alpha=0), "alpha"),
         (lambda: GLUE(length=3), "length"),
         (lambda: GLUE(train_examples=-1), "train_examples"),
+        (lambda: GLUE(embedded=True, bits=4), "bits"),
         (lambda: Dolly(num_holders=0), "num_holders"),
         (lambda: Dolly(least_examples=0), "least_examples"),
         (lambda: Dolly(categories=("open_qa", "open_qa")), "categories"),
@@ -404,6 +408,64 @@ def test_what_all_texts_have_as_padding_is_not_computed(num_clients):
     assert lengths == [9, 5]
     torch.testing.assert_close(*outputs)
     assert base.shortened(torch.zeros(2, 9)).shape == (2, 1)
+
+
+# Texts as vectors.
+
+
+@pytest.fixture
+def passed(small, monkeypatch, tmp_path):
+    """How many texts pass the base, each time it is asked; nothing is kept at first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    counts = []
+    true = vectors_module._passed
+
+    def counting(model, ids):
+        counts.append(len(ids))
+        return true(model, ids)
+
+    monkeypatch.setattr(vectors_module, "_passed", counting)
+    return counts
+
+
+def test_a_texts_vector_is_the_mean_of_its_tokens_states(passed, monkeypatch):
+    monkeypatch.setattr(vectors_module, "TOKENS", 24)
+    found = vectors(["abc", "", "a longer one", "abc", "zz"], "models/stories260K", 8)
+    base = load_pretrained("models/stories260K", "text", 2).model
+    for row, text in ((0, "abc"), (2, "a longer"), (4, "zz")):  # cut at 8
+        ids = small_texts.tokenizer()(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            states = base(input_ids=ids, output_hidden_states=True).hidden_states
+        means = [states[at][0].mean(0) for at in (len(states) // 2, -1)]
+        wanted = torch.cat([mean / mean.square().mean().sqrt() for mean in means])
+        torch.testing.assert_close(found[row], wanted, atol=2e-3, rtol=2e-3)
+    assert torch.equal(found[3], found[0])
+    assert not found[1].any()
+
+
+def test_texts_pass_the_base_once(passed):
+    first = vectors(["a", "b", "a", ""], "models/stories260K", 8)
+    again = vectors(["c", "b", "a"], "models/stories260K", 8)
+    assert passed == [2, 1]
+    assert torch.equal(again[1:], first[[1, 0]])
+    vectors(["a"], "models/stories260K", 9)  # might be cut elsewhere
+    assert passed == [2, 1, 1]
+    assert vectors(["", ""], "models/stories260K", 8).tolist() == [[0.0], [0.0]]
+
+
+def test_embedded_slots_are_those_of_the_texts(passed):
+    settings = {"tasks": ("rte", "sst2"), "length": 24, "num_holders": 3, "test_examples": 10}
+    plain, own = (GLUE(**settings, embedded=on).load(0) for on in (False, True))
+    assert torch.equal(own.train.y, plain.train.y)
+    assert torch.equal(own.owner, plain.owner)
+    first, second, apart, product = own.train.x.chunk(4, 1)
+    torch.testing.assert_close(apart, (first - second).abs())
+    torch.testing.assert_close(product, first * second)
+    pairs = torch.cat([torch.full((n,), g == 0) for n, g in zip(own.train.count, own.group, strict=True)])
+    assert torch.equal(second.any(1), pairs)
+    trained = {name for name, leaf in own.model.named_parameters() if leaf.requires_grad}
+    assert trained == {"classifier.weight", "classifier.bias"}
+    assert own.model(own.train.x[:3]).shape == (3, 2)
 
 
 # Following instructions.
