@@ -80,6 +80,7 @@ def tiny_data_folder(tmp_path_factory):
 
 @pytest.fixture
 def tiny_data(tiny_data_folder, monkeypatch):
-    """Makes the data sets of noise those that tasks read."""
+    """Makes the data sets of noise those that tasks read, and what is kept of them no other's."""
     monkeypatch.setenv("UMBEL_DATA", str(tiny_data_folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tiny_data_folder / "cache"))
     return tiny_data_folder

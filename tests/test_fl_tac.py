@@ -666,6 +666,17 @@ def test_a_slot_in_a_wrong_cluster_is_seen():
     assert routing(seen.mixture, group)["cluster_accuracy"] == 0.75
 
 
+def test_clusters_are_told_in_rounds_that_are_not_evaluated():
+    method = FLTAC(3, adapter=HEADED, local=STEPS)
+    told = run(slots_task(), method, schedule=Schedule(rounds=3, evaluate_every=3)).history
+    seen = run(slots_task(), method, schedule=Schedule(rounds=3)).history
+    assert [("loss" in figures) for figures in told] == [False, False, True]
+    for name in ("cluster_accuracy", "ari", "nmi", "usage"):
+        assert [figures[name] for figures in told] == [figures[name] for figures in seen]
+    some = Schedule(rounds=2, evaluate_every=2, clients_per_round=3)
+    assert "nmi" not in run(slots_task(), method, schedule=some).history[0]
+
+
 def test_a_pooled_run_goes_on_from_its_folder(tmp_path):
     schedule, method = Schedule(rounds=4, checkpoint_every=2, pool=True), FedIT(HEADED, STEPS)
 

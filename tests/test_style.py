@@ -65,7 +65,8 @@ INSIDE = {
     "flower": "wire fingerprint credentials \n kept \n work \n post \n lead \n apps \n node \n trial",
     "model": "copies dropout nets pretrained \n stacked \n loss recompute",
     "tasks": "augment corpora partition task \n bases grouped pool texts slots \n"
-    "tokens cifar digits femnist mnist shakespeare synthetic own \n language cifar_vit glue dolly flan_feddpa \n"
+    "tokens cifar digits femnist mnist shakespeare synthetic own \n vectors language cifar_vit \n"
+    "glue dolly flan_feddpa \n"
     "ag_news code_vs_prose multilingual shakespeare_roles \n unused",
 }
 # A report is made of what lies in run folders, never of a run.
@@ -356,18 +357,20 @@ def test_every_method_has_a_recipe():
     assert {type(recipe.method) for recipe in recipes} == set(METHODS.values())
 
 
-# Of the tasks that read data sets a few clients are enough, and noise in the same format is as good.
+# Of the tasks, or recipes, that read data sets a few clients are enough, and noise in the same format is as good.
 SMALL = {
     "mnist": ["task.num_clients=8", "clients_per_round=2"],
     "cifar10": ["task.num_clients=4", "clients_per_round=2"],
     "cifar100": ["task.num_clients=2", "task.num_groups=2", "clients_per_round=2", "task.samples_per_client=0"],
     "shakespeare": ["task.num_clients=2", "clients_per_round=2", "task.hidden=8", "task.least_letters=161"],
     "femnist_digits": ["clients_per_round=2"],
-    "glue": [  # the small base is a GPT-2
+    "fl_tac": [  # the small base is a GPT-2
+        "task.base=models/stories260K",
         "clients_per_round=2",
         "local.steps=2",
         *(f'method.{label}.adapter.peft.target_modules=["c_attn"]' for label in ("fl_tac", "fedit")),
     ],
+    "fl_tac_embedded": ["task.base=models/stories260K", "clients_per_round=2", "local.steps=2"],
 }
 # Cells of a table that differ from another one in a task's setting: they are read, not run.
 ALIKE = {
@@ -380,7 +383,7 @@ ALIKE = {
 )
 def test_every_label_of_every_recipe_runs_a_round(name, label, tiny_data):
     task = load(shipped()[name])["task"]["name"]
-    recipe = read(load(shipped()[name], ["rounds=1", *SMALL.get(task, ())]), label)
+    recipe = read(load(shipped()[name], ["rounds=1", *SMALL.get(name, SMALL.get(task, ()))]), label)
     assert recipe.label == label
     assert read(recipe.table(), label) == recipe
     if name in ALIKE or (name.startswith("table1/cifar") and label not in ("fedavg", "floral", "local-adapter")):

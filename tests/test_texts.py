@@ -3,17 +3,20 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import BertTokenizer
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 import small_texts
 from small_texts import END, LETTERS, PAD, XQUAD
 from umbel.errors import DataError, RecipeError
-from umbel.model.loss import IGNORED, cross_entropy
+from umbel.model.loss import IGNORED, Loss, cross_entropy
+from umbel.model.pretrained import of_transformers
+from umbel.model.stacked import stackable
 from umbel.tasks import (
     GLUE,
     AGNews,
@@ -26,11 +29,14 @@ from umbel.tasks import (
     dolly,
     texts,
 )
+from umbel.tasks import vectors as vectors_module
+from umbel.tasks.bases import load_pretrained
 from umbel.tasks.cifar import DEVIATION, MEAN
 from umbel.tasks.cifar_vit import divided
 from umbel.tasks.glue import _split, sentences
 from umbel.tasks.slots import Holders, held
 from umbel.tasks.tokens import Tokenizer
+from umbel.tasks.vectors import vectors
 
 SMALL = {"length": 16, "tokens_per_client": 640, "public_windows": 10}
 LANGUAGE = {  # each with its categories' letters
@@ -215,6 +221,7 @@ def test_too_little_text_is_told(small):
         (lambda: GLUE(alpha=0), "alpha"),
         (lambda: GLUE(length=3), "length"),
         (lambda: GLUE(train_examples=-1), "train_examples"),
+        (lambda: GLUE(embedded=True, bits=4), "bits"),
         (lambda: Dolly(num_holders=0), "num_holders"),
         (lambda: Dolly(least_examples=0), "least_examples"),
         (lambda: Dolly(categories=("open_qa", "open_qa")), "categories"),
@@ -341,18 +348,127 @@ def test_padding_changes_no_answer(small):
         assert torch.allclose(task.model(x), task.model(wider), atol=1e-6)
 
 
-def test_a_tokenizer_that_joins_pairs_does_so_itself(real_data, tmp_path):
-    folder = real_data / "tokenizers" / "bert-base-uncased"
-    if not (folder / "vocab.txt").exists():
-        pytest.skip("no vocabulary of BERT")
-    words = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-    bert = BertTokenizer(vocab={word: at for at, word in enumerate(words)})
-    bert.save_pretrained(tmp_path)
+@pytest.fixture
+def bert(tmp_path):
+    """A tokenizer like BERT's, in a folder with a config that says so."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "sat", "dog"]
+    own = BertTokenizer(vocab={word: at for at, word in enumerate(words)})
+    own.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    return own
+
+
+def small_bert(**settings):
+    shape = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(**shape, intermediate_size=8, initializer_range=0.5, **settings)
+    torch.manual_seed(0)
+    return of_transformers(BertForSequenceClassification(config), "text")
+
+
+def test_a_tokenizer_that_joins_pairs_does_so_itself(bert, tmp_path):
     x = Tokenizer(str(tmp_path)).padded(["a cat sat"], ["a dog"], 12, 0)
     assert bert.convert_ids_to_tokens(x[0].tolist()) == (
         ["[CLS]", "a", "cat", "sat", "[SEP]", "a", "dog", "[SEP]"] + 4 * ["[PAD]"]
     )
+
+
+def test_a_base_like_bert_is_told_which_text_of_a_pair_a_token_is_of(bert, tmp_path):
+    tokenizer, base = Tokenizer(str(tmp_path)), small_bert()
+    first, second = ["a cat sat", "a", "dog", "a cat sat a dog"], ["a dog", "cat", "", "sat sat sat sat"]
+    x = tokenizer.padded(first, second, 9, base.pad_id)  # the last pair is cut
+    own = bert(first, second, truncation=True, max_length=9, padding="max_length", return_tensors="pt")
+    assert torch.equal(own["input_ids"], x)
+    with torch.no_grad():
+        one_text = base(x)
+        base.separate(tokenizer.separator)
+        wanted = base.model(**own).logits
+        torch.testing.assert_close(base(x), wanted)
+        assert ((one_text - wanted).abs().amax(1) > 0.01).all()
+        alone = tokenizer.padded(first, [], 9, base.pad_id)
+        read = bert(first, padding="max_length", max_length=9, return_tensors="pt")
+        torch.testing.assert_close(base(alone), base.model(**read).logits)
+
+
+def test_a_base_that_never_learned_to_tell_texts_apart_is_told_nothing(bert, small, tmp_path):
+    base = small_bert(type_vocab_size=1)
+    base.separate(Tokenizer(str(tmp_path)).separator)
+    assert base.separator == -1
+    assert Tokenizer("models/stories260K").separator == -1
+
+
+@pytest.mark.parametrize("num_clients", [1, 3])
+def test_what_all_texts_have_as_padding_is_not_computed(num_clients):
+    base = small_bert()
+    x = torch.zeros(num_clients, 2, 9, dtype=torch.long)
+    for place, length in enumerate(torch.tensor([5, 3, 4, 1, 2, 5])[: 2 * num_clients].tolist()):
+        x.view(-1, 9)[place, :length] = torch.arange(3, 3 + length)
+    lengths = []
+    base.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[-1]))
+    params = {"model.classifier.bias": torch.randn(num_clients, 2)}
+    loss = Loss(stackable(base), "cross_entropy")
+    with torch.no_grad():
+        outputs = [replace(loss, whole=whole).outputs(params, x) for whole in (True, False)]
+    assert lengths == [9, 5]
+    torch.testing.assert_close(*outputs)
+    assert base.shortened(torch.zeros(2, 9)).shape == (2, 1)
+
+
+# Texts as vectors.
+
+
+@pytest.fixture
+def passed(small, monkeypatch, tmp_path):
+    """How many texts pass the base, each time it is asked; nothing is kept at first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    counts = []
+    true = vectors_module._passed
+
+    def counting(model, ids):
+        counts.append(len(ids))
+        return true(model, ids)
+
+    monkeypatch.setattr(vectors_module, "_passed", counting)
+    return counts
+
+
+def test_a_texts_vector_is_the_mean_of_its_tokens_states(passed, monkeypatch):
+    monkeypatch.setattr(vectors_module, "TOKENS", 24)
+    found = vectors(["abc", "", "a longer one", "abc", "zz"], "models/stories260K", 8)
+    base = load_pretrained("models/stories260K", "text", 2).model
+    for row, text in ((0, "abc"), (2, "a longer"), (4, "zz")):  # cut at 8
+        ids = small_texts.tokenizer()(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            states = base(input_ids=ids, output_hidden_states=True).hidden_states
+        means = [states[at][0].mean(0) for at in (len(states) // 2, -1)]
+        wanted = torch.cat([mean / mean.square().mean().sqrt() for mean in means])
+        torch.testing.assert_close(found[row], wanted, atol=2e-3, rtol=2e-3)
+    assert torch.equal(found[3], found[0])
+    assert not found[1].any()
+
+
+def test_texts_pass_the_base_once(passed):
+    first = vectors(["a", "b", "a", ""], "models/stories260K", 8)
+    again = vectors(["c", "b", "a"], "models/stories260K", 8)
+    assert passed == [2, 1]
+    assert torch.equal(again[1:], first[[1, 0]])
+    vectors(["a"], "models/stories260K", 9)  # might be cut elsewhere
+    assert passed == [2, 1, 1]
+    assert vectors(["", ""], "models/stories260K", 8).tolist() == [[0.0], [0.0]]
+
+
+def test_embedded_slots_are_those_of_the_texts(passed):
+    settings = {"tasks": ("rte", "sst2"), "length": 24, "num_holders": 3, "test_examples": 10}
+    plain, own = (GLUE(**settings, embedded=on).load(0) for on in (False, True))
+    assert torch.equal(own.train.y, plain.train.y)
+    assert torch.equal(own.owner, plain.owner)
+    first, second, apart, product = own.train.x.chunk(4, 1)
+    torch.testing.assert_close(apart, (first - second).abs())
+    torch.testing.assert_close(product, first * second)
+    pairs = torch.cat([torch.full((n,), g == 0) for n, g in zip(own.train.count, own.group, strict=True)])
+    assert torch.equal(second.any(1), pairs)
+    trained = {name for name, leaf in own.model.named_parameters() if leaf.requires_grad}
+    assert trained == {"classifier.weight", "classifier.bias"}
+    assert own.model(own.train.x[:3]).shape == (3, 2)
 
 
 # Following instructions.

@@ -245,7 +245,8 @@ class Cohort:
             rows = torch.arange(count, device=x.device) % len(y)
             clients = self.train.num_clients
             data = Examples(x[rows], y[rows], np.zeros(clients, np.int64), np.full(clients, count))
-            cohort = replace(self, method=method, train=data, chunk=1)
+            loss = replace(self.loss, whole=True)  # how much is padding differs from batch to batch
+            cohort = replace(self, method=method, loss=loss, train=data, chunk=1)
             with counted_steps() as steps, CountedFlops() as flops:
                 upload, _ = cohort.update(shared, store, client, 1, np.array([float(count)]))
             return float(flops.total), steps[0], upload
@@ -338,7 +339,8 @@ class Tally:
     def lose(self, lost: dict[str, int]) -> None:
         """Counts what was lost."""
         for reason, count in lost.items():
-            self.lost[reason] = self.lost.get(reason, 0) + count
+            if count:
+                self.lost[reason] = self.lost.get(reason, 0) + count
 
     @property
     def mean_loss(self) -> float:

@@ -15,7 +15,7 @@ from umbel.attacks import attackers, poisoned, trapped
 from umbel.clock import steps
 from umbel.cohort import Cohort, Cost, Engine, PrivateStore, Tally, chunk_size
 from umbel.errors import DataError
-from umbel.evaluate import Scores, evaluate, figures_of
+from umbel.evaluate import Scores, evaluate, figures_of, routing
 from umbel.faults import MISSING, fates
 from umbel.meeting import Met, check, late_uploads, ledger, meet, server_step
 from umbel.methods.protocol import Method, Population
@@ -199,8 +199,7 @@ def rounds(
         bytes_down = tree.row_bytes(method.send(shared, torch.from_numpy(clients[:1]).to(device)))
         fate = fates(schedule.faults, schedule.seed, round, clients)
         working = clients[fate != MISSING]
-        if len(working) < len(clients):
-            tally.lose({"missing": len(clients) - len(working)})
+        tally.lose({"missing": len(clients) - len(working)})
         if schedule.secure.aggregation == "masks" or schedule.privacy.level == "client":
             met = meet(cohort, shared, store, working, round, schedule, clips, tally)
         else:
@@ -224,22 +223,28 @@ def rounds(
             "train_seconds": perf_counter() - begin,
         }
         figures |= tally.figures
-        if tally.dropped:
-            figures["dropped"] = tally.dropped
         figures |= met.figures | {"bytes_down": figures["bytes_down"] + met.bytes_down}
         figures |= {} if met.bytes_up is None else {"bytes_up": met.bytes_up}
         figures |= {} if cohort.ledger is None else cohort.ledger.figures(round)
         figures |= {} if step is None else step.figures(round)
-        figures |= {"lost": tally.lost} if tally.lost else {}
+        figures |= {name: own for name, own in (("dropped", tally.dropped), ("lost", tally.lost)) if own}
         figures |= {} if enough else {"no_quorum": 1}
         figures |= {name: float(value) for name, value in getattr(shared, "figures", {}).items()}
-        scores = None
-        if round % schedule.evaluate_every == 0 or round == last:
-            scores = fleet.scores(shared, tests)
+        due = round % schedule.evaluate_every == 0 or round == last
+        scores = fleet.scores(shared, tests) if due else None
+        if scores is not None:
             figures |= figures_of(scores, method, group)
             figures |= _led(cohort, shared, store, task, tests) if schedule.attack.kind == "backdoor" else {}
+        else:
+            figures |= _assigned(shared, tests, group)
         figures["seconds"] = perf_counter() - begin
         yield Progress(round, shared, store, figures, scores, clips, round == last)
+
+
+def _assigned(shared: Any, tests: np.ndarray, group: np.ndarray | None) -> dict[str, Any]:
+    """How clusters agree with groups, where the server knows both without an evaluation."""
+    assigned = getattr(shared, "assigned", None)
+    return {} if group is None or assigned is None else routing(assigned[tests].cpu().numpy(), group)
 
 
 def _led(cohort: Cohort, shared: Any, store: PrivateStore, task: Task, tests: np.ndarray) -> dict[str, float]:

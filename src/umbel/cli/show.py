@@ -287,6 +287,7 @@ def comparison_document(
                         "rounds": len(run.history),
                         "figures": run.scored[-1] if run.scored else {},
                         "curve": curve(run.scored),
+                        **clustering(run.history),
                         "totals": totals(run),
                     }
                     for run in group.runs
@@ -308,6 +309,17 @@ def curve(scored: Sequence[dict[str, Any]], most: int = 50) -> list[list[float]]
     kept = scored[:: -(-len(scored) // most) or 1]
     kept = [*kept, scored[-1]] if scored and kept[-1] is not scored[-1] else list(kept)
     return [[line["round"], round(line.get("accuracy", line["loss"]), 6)] for line in kept]
+
+
+def clustering(history: Sequence[dict[str, Any]], most: int = 50) -> dict[str, list[list[float]]]:
+    """[round, cluster accuracy, adjusted Rand index, NMI] of the first rounds that tell them; {} if none does."""
+    told = [line for line in history if "cluster_accuracy" in line][:most]
+    names = ("cluster_accuracy", "ari", "nmi")
+    return (
+        {"clustering": [[line["round"], *(round(line[name], 6) for name in names)] for line in told]}
+        if told
+        else {}
+    )
 
 
 def grid_document(folder: Path, documents: Sequence[dict[str, Any]]) -> dict[str, Any]:

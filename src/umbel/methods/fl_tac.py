@@ -78,6 +78,12 @@ class Shared:
         return F.one_hot(self.cluster + 1, num_clusters + 1)[:, 1:].any(0)
 
     @property
+    def assigned(self) -> Tensor | None:
+        """(slots, C) one-hot, the cluster of each; None while a slot has none."""
+        known = bool((self.cluster >= 0).all())
+        return F.one_hot(self.cluster, len(self.used)) if known else None
+
+    @property
     def figures(self) -> dict[str, float]:
         """How many clusters have slots."""
         return {"clusters": float(self.used.sum())}

@@ -75,6 +75,7 @@ class Loss:
     module: nn.Module
     name: LossName
     precision: Precision = "float32"
+    whole: bool = False  # compute padding too where a model could leave it out (`shortened` of pretrained.py)
 
     def __call__(self, params: Params, batch: Batch, training: bool = True) -> Tensor:
         return batch.mean(self.per_example(self.outputs(params, batch.x, training, batch.key), batch.y))
@@ -90,6 +91,8 @@ class Loss:
         Raises:
             ModelError: K > 1 and PyTorch cannot stack a layer of the module.
         """
+        shortened = None if self.whole else getattr(self.module, "shortened", None)
+        x = x if shortened is None else shortened(x)
         if self.precision == "float32" or not training:
             return self._outputs(params, x, training, key)
         with torch.autocast(x.device.type, getattr(torch, self.precision)):

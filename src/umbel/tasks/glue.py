@@ -5,8 +5,11 @@ a task are drawn from a Dirichlet distribution, and those below one per cent (or
 tenth of an even share) or `least_examples` go to others.
 Every slot is tested on the same part of its task's development set. All tasks have two labels and one head.
 Of QNLI the data folder has the development set only: a fifth of it, drawn by the seed, is for testing, and no
-question or sentence of that fifth is trained on. A base gets ids and nothing else: one like BERT, which was
-pretrained with segment ids (token_type_ids), reads both sentences of a pair as the first segment.
+question or sentence of that fifth is trained on. A base like BERT is told which sentence of a pair a token is
+of (token_type_ids).
+
+`embedded = true` is for machines without a GPU: the base stays as it is, each sentence passes it once, and what
+is adapted is one layer on top (vectors.py).
 """
 
 from collections.abc import Sequence
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from umbel.errors import DataError, RecipeError
 from umbel.seeds import generator
@@ -23,6 +26,7 @@ from umbel.tasks.slots import Holders, held
 from umbel.tasks.task import Task
 from umbel.tasks.texts import Hub, from_hub, rows
 from umbel.tasks.tokens import Tokenizer
+from umbel.tasks.vectors import classifier, of_pairs, vectors
 
 Name = Literal["cola", "mrpc", "qnli", "rte", "sst2"]
 ON_HUB: dict[Name, tuple[str, ...]] = {  # the columns of sentences
@@ -60,6 +64,7 @@ class GLUE:
     train_examples: int = 0  # of a task, for all its slots together; 0 is all
     test_examples: int = 200  # of a task, for each of its slots; 0 is all
     length: int = 64  # tokens of a sentence or pair, at most
+    embedded: bool = False  # the base is passed once, and a small model trained on what comes out (vectors.py)
     precision: Precision = "float32"  # of the base
     bits: Literal[0, 4, 8] = 0  # 4 or 8 quantise the base, on a GPU
 
@@ -71,22 +76,37 @@ class GLUE:
             raise RecipeError("task: length, a sentence's tokens, must be at least 4")
         if self.train_examples < 0:
             raise RecipeError("task: train_examples must be at least 1, or 0 for all")
+        if self.embedded and self.bits:
+            raise RecipeError("task: embedded texts pass the base once; leave bits at 0")
 
     def load(self, seed: int) -> Task:
-        model = load_pretrained(self.base, "text", 2, seed, self.precision, self.bits)
-        tokenizer = Tokenizer(self.base)
-
-        def read(own: Sentences) -> tuple[Tensor, Tensor]:
-            x = tokenizer.padded(own.first, own.second if any(own.second) else [], self.length, model.pad_id)
-            return x, torch.tensor(own.label)
-
-        train, test = [], []
+        parts = []
         for name in self.tasks:
             trained, tested = _split(name, seed)
-            train.append(read(trained.of(_drawn(trained, self.train_examples, seed, name, "train"))))
-            test.append(read(tested.of(_drawn(tested, self.test_examples, seed, name, "test"))))
-        slots = self._holders.of(train, test, seed)
+            parts.append(trained.of(_drawn(trained, self.train_examples, seed, name, "train")))
+            parts.append(tested.of(_drawn(tested, self.test_examples, seed, name, "test")))
+        model, x = self._on_vectors(parts, seed) if self.embedded else self._on_ids(parts, seed)
+        read = [(own, torch.tensor(part.label)) for own, part in zip(x, parts, strict=True)]
+        slots = self._holders.of(read[::2], read[1::2], seed)
         return Task("glue", model, "cross_entropy", slots.train, slots.test, slots.group, owner=slots.owner)
+
+    def _on_ids(self, parts: Sequence[Sentences], seed: int) -> tuple[nn.Module, list[Tensor]]:
+        """The base, and the token ids of what is read."""
+        model = load_pretrained(self.base, "text", 2, seed, self.precision, self.bits)
+        tokenizer = Tokenizer(self.base)
+        model.separate(tokenizer.separator)
+        return model, [
+            tokenizer.padded(part.first, part.second if any(part.second) else [], self.length, model.pad_id)
+            for part in parts
+        ]
+
+    def _on_vectors(self, parts: Sequence[Sentences], seed: int) -> tuple[nn.Module, list[Tensor]]:
+        """A small model, and the vectors of what is read."""
+        texts = [text for part in parts for text in (*part.first, *part.second)]
+        found = vectors(texts, self.base, self.length, self.precision)
+        each = found.split([len(part.label) for part in parts for _ in range(2)])
+        x = [of_pairs(*pair) for pair in zip(each[::2], each[1::2], strict=True)]
+        return classifier(x[0].shape[1], 2, seed), x
 
     @property
     def _holders(self) -> Holders:

@@ -32,6 +32,17 @@ class Tokenizer:
             ) from None
         self.end: list[int] = [] if self._own.eos_token_id is None else [int(self._own.eos_token_id)]
 
+    @property
+    def separator(self) -> int:
+        """The id that ends a pair's first text, where the second's tokens are of another type; −1 elsewhere."""
+        read = self._own("a", "a", return_token_type_ids=True)
+        separator, ids = self._own.sep_token_id, read["input_ids"]
+        if separator not in ids:
+            return -1
+        first = ids.index(separator) + 1
+        types = [0] * first + [1] * (len(ids) - first)
+        return int(separator) if list(read.get("token_type_ids", [])) == types else -1
+
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Each text's ids, nothing added."""
         if not texts:
