@@ -15,6 +15,7 @@ from simulate import simulate
 from umbel import tree
 from umbel.adapters import AdapterPlan
 from umbel.adapters.products import products
+from umbel.cli.show import clustering
 from umbel.clients import ClientData, Examples
 from umbel.clustering import (
     Cloud,
@@ -673,6 +674,11 @@ def test_clusters_are_told_in_rounds_that_are_not_evaluated():
     assert [("loss" in figures) for figures in told] == [False, False, True]
     for name in ("cluster_accuracy", "ari", "nmi", "usage"):
         assert [figures[name] for figures in told] == [figures[name] for figures in seen]
+    rows = clustering(told, most=2)["clustering"]
+    assert rows == [
+        [h["round"], *(round(h[key], 6) for key in ("cluster_accuracy", "ari", "nmi"))] for h in told[:2]
+    ]
+    assert clustering([{"round": 1, "loss": 0.0}]) == {}
     some = Schedule(rounds=2, evaluate_every=2, clients_per_round=3)
     assert "nmi" not in run(slots_task(), method, schedule=some).history[0]
 
