@@ -1,6 +1,7 @@
-# Two commands do everything, on a machine with Python 3.11 and pip:
+# Two commands do nearly everything, on a machine with Python 3.11 and pip:
 #   make demo    installs what is missing, compares the methods on digits, writes runs/demo/report.html
 #   make test    installs what is missing, checks style and types, runs the tests
+# `make slow` runs those that start a whole deployment.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +15,7 @@ export UMBEL_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: demo test check bench install
+.PHONY: demo test slow check bench install
 
 install: $(INSTALLED)
 
@@ -33,7 +34,10 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto -m "not slow"
+
+slow: $(INSTALLED)
+	$(BIN)/pytest -m slow
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/speed.py --out benchmarks/results/speed.json

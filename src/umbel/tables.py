@@ -435,7 +435,8 @@ def _settings(run: Run) -> dict[str, str]:
 def _flat(table: Mapping[str, Any], path: str) -> dict[str, str]:
     flat: dict[str, str] = {}
     for key, value in table.items():
-        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: str(value)}
+        text = str(list(value) if isinstance(value, tuple) else value)  # as TOML has it
+        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: text}
     return flat
 
 

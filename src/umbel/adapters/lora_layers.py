@@ -249,7 +249,8 @@ def _gated_linear() -> type[nn.Module]:
 
     class GatedLinear(Linear):
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if args or kwargs or self.merged or self.disable_adapters:
+            apart = hasattr(self.lora_A[NAME], "weights")  # by row: gate.py
+            if args or kwargs or self.merged or self.disable_adapters or apart:
                 as_peft: Tensor = super().forward(x, *args, **kwargs)
                 return as_peft
             base: Any = self.get_base_layer()
