@@ -401,12 +401,17 @@ def test_report_prints_its_path():
 
 def test_ctrl_c_says_how_to_go_on():
     args = ["run", "digits", "--method", "local", "--rounds=100000", "--out", "long"]
-    program = "from umbel.cli import main; main()"
-    process = subprocess.Popen([sys.executable, "-c", program, *args], stderr=subprocess.PIPE)
-    while not Path("long/metrics.jsonl").exists() and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # background jobs ignore it
+    program = f"{heard}; from umbel.cli import main; main()"
+    command = [sys.executable, "-c", program, *args]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    try:
+        while not Path("long/metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert said.decode().strip().splitlines()[-1] == "stopped; go on with: umbel resume long"
 
