@@ -1,4 +1,4 @@
-"""A few rounds of a method without a task, a schedule or a run folder."""
+"""A few rounds of a method without a task, a schedule or a run folder; and runs that are stopped."""
 
 from copy import deepcopy
 
@@ -33,3 +33,17 @@ def simulate(
         uploads = cohort.uploads(shared, store, order, round, Tally() if tally is None else tally)
         shared = method.server_update(shared, uploads)
     return shared, store
+
+
+class StoppedError(Exception):
+    """What a run is stopped by."""
+
+
+def stop_after(round):
+    """An `on_round` that stops the run after this round."""
+
+    def stop(at):
+        if at.round == round:
+            raise StoppedError
+
+    return stop

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from simulate import StoppedError, stop_after
 from test_battery import CASES, equal, every, labelled, net, task
 from umbel import tree
 from umbel.clients import Examples
@@ -121,15 +122,8 @@ def test_a_run_that_was_stopped_is_made_again_to_the_same_bits(tmp_path):
     engine = Engine(mode="stacked", chunk=5)  # "auto" might choose another in the second run
     whole = run(given, method, schedule=schedule, engine=engine, folder=tmp_path / "whole")
 
-    class Stop(Exception):
-        pass
-
-    def stop(at):
-        if at.round == 4:
-            raise Stop
-
-    with pytest.raises(Stop):
-        run(given, method, schedule=schedule, engine=engine, folder=tmp_path / "stopped", on_round=stop)
+    with pytest.raises(StoppedError):
+        run(given, method, schedule=schedule, engine=engine, folder=tmp_path / "stopped", on_round=stop_after(4))
     again = resume(tmp_path / "stopped", given, method)
     assert equal(tree.tensors(whole.progress.shared), tree.tensors(again.progress.shared))
     assert [line["clock"] for line in again.history] == [line["clock"] for line in whole.history]

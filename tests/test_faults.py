@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from simulate import StoppedError, stop_after
 from test_battery import CASES, equal, every, labelled, net, task
 from umbel import faults, tree
 from umbel.cohort import Engine, Tally
@@ -217,15 +218,8 @@ def test_a_run_under_faults_is_resumed_to_the_same_bits(tmp_path):
     schedule, engine = Schedule(rounds=6, checkpoint_every=2, faults=BAD), Engine(mode="stacked", chunk=5)
     whole = run(given, method, schedule=schedule, engine=engine, folder=tmp_path / "whole")
 
-    class Stop(Exception):
-        pass
-
-    def stop(at):
-        if at.round == 5:
-            raise Stop
-
-    with pytest.raises(Stop):
-        run(given, method, schedule=schedule, engine=engine, folder=tmp_path / "stopped", on_round=stop)
+    with pytest.raises(StoppedError):
+        run(given, method, schedule=schedule, engine=engine, folder=tmp_path / "stopped", on_round=stop_after(5))
     again = resume(tmp_path / "stopped", given, method)
     assert equal(tree.tensors(whole.progress.shared), tree.tensors(again.progress.shared))
     assert losses(whole.history) == losses(again.history)

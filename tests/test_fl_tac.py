@@ -11,7 +11,7 @@ from sklearn.cluster import KMeans
 from torch import nn
 from torch.testing import assert_close
 
-from simulate import simulate
+from simulate import StoppedError, simulate, stop_after
 from umbel import tree
 from umbel.adapters import AdapterPlan
 from umbel.adapters.products import products
@@ -686,15 +686,8 @@ def test_clusters_are_told_in_rounds_that_are_not_evaluated():
 def test_a_pooled_run_goes_on_from_its_folder(tmp_path):
     schedule, method = Schedule(rounds=4, checkpoint_every=2, pool=True), FedIT(HEADED, STEPS)
 
-    class Stop(Exception):
-        pass
-
-    def stop(progress):
-        if progress.round == 3:
-            raise Stop
-
-    with pytest.raises(Stop):
-        run(slots_task(), method, schedule=schedule, folder=tmp_path / "run", on_round=stop)
+    with pytest.raises(StoppedError):
+        run(slots_task(), method, schedule=schedule, folder=tmp_path / "run", on_round=stop_after(3))
     resumed = resume(tmp_path / "run", slots_task(), method)
     whole = run(slots_task(), method, schedule=schedule)
     assert resumed.figures["loss"] == whole.figures["loss"]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from simulate import simulate
+from simulate import StoppedError, simulate, stop_after
 from umbel import tree
 from umbel.adapters import AdapterPlan
 from umbel.adapters.averaging import adapter_sums, averaged, factor_error, kept_ranks
@@ -538,22 +538,14 @@ def test_nothing_is_pruned_if_that_were_everything():
     assert progress[-1].shared.alive.tolist() == [0, 1, 2, 3]
 
 
-class StoppedError(Exception):
-    pass
-
-
 @pytest.mark.parametrize("stop", [7, 10, 11, 13])
 def test_a_run_stopped_before_or_after_pruning_goes_on_bit_for_bit(tmp_path, stop):
     task, schedule = opposite(), Schedule(rounds=15, evaluate_every=5, checkpoint_every=1)
     whole = run(task, PRUNING, schedule=schedule, engine=STACKED, folder=tmp_path / "whole")
     assert len(whole.progress.shared.alive) == 2
 
-    def stopping(at):
-        if at.round == stop:
-            raise StoppedError
-
     with pytest.raises(StoppedError):
-        run(task, PRUNING, schedule=schedule, engine=STACKED, folder=tmp_path / "cut", on_round=stopping)
+        run(task, PRUNING, schedule=schedule, engine=STACKED, folder=tmp_path / "cut", on_round=stop_after(stop))
     assert opened(tmp_path / "cut", task, PRUNING).progress.round == stop
     resume(tmp_path / "cut", task, PRUNING)
     last = [tmp_path / name / "checkpoints/000015.safetensors" for name in ("whole", "cut")]

@@ -187,7 +187,8 @@ def rounds(
     slots = task.train.slots
     cost = cost or cohort.cost(shared, store, members[:1])  # of one client
     clock = steps(schedule.asynchronous, schedule.seed, members, schedule.clients_per_round or len(members))
-    begun = {0: shared}  # what clients at work may have begun with, by the server's steps before it
+    # What clients at work may have begun with, by the server's steps before it; nobody works past a deadline.
+    begun = {0: shared} if schedule.asynchronous.buffer else {}
     clips = at.clips
     last = schedule.rounds if cohort.ledger is None else cohort.ledger.last_round
     for round in range(at.round + 1, last + 1):
