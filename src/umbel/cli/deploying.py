@@ -31,7 +31,9 @@ def init(
     host: Annotated[str, typer.Option(metavar="NAME", help="Where nodes find the server.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, metavar="P", help="See --host.")] = 9300,
 ) -> None:
-    """Write a deployment's folder: a Flower app, certificates, keys, nodes' settings, a compose file.
+    """Write a deployment's folder.
+
+    A Flower app, certificates, keys, nodes' settings, a compose file.
 
     Every setting of the recipe is an option as well, as in umbel run.
 
@@ -61,7 +63,9 @@ def up(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run a deployment on this machine: the server, all nodes and the run, with TLS and keys.
+    """Run a whole deployment on this machine.
+
+    The server, all nodes and the run, with TLS and keys.
 
     What was started is stopped when the run is over, or by Ctrl-C.
 
@@ -89,7 +93,9 @@ def node(
         str, typer.Option(metavar="HOST:PORT", help="Where the server is; by default where the file says.")
     ] = "",
 ) -> None:
-    """Run one node: it trains its clients whenever the server asks, and stays until it is stopped.
+    """Run one node of a deployment.
+
+    It trains its clients whenever the server asks, and stays until it is stopped.
 
     Example: umbel deploy node trial/nodes/node-1.toml
     """
