@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from umbel.errors import RecipeError
 from umbel.flower.lead import LOG, Patience, lead
 from umbel.flower.post import content_of, kind_of, opened
+from umbel.flower.protected import STEPS
 from umbel.flower.work import NodeSettings, Site, settings_of
 from umbel.recipe import load, read
 from umbel.rounds import Progress
@@ -90,6 +91,9 @@ def client_app() -> "ClientApp":
     @app.query("hello")
     def hello(message: "Message", context: "Context") -> "Message":
         return answered(site_of(context.node_config), message)
+
+    for step in STEPS:  # of a secure sum
+        app.query(step)(hello)
 
     @app.train()
     def train(message: "Message", context: "Context") -> "Message":

@@ -6,27 +6,30 @@ Uploads are handed on in the order of the clients, whatever order they come in, 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from logging import getLogger
 from pathlib import Path
-from secrets import token_hex
+from secrets import randbits, token_hex
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from umbel import tree
+from umbel import mixing, tree
 from umbel.clients import Examples
 from umbel.cohort import Cohort, Tally
 from umbel.errors import DeployError, RecipeError, RoundError, WireError
-from umbel.evaluate import Scores
+from umbel.evaluate import Scores, SummedScores
 from umbel.flower.fingerprint import Fingerprint, differences, fingerprint
 from umbel.flower.post import KINDS, content_of, opened
-from umbel.flower.wire import apart, equal, filled, packed, unpacked
-from umbel.flower.work import Facts, Parts
+from umbel.flower.protected import check_protection, counts_are_told, is_protected, score_sums
+from umbel.flower.summed import Exchange, Letters, masked_sum
+from umbel.flower.wire import Facts, Parts, apart, equal, filled, packed, unpacked
 from umbel.folder import RunFolder, check_free
+from umbel.meeting import Cut, Total, contributed, ledger, opened_total
+from umbel.privacy import clipping
 from umbel.recipe import Recipe
-from umbel.rounds import Progress, participants, rounds, start
+from umbel.rounds import Progress, participants, rounds, sampled, start
 from umbel.runs import Result, record
 from umbel.schedule import Schedule
 from umbel.tasks import Task
@@ -65,7 +68,8 @@ class Roster:
     def entered(self, node: int, facts: Facts, num_clients: int) -> str:
         """Lets a node in, or says why not."""
         name, clients = str(facts["name"]), [int(client) for client in facts["clients"]]
-        counts = [int(count) for count in facts["examples"]]
+        # Where the server need not know how many examples a client has, it is not told.
+        counts = [int(count) for count in facts.get("examples", [1] * len(clients))]
         if len(counts) != len(clients) or not all(0 <= client < num_clients for client in clients):
             return f"node {name!r}: its clients are {_listed(clients)}, of {num_clients} that there are"
         if empty := [client for client, count in zip(clients, counts, strict=True) if count < 1]:
@@ -98,6 +102,7 @@ class Nodes:
     greeted: dict[str, int] = field(default_factory=dict)  # who has not yet said who it is
     traffic: dict[str, int] = field(default_factory=lambda: {"down": 0, "up": 0})
     seen: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # a test's last scores
+    round: int = 0  # the last one that was begun
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -167,6 +172,11 @@ class Nodes:
 
     # A round.
 
+    def sampled(self, members: np.ndarray, schedule: Schedule, round: int) -> np.ndarray:
+        """The clients of a round, by the seed; where noise hides who takes part, by the operating system."""
+        hidden = schedule.privacy.level == "client"
+        return sampled(members, replace(schedule, seed=randbits(62)) if hidden else schedule, round)
+
     def uploads(self, shared: Any, clients: np.ndarray, round: int, seen: Tally) -> Iterator[Any]:
         """The uploads of the round's clients, ascending, one by one; whose do not come are `dropped`.
 
@@ -174,13 +184,14 @@ class Nodes:
             RoundError: none came that could be used.
         """
         self.greet()
+        self.round, level = round, self.recipe.schedule.privacy.level
         begin, before = time.perf_counter(), dict(self.traffic)
-        there = np.array([client for client in clients.tolist() if client in self.roster.homes], dtype=np.int64)
+        there = self._there(clients)
         weights = dict(zip(there.tolist(), self._weights(there).tolist(), strict=True))
         questions: dict[int, tuple[Facts, Parts]] = {}
         for node, own, facts, parts in self._letters(shared, there):
             told = {str(client): weights[client] for client in own.tolist()}
-            questions[node] = (facts | {"round": round, "weights": told}, parts)
+            questions[node] = (facts | {"round": round, "weights": told, **self._noise()}, parts)
         troubles: dict[int, str] = {}
         ready: dict[int, Any] = {}
         used: list[int] = []
@@ -190,17 +201,19 @@ class Nodes:
             try:
                 slowest = max(slowest, float(told.get("seconds", 0.0)))
                 ready |= self._opened_uploads(node, asked, shared, round, parts)
-            except (WireError, TypeError, ValueError) as error:
+                if failed := told.get("failed"):
+                    troubles[node] = f"{self._name(node)}: {'; '.join(map(str, failed.values()))}"
+            except (WireError, TypeError, ValueError, AttributeError) as error:
                 troubles[node] = str(error)
             waiting = [client for client in waiting if client not in asked or client in ready]
             while waiting and waiting[0] in ready:
                 client = waiting.pop(0)
                 used.append(client)
-                _counted(seen, ready[client], client)
+                _counted(seen, ready[client], client, level)
                 yield ready.pop(client)
         for client in sorted(ready):  # after some that never came
             used.append(client)
-            _counted(seen, ready[client], client)
+            _counted(seen, ready[client], client, level)
             yield ready.pop(client)
         seen.dropped.extend(np.setdiff1d(clients, used).tolist())
         for why in troubles.values():
@@ -208,18 +221,148 @@ class Nodes:
         if not used:
             reasons = "".join(f"\n  {why}" for why in troubles.values())
             raise RoundError(f"round {round}: no client's work could be used{reasons}")
-        seen.figures |= {
+        seen.figures |= self._exchanged(begin, before, slowest)
+
+    def _exchanged(self, begin: float, before: dict[str, int], slowest: float) -> dict[str, float]:
+        """What a round's figures say of its messages."""
+        return {
             "client_seconds": slowest,
             "exchange_seconds": time.perf_counter() - begin,
             "wire_down": self.traffic["down"] - before["down"],
             "wire_up": self.traffic["up"] - before["up"],
         }
 
-    def scores(self, shared: Any, tests: np.ndarray) -> Scores:
-        """The scores that the clients' nodes have found; of a node that is gone the last that it told."""
+    def _there(self, clients: np.ndarray) -> np.ndarray:
+        """Those of the clients that are on some node."""
+        return np.array([client for client in clients.tolist() if client in self.roster.homes], dtype=np.int64)
+
+    def _noise(self) -> Facts:
+        """What nodes are told of the noise on examples' gradients: what the client that needs most of it needs."""
+        ledger = self.cohort.ledger
+        if ledger is None or ledger.privacy.level != "example":
+            return {}
+        return {"noise_multiplier": ledger.privacy.noise_multiplier}
+
+    # Sums, of whose terms the server sees none under masks, and none that is not cut under noise.
+
+    def total(
+        self, shared: Any, clients: np.ndarray, round: int, schedule: Schedule, cut: Cut | None, seen: Tally
+    ) -> Total:
+        """The sum over those of the clients that stay; a round in which too few do is lost, and gives none."""
+        self.greet()
+        self.round, there = round, self._there(clients).tolist()
+        if not len(clients):
+            return Total(None)
+        begin, before = time.perf_counter(), dict(self.traffic)
+        exchange = self._exchange("train", round)
+        told: Facts = {"round": round, **self._noise()}
+        if cut is not None:
+            told["clips"] = {name: float(clip) for name, clip in cut.clips.items()}
+        letters = partial(self._addressed, shared, told)
+        with_loss = schedule.secure.aggregation == "masks" and schedule.privacy.level == "none"
+        form, message = self.form(shared, clients[:1]), self.cohort.method.send(shared, self._index(clients[:1]))
+        like = contributed(self.cohort.method, form, message, cut, with_loss)
+        found, used = Total(None), list[int]()
+        try:
+            if schedule.secure.aggregation == "masks":
+                row = tree.map_tensors(lambda leaf: leaf[0], like)
+                opened_sum, used = masked_sum(exchange, there, schedule.secure, letters, row)
+                found = opened_total(opened_sum, row, seen if with_loss else None)
+            elif cut is not None:
+                parts = self._cut_parts(exchange, there, letters, like, cut)
+                used = sorted(parts)
+                found = Total(mixing.total(parts[client] for client in used) if used else None)
+                found = replace(found, bytes_up=len(used) * tree.row_bytes(like))
+        except RoundError as error:
+            LOG.error("round %d is lost: %s", round, error)
+        for who, why in exchange.troubles.items():
+            LOG.error("round %d: %s: %s", round, who, why)
+        seen.arrived(np.array(used, dtype=np.int64))
+        seen.dropped.extend(np.setdiff1d(clients, used).tolist())
+        seen.figures |= self._exchanged(begin, before, exchange.seconds)
+        return found
+
+    def form(self, shared: Any, client: np.ndarray) -> Any:
+        """An Upload (K = 1) like those that are to come."""
+        return self._tried(self.cohort.method.send(shared, self._index(client)), int(client[0]), 1)
+
+    def _cut_parts(
+        self, exchange: Exchange, clients: list[int], letters: Letters, like: dict[str, Any], cut: Cut
+    ) -> dict[int, dict[str, Any]]:
+        """What each client adds to the sum, which it has cut to its clips; the server trusts no client to have."""
+        found = {}
+        silent: dict[int, str] = {}
+        questions = letters(clients)
+        for node, told, parts in self.ask("train", questions, silent):
+            exchange.seconds = max(exchange.seconds, float(told.get("seconds", 0.0)))
+            for client in questions[node][0]["clients"]:
+                who = f"client {client}"
+                if f"train/{client}" not in parts:
+                    exchange.troubles[who] = str(told.get("failed", {}).get(str(client), "it sends nothing"))
+                    continue
+                try:
+                    rows = filled([like], unpacked(parts[f"train/{client}"], who), who)
+                    if any(len(leaf) != 1 for leaf in tree.tensors(rows).values()):
+                        raise WireError(f"{who}: it is one client, and its part has other lengths")
+                    own = tree.map_tensors(lambda leaf: leaf[0], rows)
+                    for name in cut.groups.names:
+                        if clipping.norm(own[name]) > float(cut.clips[name]) * (1 + 1e-4):
+                            raise WireError(f"{who}: its part of {name} is longer than its clip")
+                    found[client] = own
+                except WireError as error:
+                    exchange.troubles[who] = str(error)
+        exchange.troubles |= {self._name(node): why for node, why in silent.items()}
+        return found
+
+    def _exchange(self, about: str, round: int) -> Exchange:
+        return Exchange(self.ask, self.roster.homes, about, round)
+
+    def _addressed(
+        self, shared: Any, told: Facts, clients: list[int], settling: bool = False
+    ) -> dict[int, tuple[Facts, Parts]]:
+        """The method's messages to these clients, by node."""
+        letters = self._letters(shared, np.array(clients, dtype=np.int64), settling)
+        return {node: (facts | told, parts) for node, _, facts, parts in letters}
+
+    def _index(self, clients: np.ndarray) -> torch.Tensor:
+        return self.cohort.index(clients)
+
+    def _protected_scores(self, shared: Any, clients: list[int]) -> SummedScores | None:
+        """The means over all tests where they come under masks; None where nothing may be told."""
+        schedule, told = self.recipe.schedule, {"round": max(1, self.round)}
+        letters = partial(self._addressed, shared, told, settling=True)
+        exchange = self._exchange("evaluate", told["round"])
+        if schedule.privacy.level != "none":  # what clients measure is in no account, and stays with them
+            silent: dict[int, str] = {}
+            for _ in self.ask("evaluate", letters(clients), silent):
+                pass
+            exchange.troubles |= {self._name(node): why for node, why in silent.items()}
+        found = None
+        try:
+            if schedule.privacy.level == "none":
+                right = np.zeros(1) if self.task.loss == "cross_entropy" else None
+                like = score_sums(Scores(np.zeros(1), right, np.zeros((1, 0))))
+                opened_sum, _ = masked_sum(exchange, clients, schedule.secure, letters, like)
+                sums = {name: float(leaf) for name, leaf in opened_sum.sums.items()}
+                tests = max(sums["tests"], 1.0)
+                accuracy = sums["accuracy"] / tests if "accuracy" in sums else None
+                found = SummedScores(sums["loss"] / tests, accuracy, round(tests))
+        except RoundError as error:
+            LOG.error("evaluation: %s", error)
+        for who, why in exchange.troubles.items():
+            LOG.error("evaluation: %s: %s", who, why)
+        return found
+
+    def scores(self, shared: Any, tests: np.ndarray) -> Scores | SummedScores | None:
+        """The scores that the clients' nodes have found; of a node that is gone the last that it told.
+
+        Where clients are protected it is sums of them, or nothing.
+        """
         serves = None if self.task.serves is None else self.task.serves.cpu().numpy()
         clients = np.unique(tests if serves is None else serves[tests])
-        there = np.array([client for client in clients.tolist() if client in self.roster.homes], dtype=np.int64)
+        there = self._there(clients)
+        if is_protected(self.recipe.schedule):
+            return self._protected_scores(shared, there.tolist())
         questions = {node: (facts, parts) for node, _, facts, parts in self._letters(shared, there, settling=True)}
         troubles: dict[int, str] = {}
         found: dict[int, tuple[Any, ...]] = {}
@@ -296,6 +439,9 @@ class Nodes:
         """
         who = self._name(node)
         tensors = unpacked(parts.get("uploads", b""), who)
+        for place in [name for name in parts if name.startswith("train/")]:  # where examples are protected
+            own = unpacked(parts[place], who)
+            tensors |= {f"{place.removeprefix('train/')}/{name}": leaf for name, leaf in own.items()}
         found: dict[int, Any] = {}
         for name in tensors:
             client = int(name.partition("/")[0]) if name.partition("/")[0].isdigit() else -1
@@ -424,30 +570,42 @@ def lead(
         UmbelError: nodes are missing, or no client's work could be used.
     """
     refuse_simulated(recipe.schedule)
+    check_protection(recipe.schedule)
     if folder is not None:
         check_free(folder)
     task = recipe.task.load(recipe.schedule.seed)
     task = pooled(task) if recipe.schedule.pool else task
     cohort, at = start(task, recipe.method, recipe.schedule, replace(recipe.engine, mode="looped"))
+    cohort, schedule = replace(cohort, secret=True), recipe.schedule
     nodes = Nodes(grid, recipe, task, cohort, at.shared, at.store.fresh(1), token_hex(8), patience or Patience())
     counted = nodes.gather()
-    cost = cohort.cost(at.shared, at.store, participants(task.num_clients, recipe.schedule)[:1])
+    members = participants(task.num_clients, schedule)
+    cost = cohort.cost(at.shared, at.store, members[:1])
+    if not counts_are_told(schedule):
+        cost = replace(cost, flops={}, steps={})
+    if schedule.privacy.level == "example":  # ε is that of the clients that are there
+        cohorts = (sampled(members, schedule, round) for round in range(1, schedule.rounds + 1))
+        cohort = nodes.cohort = replace(cohort, ledger=ledger(counted, recipe.method, schedule, cohorts))
+    if is_protected(schedule):  # a round that was told is never told again
+        schedule = replace(schedule, checkpoint_every=1)
     kept = None
     if folder is not None:
         num_bytes = sum(leaf.numel() * leaf.element_size() for leaf in tree.tensors(at.shared).values())
         facts = {"task": task.name, "num_clients": task.num_clients, "chunk": 1, "cost": asdict(cost)}
-        facts |= {"schedule": asdict(recipe.schedule), "engine": asdict(recipe.engine), "deployed": nodes.run}
+        facts |= {"schedule": asdict(schedule), "engine": asdict(recipe.engine), "deployed": nodes.run}
+        if cohort.ledger is not None:
+            facts |= {"last_round": cohort.ledger.last_round, "privacy": asdict(cohort.ledger.privacy)}
         folder.parent.mkdir(parents=True, exist_ok=True)
         kept = RunFolder.create(folder, recipe.identity(), recipe.table(), facts, num_bytes)
     history = []
-    for progress in rounds(cohort, at, counted, recipe.schedule, cost, nodes):
+    for progress in rounds(cohort, at, counted, schedule, cost, nodes):
         at = progress
         history.append(at.figures)
         if kept is not None:
-            record(kept, at, counted, recipe.schedule)
+            record(kept, at, counted, schedule)
         if on_round is not None:
             on_round(at)
-    return Result(counted, recipe.schedule, cohort, at, history, [])
+    return Result(counted, schedule, cohort, at, history, [])
 
 
 def refuse_simulated(schedule: Schedule) -> None:
@@ -456,8 +614,6 @@ def refuse_simulated(schedule: Schedule) -> None:
         "faults": schedule.faults.any,
         "attack": schedule.attack.kind != "none",
         "asynchronous": schedule.asynchronous.buffer > 0,
-        "secure": schedule.secure.aggregation != "plain",
-        "privacy": schedule.privacy.level != "none",
     }
     if asked := [name for name, wanted in here.items() if wanted]:
         raise RecipeError(
@@ -465,9 +621,11 @@ def refuse_simulated(schedule: Schedule) -> None:
         )
 
 
-def _counted(seen: Tally, upload: Any, client: int) -> None:
+def _counted(seen: Tally, upload: Any, client: int, level: str) -> None:
     seen.sent(upload, 1)
-    seen.add(upload, np.array([client]))
+    seen.arrived(np.array([client]))
+    if level == "none":  # else its loss is not told
+        seen.losses(float(upload.loss.sum()), 1)
 
 
 def _discrepancy(labels: Sequence[Sequence[int]], num_labels: int) -> np.ndarray:

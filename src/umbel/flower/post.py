@@ -7,12 +7,15 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from umbel.errors import WireError
-from umbel.flower.work import Facts, Parts
+from umbel.flower.protected import STEPS
+from umbel.flower.wire import Facts, Parts
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
 
-KINDS = {"hello": "query.hello", "train": "train", "evaluate": "evaluate"}
+KINDS = {"hello": "query.hello", "train": "train", "evaluate": "evaluate"} | {
+    step: f"query.{step}" for step in STEPS
+}
 """What is asked → the type of Flower's message."""
 FORMAT = "safetensors"
 SMALL = (
