@@ -6,7 +6,7 @@ Uploads are handed on in the order of the clients, whatever order they come in, 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from logging import getLogger
 from pathlib import Path
 from secrets import randbits, token_hex
@@ -15,19 +15,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from umbel import mixing, tree
+from umbel import tree
 from umbel.clients import Examples
 from umbel.cohort import Cohort, Tally
 from umbel.errors import DeployError, RecipeError, RoundError, WireError
 from umbel.evaluate import Scores, SummedScores
 from umbel.flower.fingerprint import Fingerprint, differences, fingerprint
 from umbel.flower.post import KINDS, content_of, opened
-from umbel.flower.protected import check_protection, counts_are_told, is_protected, score_sums
-from umbel.flower.summed import Exchange, Letters, masked_sum
+from umbel.flower.protected import check_protection, counts_are_told, is_protected
+from umbel.flower.summed import Asking, summed, summed_scores
 from umbel.flower.wire import Facts, Parts, apart, equal, filled, packed, unpacked
 from umbel.folder import RunFolder, check_free
-from umbel.meeting import Cut, Total, contributed, ledger, opened_total
-from umbel.privacy import clipping
+from umbel.meeting import Cut, Total, contributed, ledger
 from umbel.recipe import Recipe
 from umbel.rounds import Progress, participants, rounds, sampled, start
 from umbel.runs import Result, record
@@ -243,115 +242,41 @@ class Nodes:
             return {}
         return {"noise_multiplier": ledger.privacy.noise_multiplier}
 
-    # Sums, of whose terms the server sees none under masks, and none that is not cut under noise.
+    # Sums, of whose terms the server sees none under masks, and none that is not cut under noise (summed.py).
 
     def total(
         self, shared: Any, clients: np.ndarray, round: int, schedule: Schedule, cut: Cut | None, seen: Tally
     ) -> Total:
         """The sum over those of the clients that stay; a round in which too few do is lost, and gives none."""
         self.greet()
-        self.round, there = round, self._there(clients).tolist()
+        self.round = round
+        begin, before = time.perf_counter(), dict(self.traffic)
         if not len(clients):
             return Total(None)
-        begin, before = time.perf_counter(), dict(self.traffic)
-        exchange = self._exchange("train", round)
-        told: Facts = {"round": round, **self._noise()}
-        if cut is not None:
-            told["clips"] = {name: float(clip) for name, clip in cut.clips.items()}
-        letters = partial(self._addressed, shared, told)
+        told = self._noise() | (
+            {} if cut is None else {"clips": {n: float(clip) for n, clip in cut.clips.items()}}
+        )
+        message = self.cohort.method.send(shared, self.cohort.index(clients[:1]))
         with_loss = schedule.secure.aggregation == "masks" and schedule.privacy.level == "none"
-        form, message = self.form(shared, clients[:1]), self.cohort.method.send(shared, self._index(clients[:1]))
-        like = contributed(self.cohort.method, form, message, cut, with_loss)
-        found, used = Total(None), list[int]()
-        try:
-            if schedule.secure.aggregation == "masks":
-                row = tree.map_tensors(lambda leaf: leaf[0], like)
-                opened_sum, used = masked_sum(exchange, there, schedule.secure, letters, row)
-                found = opened_total(opened_sum, row, seen if with_loss else None)
-            elif cut is not None:
-                parts = self._cut_parts(exchange, there, letters, like, cut)
-                used = sorted(parts)
-                found = Total(mixing.total(parts[client] for client in used) if used else None)
-                found = replace(found, bytes_up=len(used) * tree.row_bytes(like))
-        except RoundError as error:
-            LOG.error("round %d is lost: %s", round, error)
-        for who, why in exchange.troubles.items():
-            LOG.error("round %d: %s: %s", round, who, why)
-        seen.arrived(np.array(used, dtype=np.int64))
-        seen.dropped.extend(np.setdiff1d(clients, used).tolist())
-        seen.figures |= self._exchanged(begin, before, exchange.seconds)
+        like = contributed(self.cohort.method, self.form(shared, clients[:1]), message, cut, with_loss)
+        asking = self._asking("train", shared, told)
+        found = summed(asking, self._there(clients).tolist(), schedule, like, cut, seen)
+        seen.dropped.extend(np.setdiff1d(clients, seen.clients).tolist())
+        seen.figures |= self._exchanged(begin, before, asking.seconds)
         return found
 
     def form(self, shared: Any, client: np.ndarray) -> Any:
         """An Upload (K = 1) like those that are to come."""
-        return self._tried(self.cohort.method.send(shared, self._index(client)), int(client[0]), 1)
+        return self._tried(self.cohort.method.send(shared, self.cohort.index(client)), int(client[0]), 1)
 
-    def _cut_parts(
-        self, exchange: Exchange, clients: list[int], letters: Letters, like: dict[str, Any], cut: Cut
-    ) -> dict[int, dict[str, Any]]:
-        """What each client adds to the sum, which it has cut to its clips; the server trusts no client to have."""
-        found = {}
-        silent: dict[int, str] = {}
-        questions = letters(clients)
-        for node, told, parts in self.ask("train", questions, silent):
-            exchange.seconds = max(exchange.seconds, float(told.get("seconds", 0.0)))
-            for client in questions[node][0]["clients"]:
-                who = f"client {client}"
-                if f"train/{client}" not in parts:
-                    exchange.troubles[who] = str(told.get("failed", {}).get(str(client), "it sends nothing"))
-                    continue
-                try:
-                    rows = filled([like], unpacked(parts[f"train/{client}"], who), who)
-                    if any(len(leaf) != 1 for leaf in tree.tensors(rows).values()):
-                        raise WireError(f"{who}: it is one client, and its part has other lengths")
-                    own = tree.map_tensors(lambda leaf: leaf[0], rows)
-                    for name in cut.groups.names:
-                        if clipping.norm(own[name]) > float(cut.clips[name]) * (1 + 1e-4):
-                            raise WireError(f"{who}: its part of {name} is longer than its clip")
-                    found[client] = own
-                except WireError as error:
-                    exchange.troubles[who] = str(error)
-        exchange.troubles |= {self._name(node): why for node, why in silent.items()}
-        return found
+    def _asking(self, about: str, shared: Any, told: Facts) -> Asking:
+        """How the nodes are asked for a sum: what they are told beside it is the method's messages."""
 
-    def _exchange(self, about: str, round: int) -> Exchange:
-        return Exchange(self.ask, self.roster.homes, about, round)
+        def letters(clients: list[int]) -> dict[int, tuple[Facts, Parts]]:
+            own = self._letters(shared, np.array(clients, dtype=np.int64), settling=about == "evaluate")
+            return {node: (facts | told | {"round": self.round}, parts) for node, _, facts, parts in own}
 
-    def _addressed(
-        self, shared: Any, told: Facts, clients: list[int], settling: bool = False
-    ) -> dict[int, tuple[Facts, Parts]]:
-        """The method's messages to these clients, by node."""
-        letters = self._letters(shared, np.array(clients, dtype=np.int64), settling)
-        return {node: (facts | told, parts) for node, _, facts, parts in letters}
-
-    def _index(self, clients: np.ndarray) -> torch.Tensor:
-        return self.cohort.index(clients)
-
-    def _protected_scores(self, shared: Any, clients: list[int]) -> SummedScores | None:
-        """The means over all tests where they come under masks; None where nothing may be told."""
-        schedule, told = self.recipe.schedule, {"round": max(1, self.round)}
-        letters = partial(self._addressed, shared, told, settling=True)
-        exchange = self._exchange("evaluate", told["round"])
-        if schedule.privacy.level != "none":  # what clients measure is in no account, and stays with them
-            silent: dict[int, str] = {}
-            for _ in self.ask("evaluate", letters(clients), silent):
-                pass
-            exchange.troubles |= {self._name(node): why for node, why in silent.items()}
-        found = None
-        try:
-            if schedule.privacy.level == "none":
-                right = np.zeros(1) if self.task.loss == "cross_entropy" else None
-                like = score_sums(Scores(np.zeros(1), right, np.zeros((1, 0))))
-                opened_sum, _ = masked_sum(exchange, clients, schedule.secure, letters, like)
-                sums = {name: float(leaf) for name, leaf in opened_sum.sums.items()}
-                tests = max(sums["tests"], 1.0)
-                accuracy = sums["accuracy"] / tests if "accuracy" in sums else None
-                found = SummedScores(sums["loss"] / tests, accuracy, round(tests))
-        except RoundError as error:
-            LOG.error("evaluation: %s", error)
-        for who, why in exchange.troubles.items():
-            LOG.error("evaluation: %s: %s", who, why)
-        return found
+        return Asking(self.ask, self.roster.homes, letters, about, self.round)
 
     def scores(self, shared: Any, tests: np.ndarray) -> Scores | SummedScores | None:
         """The scores that the clients' nodes have found; of a node that is gone the last that it told.
@@ -362,7 +287,8 @@ class Nodes:
         clients = np.unique(tests if serves is None else serves[tests])
         there = self._there(clients)
         if is_protected(self.recipe.schedule):
-            return self._protected_scores(shared, there.tolist())
+            asking, rights = self._asking("evaluate", shared, {}), self.task.loss == "cross_entropy"
+            return summed_scores(asking, there.tolist(), self.recipe.schedule, rights)
         questions = {node: (facts, parts) for node, _, facts, parts in self._letters(shared, there, settling=True)}
         troubles: dict[int, str] = {}
         found: dict[int, tuple[Any, ...]] = {}

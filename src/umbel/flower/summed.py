@@ -13,8 +13,18 @@ from dataclasses import dataclass, field
 from logging import getLogger
 from typing import Any, TypeVar
 
-from umbel.errors import RoundError
-from umbel.flower.wire import Facts, Parts
+import numpy as np
+
+from umbel import mixing, tree
+from umbel.cohort import Tally
+from umbel.errors import RoundError, WireError
+from umbel.evaluate import Scores, SummedScores
+from umbel.flower.protected import score_sums
+from umbel.flower.wire import Facts, Parts, filled
+from umbel.flower.wire import unpacked as unpacked_tensors
+from umbel.meeting import Cut, Total, opened_total
+from umbel.privacy import clipping
+from umbel.schedule import Schedule
 from umbel.secure import server
 from umbel.secure.exchange import SESSION_BYTES, SecureSum
 from umbel.secure.fixed_point import decoded, layout_of
@@ -23,6 +33,7 @@ from umbel.secure.secrets import unpredictable
 from umbel.secure.settings import Secure
 
 LOG = getLogger("umbel")
+ROUNDING = 1e-4  # by how much a part may be longer than its clip
 T = TypeVar("T", Advertised, Sealed, Masked, Shown)
 
 Ask = Callable[[str, dict[int, tuple[Facts, Parts]], dict[int, str]], Iterator[tuple[int, Facts, Parts]]]
@@ -32,11 +43,12 @@ Letters = Callable[[list[int]], dict[int, tuple[Facts, Parts]]]
 
 
 @dataclass
-class Exchange:
-    """The questions of one sum, and the bytes of its messages."""
+class Asking:
+    """The questions of one sum, and what came of them."""
 
     ask: Ask
     homes: Mapping[int, int]  # client → node
+    letters: Letters
     about: str  # "train" or "evaluate"
     round: int
     bytes_up: int = 0
@@ -44,14 +56,12 @@ class Exchange:
     seconds: float = 0.0  # that the slowest node took for its work
     troubles: dict[str, str] = field(default_factory=dict)  # who has dropped out, and why
 
-    def step(
-        self, kind: str, want: type[T], questions: Mapping[int, bytes], letters: Letters | None = None, **more: Any
-    ) -> dict[int, T]:
+    def step(self, kind: str, want: type[T], questions: Mapping[int, bytes], **more: Any) -> dict[int, T]:
         """The clients' answers to a step, ascending; whoever has none that can be used is not in it."""
-        asked = {} if letters is None else letters(sorted(questions))
+        asked = self.letters(sorted(questions)) if kind == self.about else {}
         for client, text in sorted(questions.items()):
             facts, parts = asked.setdefault(self.homes[client], ({"clients": []}, {}))
-            if letters is None:
+            if kind != self.about:
                 facts["clients"].append(client)
             parts[f"{kind}/{client}"] = text
             self.bytes_down += len(text)
@@ -77,6 +87,11 @@ class Exchange:
         self.troubles |= {f"node {node}": why for node, why in silent.items()}
         return dict(sorted(found.items()))
 
+    def complain(self, what: str) -> None:
+        """Logs who has dropped out of it, and why."""
+        for who, why in self.troubles.items():
+            LOG.error("%s: %s: %s", what, who, why)
+
     def only(self, answers: dict[int, T], good: Callable[[T], bool], what: str) -> dict[int, T]:
         """Those of the answers that are as they must be."""
         for client, answer in answers.items():
@@ -86,46 +101,131 @@ class Exchange:
 
 
 def masked_sum(
-    exchange: Exchange, clients: list[int], secure: Secure, letters: Letters, like: dict[str, Any]
+    asking: Asking, clients: list[int], secure: Secure, like: dict[str, Any]
 ) -> tuple[SecureSum, list[int]]:
     """The sum over those of the clients that stay until their third step, and who they are, ascending.
 
     Args:
-        exchange: how to ask.
+        asking: how to ask.
         clients: all of the round that are on some node.
         secure: how.
-        letters: see `Letters`.
         like: the form of what one client adds.
 
     Raises:
         RoundError: too few clients have stayed.
     """
-    advertised = exchange.step("advertise", Advertised, dict.fromkeys(clients, b""))
+    advertised = asking.step("advertise", Advertised, dict.fromkeys(clients, b""))
     rosters = server.rosters(secure, unpredictable(SESSION_BYTES), list(advertised.values()))
-    sealed = exchange.step("share", Sealed, {client: packed(roster) for client, roster in rosters.items()})
-    sealed = exchange.only(
+    sealed = asking.step("share", Sealed, {client: packed(roster) for client, roster in rosters.items()})
+    sealed = asking.only(
         sealed,
         lambda one: one.boxes.keys() == rosters[one.client].keys.keys() - {one.client},
         "its shares are not for those of its roster",
     )
     delivered = server.deliveries(rosters, list(sealed.values()))
     layout = layout_of(like, secure, len(advertised))
-    masked = exchange.step(
-        exchange.about,
+    masked = asking.step(
+        asking.about,
         Masked,
         {client: packed(boxes) for client, boxes in delivered.items()},
-        letters,
         num_clients=len(advertised),
     )
-    masked = exchange.only(
+    masked = asking.only(
         masked, lambda one: len(one.values) == layout.num_bytes, "its part has another length than this run's"
     )
     if not masked:
         raise RoundError("secure aggregation: no contribution has arrived; there is nothing to add up")
     asked = server.questions(delivered, masked)
-    shown = exchange.step("show", Shown, {client: packed(question) for client, question in asked.items()})
+    shown = asking.step("show", Shown, {client: packed(question) for client, question in asked.items()})
     total = server.unmasked(
         rosters, delivered, list(sealed.values()), list(masked.values()), list(shown.values()), secure.bits
     )
     sums, cut = decoded(total, layout)
-    return SecureSum(sums, layout, len(masked), cut, exchange.bytes_up, exchange.bytes_down), sorted(masked)
+    return SecureSum(sums, layout, len(masked), cut, asking.bytes_up, asking.bytes_down), sorted(masked)
+
+
+def summed(
+    asking: Asking, clients: list[int], schedule: Schedule, like: dict[str, Any], cut: Cut | None, seen: Tally
+) -> Total:
+    """The sum over those of the round's clients that stay; a round in which too few do is lost, and gives none.
+
+    Args:
+        asking: how to ask.
+        clients: all of the round that are on some node.
+        schedule: with what is asked of the sum.
+        like: the form (1, …) of what one client adds.
+        cut: what each part is to be cut to.
+        seen: counts who is in the sum.
+    """
+    found, used = Total(None), list[int]()
+    try:
+        if schedule.secure.aggregation == "masks":
+            row = tree.map_tensors(lambda leaf: leaf[0], like)
+            opened, used = masked_sum(asking, clients, schedule.secure, row)
+            found = opened_total(opened, row, seen if schedule.privacy.level == "none" else None)
+        elif cut is not None:
+            parts = cut_parts(asking, clients, like, cut)
+            used = sorted(parts)
+            total = mixing.total(parts[client] for client in used) if used else None
+            found = Total(total, bytes_up=len(used) * tree.row_bytes(like))
+    except RoundError as error:
+        LOG.error("round %d is lost: %s", asking.round, error)
+    asking.complain(f"round {asking.round}")
+    seen.arrived(np.array(used, dtype=np.int64))
+    return found
+
+
+def cut_parts(asking: Asking, clients: list[int], like: dict[str, Any], cut: Cut) -> dict[int, dict[str, Any]]:
+    """What each client adds to the sum, which it has cut to its clips; the server trusts no client to have."""
+    found, silent = {}, dict[int, str]()
+    questions = asking.letters(clients)
+    for node, told, parts in asking.ask("train", questions, silent):
+        asking.seconds = max(asking.seconds, float(told.get("seconds", 0.0)))
+        for client in questions[node][0]["clients"]:
+            who = f"client {client}"
+            if f"train/{client}" not in parts:
+                asking.troubles[who] = str(told.get("failed", {}).get(str(client), "it sends nothing"))
+                continue
+            try:
+                rows = filled([like], unpacked_tensors(parts[f"train/{client}"], who), who)
+                if any(len(leaf) != 1 for leaf in tree.tensors(rows).values()):
+                    raise WireError(f"{who}: it is one client, and its part has other lengths")
+                own = tree.map_tensors(lambda leaf: leaf[0], rows)
+                for name in cut.groups.names:
+                    if clipping.norm(own[name]) > float(cut.clips[name]) * (1 + ROUNDING):
+                        raise WireError(f"its part of {name} is longer than its clip")
+                found[client] = own
+            except WireError as error:
+                asking.troubles[who] = str(error)
+    asking.troubles |= {f"node {node}": why for node, why in silent.items()}
+    return found
+
+
+def summed_scores(asking: Asking, clients: list[int], schedule: Schedule, rights: bool) -> SummedScores | None:
+    """The means over all tests, of which sums come under masks; None where they do not, or nothing may be told.
+
+    Args:
+        asking: how to ask.
+        clients: whose tests.
+        schedule: with what is protected.
+        rights: whether there is an accuracy.
+    """
+    found = None
+    if schedule.privacy.level != "none":  # what clients measure is in no account: they tell their owners
+        silent: dict[int, str] = {}
+        for _ in asking.ask("evaluate", asking.letters(clients), silent):
+            pass
+        asking.troubles |= {f"node {node}": why for node, why in silent.items()}
+    else:
+        like = score_sums(Scores(np.zeros(1), np.zeros(1) if rights else None, np.zeros((1, 0))))
+        try:
+            sums = {
+                name: float(leaf)
+                for name, leaf in masked_sum(asking, clients, schedule.secure, like)[0].sums.items()
+            }
+            tests = max(sums["tests"], 1.0)
+            found = SummedScores(sums["loss"] / tests, sums["accuracy"] / tests if rights else None, round(tests))
+        except RoundError as error:
+            LOG.error("evaluation: %s", error)
+    asking.complain("evaluation")
+    return found
