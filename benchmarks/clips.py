@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from privacy import MNIST, recipe_of
 
+from privacy import MNIST, recipe_of
 from umbel.folder import machine
 from umbel.recipe import read
 from umbel.rounds import Progress

@@ -71,6 +71,7 @@ def run(grid: "Grid", path: Path, config: dict[str, Any]) -> None:
 def said(at: Progress) -> None:
     """Logs a round's figures that matter."""
     told = {"accuracy": ".2f", "worst_decile": ".2f", "loss": ".4f", "train_loss": ".4f", "seconds": ".2f"}
+    told |= {"epsilon": ".3g"}
     shown = [f"{name} {format(at.figures[name], form)}" for name, form in told.items() if name in at.figures]
     LOG.info("round %d: %s", at.round, "  ".join(shown))
 

@@ -256,11 +256,14 @@ class Nodes:
         told = self._noise() | (
             {} if cut is None else {"clips": {n: float(clip) for n, clip in cut.clips.items()}}
         )
+        there = self._there(clients)
+        if self.cohort.weighting.rule == "uniform":  # by other rules a client weighs itself
+            told["weights"] = dict(zip(map(str, there.tolist()), self._weights(there).tolist(), strict=True))
         message = self.cohort.method.send(shared, self.cohort.index(clients[:1]))
         with_loss = schedule.secure.aggregation == "masks" and schedule.privacy.level == "none"
         like = contributed(self.cohort.method, self.form(shared, clients[:1]), message, cut, with_loss)
         asking = self._asking("train", shared, told)
-        found = summed(asking, self._there(clients).tolist(), schedule, like, cut, seen)
+        found = summed(asking, there.tolist(), schedule, like, cut, seen)
         seen.dropped.extend(np.setdiff1d(clients, seen.clients).tolist())
         seen.figures |= self._exchanged(begin, before, asking.seconds)
         return found

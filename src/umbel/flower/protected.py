@@ -73,6 +73,7 @@ class Protection:
     method: Method
     schedule: Schedule
     last_round: int
+    population: int  # how many clients the task has
 
     @property
     def masked(self) -> bool:
@@ -170,6 +171,8 @@ class Protection:
             messages.unpacked(ClientState, self.vault.state(client)),
             messages.unpacked(Delivery, question),
         )
+        if not 3 <= num_clients <= self.population:
+            raise WireError(f"a sum over {num_clients} of {self.population} clients is none to take part in")
         own = part()
         if any(not bool(leaf.isfinite().all()) for leaf in tree.tensors(own).values()):
             raise RoundError(f"client {client}: its part of the sum is not finite, and stays with it")

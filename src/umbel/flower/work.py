@@ -187,7 +187,7 @@ def opened(settings: NodeSettings, table: Table, label: str, folder: Path) -> Wo
     if is_protected(recipe.schedule):
         check_protection(recipe.schedule)
         last = recipe.schedule.rounds if cohort.ledger is None else cohort.ledger.last_round
-        protection = Protection(Vault(folder), recipe.method, recipe.schedule, last)
+        protection = Protection(Vault(folder), recipe.method, recipe.schedule, last, task.num_clients)
     return Work(settings, recipe, cohort, task, at.shared, Kept(folder, at.store.fresh(1)), protection)
 
 
