@@ -27,7 +27,8 @@ from umbel import tree
 from umbel.clients import Examples
 from umbel.errors import DeployError, RecipeError, RoundError, RunFolderError, WireError
 from umbel.flower.apps import answered
-from umbel.flower.lead import Patience, lead, refuse_simulated
+from umbel.flower.exchange import Patience
+from umbel.flower.lead import lead, refuse_simulated
 from umbel.flower.node import Link, serve
 from umbel.flower.post import content_of, opened
 from umbel.flower.trial import deal
@@ -42,7 +43,7 @@ from umbel.tasks import TASKS, Task
 
 TIMES = {"seconds", "train_seconds", "client_seconds", "exchange_seconds", "wire_up", "wire_down"}
 
-QUICK = Patience(nodes=0.2, answer=60.0, gone=0.2)
+QUICK = Patience(nodes=0.2, deadline=60.0, answer=60.0, gone=0.2)
 
 
 @dataclass(frozen=True)

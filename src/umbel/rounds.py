@@ -49,8 +49,8 @@ class Fleet(Protocol):
     def uploads(self, shared: Any, clients: np.ndarray, round: int, seen: Tally) -> Iterator[Any]:
         """The uploads of a round's clients, in ascending order, chunk by chunk; `seen` counts them."""
 
-    def scores(self, shared: Any, tests: np.ndarray) -> Scores:
-        """How well the clients' own models do on these tests."""
+    def scores(self, shared: Any, tests: np.ndarray) -> tuple[np.ndarray, Scores] | None:
+        """Of which of these tests something is known, and how well the clients' own models do on them."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class Here:
         """See `Fleet`."""
         return self.cohort.uploads(shared, self.store, clients, round, seen)
 
-    def scores(self, shared: Any, tests: np.ndarray) -> Scores:
+    def scores(self, shared: Any, tests: np.ndarray) -> tuple[np.ndarray, Scores]:
         """See `Fleet`."""
         test = self.task.test.to(self.cohort.train.x.device)
         serves = None if self.task.serves is None else self.task.serves.cpu().numpy()
-        return evaluate(self.cohort, shared, self.store, test, tests, serves)
+        return tests, evaluate(self.cohort, shared, self.store, test, tests, serves)
 
 
 def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tuple[Cohort, Progress]:
@@ -183,7 +183,7 @@ def rounds(
     members = participants(task.num_clients, schedule)
     fleet, device = fleet or Here(cohort, store, task), cohort.train.x.device
     tests = task.tests_of(honest(task.num_clients, schedule))
-    group = None if task.group is None else task.group[tests].cpu().numpy()
+    group = _group(task, tests)
     slots = task.train.slots
     cost = cost or cohort.cost(shared, store, members[:1])  # of one client
     clock = steps(schedule.asynchronous, schedule.seed, members, schedule.clients_per_round or len(members))
@@ -232,14 +232,21 @@ def rounds(
         figures |= {} if enough else {"no_quorum": 1}
         figures |= {name: float(value) for name, value in getattr(shared, "figures", {}).items()}
         due = round % schedule.evaluate_every == 0 or round == last
-        scores = fleet.scores(shared, tests) if due else None
-        if scores is not None:
-            figures |= figures_of(scores, method, group)
+        found = fleet.scores(shared, tests) if due else None
+        scores = None if found is None else found[1]
+        if found is not None:
+            figures |= figures_of(found[1], method, _group(task, found[0]))
+            figures |= {"untested": len(tests) - len(found[0])} if len(found[0]) < len(tests) else {}
             figures |= _led(cohort, shared, store, task, tests) if schedule.attack.kind == "backdoor" else {}
         else:
             figures |= _assigned(shared, tests, group)
         figures["seconds"] = perf_counter() - begin
         yield Progress(round, shared, store, figures, scores, clips, round == last)
+
+
+def _group(task: Task, tests: np.ndarray) -> np.ndarray | None:
+    """(K,) the true groups of these tests, where they are known."""
+    return None if task.group is None else task.group[tests].cpu().numpy()
 
 
 def _assigned(shared: Any, tests: np.ndarray, group: np.ndarray | None) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def _opened(path: Path, task: Task | None, method: Method | None) -> tuple[RunFo
     cost = Cost(**facts["cost"]) if "cost" in facts else None  # None: the folder is older than that figure
     if checkpoint is not None:
         try:
-            at = _restored(at, checkpoint)
+            at = restored(at, checkpoint)
         except (KeyError, ValueError) as error:
             raise RunFolderError(
                 f"{folder.path}: its checkpoints have other tensors than this version of umbel keeps ({error}); "
@@ -224,8 +224,9 @@ def record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> N
     last = at.last
     folder.append("metrics.jsonl", at.figures)
     due = last or at.round % max(1, schedule.rounds // SNAPSHOTS) == 0
-    if due and at.scores is not None and task.num_clients <= SNAPSHOT_CLIENTS:
-        scores = at.scores
+    scores = at.scores if due and task.num_clients <= SNAPSHOT_CLIENTS else None
+    tests = np.zeros(0) if scores is None else task.tests_of(honest(task.num_clients, schedule))
+    if scores is not None and len(scores.loss) == len(tests):  # across machines some may be away
         line: dict[str, Any] = {"round": at.round, "loss": _short(scores.loss)}
         if scores.accuracy is not None:
             line["accuracy"] = _short(scores.accuracy)
@@ -235,7 +236,7 @@ def record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> N
         if places is not None and task.serves is None:
             line["places"] = _rounded(places[participants(task.num_clients, schedule)].cpu().numpy())
         if task.group is not None:
-            line["group"] = task.group[task.tests_of(honest(task.num_clients, schedule))].tolist()
+            line["group"] = task.group[tests].tolist()
         folder.append("clients.jsonl", line)
     if last or at.round % schedule.checkpoint_every == 0:
         seen, private = at.store.state()
@@ -246,8 +247,13 @@ def record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> N
         folder.save(Checkpoint(at.round, tensors | {"seen": torch.from_numpy(seen)}))
 
 
-def _restored(at: Progress, checkpoint: Checkpoint) -> Progress:
-    """The progress at the checkpoint; `at` is the state before round 1, which gives the tensors' places."""
+def restored(at: Progress, checkpoint: Checkpoint) -> Progress:
+    """The progress at the checkpoint; `at` is the state before round 1, which gives the tensors' places.
+
+    Raises:
+        KeyError: the checkpoint lacks a tensor.
+        ValueError: one has another form.
+    """
 
     def part(name: str) -> dict[str, Any]:
         return {k.removeprefix(name): v for k, v in checkpoint.tensors.items() if k.startswith(name)}

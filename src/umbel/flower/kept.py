@@ -57,6 +57,10 @@ class Kept:
             )
         return row.before if row.round == round else row.after
 
+    def knows(self, client: int) -> bool:
+        """Whether anything of the client's was kept."""
+        return self._row(client) is not None
+
     def put(self, client: int, round: int, before: Any, after: Any) -> None:
         """Keeps the client's state after a round, on disk when this returns."""
         self.rows[client] = Row(round, before, after)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from umbel.errors import DeployError, UmbelError
 from umbel.flower.apps import answered, hear
-from umbel.flower.lead import LOG
+from umbel.flower.exchange import LOG
 from umbel.flower.work import NodeSettings, Site, settings_of
 from umbel.folder import write
 

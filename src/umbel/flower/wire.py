@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from umbel import tree
-from umbel.errors import WireError
+from umbel.errors import NotFiniteError, WireError
 from umbel.tree import Params
 
 S = TypeVar("S")
@@ -78,10 +78,10 @@ def difference(expected: Params, got: Params) -> str | None:
 
 
 def check_finite(tensors: Params, who: str) -> None:
-    """Raises WireError, naming the tensor and `who` sent it, if one holds NaN or infinity."""
+    """Raises NotFiniteError, naming the tensor and `who` sent it, if one holds NaN or infinity."""
     for name, leaf in tensors.items():
         if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
-            raise WireError(f"{who}: {name} holds NaN or infinity")
+            raise NotFiniteError(f"{who}: {name} holds NaN or infinity")
 
 
 def apart(state: Any) -> tuple[Params, Params]:

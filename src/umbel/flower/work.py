@@ -29,7 +29,7 @@ from umbel.flower.fingerprint import Fingerprint, differences, fingerprint
 from umbel.flower.kept import Kept
 from umbel.flower.wire import filled, packed, unpacked
 from umbel.folder import read_json, write
-from umbel.onboarding import read_client
+from umbel.onboarding import read_client, routed
 from umbel.recipe import Recipe, Table, load, read
 from umbel.rounds import start
 from umbel.tasks import Task
@@ -232,7 +232,7 @@ def train(work: Work, facts: Facts, parts: Parts) -> tuple[Facts, Parts]:
     sent: Params = {}
     dropped: list[int] = []
     for client, message in received(work, facts, parts):
-        before = work.kept.before(client, round)
+        before = started(work, facts, client, message, work.kept.before(client, round))
         weight = np.array([float(weights[str(client)])])
         upload, after = work.cohort.trained(message, before, np.array([client]), round, weight)
         good = tree.finite_rows(upload)
@@ -255,7 +255,8 @@ def evaluate(work: Work, facts: Facts, parts: Parts) -> tuple[Facts, Parts]:
 
     def serve(chunk: np.ndarray) -> tuple[Params, Tensor]:
         client = int(chunk[0] if serves is None else serves[chunk][0])
-        return work.cohort.serving(messages[client], work.kept.latest(client), np.array([client]))
+        own = started(work, facts, client, messages[client], work.kept.latest(client))
+        return work.cohort.serving(messages[client], own, np.array([client]))
 
     found = scores(work.cohort, serve, work.task.test.to(work.cohort.train.x.device), tests)
     told = {"loss": torch.from_numpy(found.loss)}
@@ -264,6 +265,14 @@ def evaluate(work: Work, facts: Facts, parts: Parts) -> tuple[Facts, Parts]:
     if work.settings.share_mixture:
         told["mixture"] = torch.from_numpy(found.mixture)
     return {}, {"scores": packed(told)}
+
+
+def started(work: Work, facts: Facts, client: int, message: Any, private: Any) -> Any:
+    """The client's private state; one that has come after the run began finds its routes before it trains."""
+    if client not in facts.get("newcomers", ()) or work.kept.knows(client):
+        return private
+    with torch.enable_grad():
+        return routed(work.cohort, message, private, np.array([client]))
 
 
 def received(work: Work, facts: Facts, parts: Parts) -> Iterator[tuple[int, Any]]:
