@@ -111,7 +111,7 @@ def test_nodes_over_tls_with_keys_are_as_one_machine(folder):
         assert refused.returncode != 0
         assert "Failed to activate" in refused.stdout + refused.stderr
         trial.lead_run(running, folder / "run", told.append)
-        processes = [started.pid for started in running.processes]
+        processes = [started.pid for started in running.processes.values()]
     for pid in processes:
         with pytest.raises(ProcessLookupError):
             os.killpg(pid, 0)

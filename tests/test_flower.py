@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from test_battery import CASES, GROUP, every, labelled, net
 from umbel import tree
 from umbel.clients import Examples
-from umbel.errors import DeployError, RecipeError, RoundError, RunFolderError, WireError
+from umbel.errors import DeployError, RecipeError, RunFolderError, WireError
 from umbel.flower.apps import answered
 from umbel.flower.exchange import Patience
 from umbel.flower.lead import lead, refuse_simulated
@@ -266,13 +266,19 @@ class Confused(Site):
     [
         ("hello", DeployError, "does not say what a node says"),
         ("clients", DeployError, "its clients are 99, of 5 that there are"),
-        ("score", RoundError, "loss is not of the 1 tests"),
     ],
 )
 def test_answers_that_make_no_sense_do_not_stop_the_server_in_its_tracks(name, error, told, tmp_path):
     ward = Confused(NodeSettings(name, "4", str(tmp_path / "ward")))
     with pytest.raises(error, match=told):
         lead(FakeGrid([*sites(tmp_path, "0-3"), ward]), floral(), patience=QUICK)
+
+
+def test_scores_that_make_no_sense_are_left_out(tmp_path, caplog):
+    ward = Confused(NodeSettings("score", "4", str(tmp_path / "ward")))
+    result = lead(FakeGrid([*sites(tmp_path, "0-3"), ward]), floral(), patience=QUICK)
+    assert [line["untested"] for line in result.history] == [1, 1, 1]
+    assert "loss is not of the 1 tests" in caplog.text
 
 
 def test_missing_and_doubled_clients_are_named(tmp_path):
@@ -300,20 +306,30 @@ def changed(name, function):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "lost", "told"),
     [
-        (changed("4/base/0.bias", lambda leaf: leaf[:, :2]), r"4/?.*base/0.bias has the shape"),
-        (changed("4/base/0.bias", torch.Tensor.double), "base/0.bias is torch.float64"),
-        (changed("4/base/0.bias", lambda leaf: leaf / 0), "base/0.bias holds NaN or infinity"),
-        (lambda tensors: {n: leaf for n, leaf in tensors.items() if n != "4/weight"}, "weight is missing"),
-        (lambda tensors: tensors | {"4/more": torch.zeros(1)}, "more was not expected"),
-        (lambda tensors: tensors | {"0/weight": torch.zeros(1)}, "is of no client that it was asked for"),
+        (changed("4/base/0.bias", lambda leaf: leaf[:, :2]), "malformed", r"4/?.*base/0.bias has the shape"),
+        (changed("4/base/0.bias", torch.Tensor.double), "malformed", "base/0.bias is torch.float64"),
+        (changed("4/base/0.bias", lambda leaf: leaf / 0), "not finite", "base/0.bias holds NaN or infinity"),
+        (lambda own: {n: leaf for n, leaf in own.items() if n != "4/weight"}, "malformed", "weight is missing"),
+        (lambda own: {n: leaf for n, leaf in own.items() if n[0] != "4"}, "malformed", "has sent nothing for"),
+        (lambda own: own | {"4/more": torch.zeros(1)}, "malformed", "more was not expected"),
     ],
 )
-def test_uploads_that_do_not_fit_are_dropped_by_name(change, told, tmp_path, caplog):
-    ward = Tampering(NodeSettings("ward", "4", str(tmp_path / "ward")), change=change)
-    result = lead(FakeGrid([*sites(tmp_path, "0-3"), ward]), floral(), patience=QUICK)
-    assert all(line["dropped"] == [4] for line in result.history)
+def test_an_upload_that_does_not_fit_is_dropped_by_name(change, lost, told, tmp_path, caplog):
+    ward = Tampering(NodeSettings("ward", "3-4", str(tmp_path / "ward")), change=change)
+    result = lead(FakeGrid([*sites(tmp_path, "0-2"), ward]), floral(), patience=QUICK)
+    assert [line["lost"] for line in result.history] == [{lost: 1}] * 3
+    assert any("ward" in line.message and re.search(told, line.message) for line in caplog.records)
+
+
+@pytest.mark.parametrize("name", ["0/weight", "04/weight", "x/weight"])
+def test_a_node_that_uploads_for_somebody_else_is_dropped_whole(name, tmp_path, caplog):
+    change = lambda own: own | {name: torch.zeros(1)}  # noqa: E731
+    ward = Tampering(NodeSettings("ward", "3-4", str(tmp_path / "ward")), change=change)
+    result = lead(FakeGrid([*sites(tmp_path, "0-2"), ward]), floral(), patience=QUICK)
+    assert [line["lost"] for line in result.history] == [{"malformed": 2}] * 3
+    told = f"ward.*{name} is of no client that it was asked for"
     assert any("ward" in line.message and re.search(told, line.message) for line in caplog.records)
 
 
