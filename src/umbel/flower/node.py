@@ -140,7 +140,7 @@ def _let_go(link: Link, keys: Any, known: Path) -> None:
     if keys is None or not known.is_file():
         return
     insecure = link.root_certificates is None
-    interceptors = [RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(*keys)]
+    interceptors: list[Any] = [RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(*keys)]
     with FleetHttpClient.from_server_address(
         link.superlink, insecure, link.root_certificates, interceptors
     ) as client:
