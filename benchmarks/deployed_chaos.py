@@ -58,7 +58,7 @@ class Chaos:
             while not self.over:
                 if time.monotonic() > end:
                     raise TimeoutError(f"round {self.round} after {LONGEST:.0f} s: {self.crashes}")
-                if run is None or run.poll() is not None:
+                if run is None or (run.poll() is not None and not self.over):
                     if run is not None:
                         self.crashes.append(f"the run ended after round {self.round}")
                         if len(self.crashes) > 5:

@@ -1,7 +1,7 @@
 """Runs over Flower's messages are those of one machine, bit for bit, and what does not fit is refused."""
 
 import re
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from uuid import uuid4
 
@@ -463,14 +463,51 @@ def test_a_node_answers_and_one_that_was_killed_answers_when_it_is_back(tmp_path
         raise KeyboardInterrupt
 
     link.ask(train)
-    with monkeypatch.context() as patched:
-        patched.setattr("umbel.flower.node.answered", killed)
-        with pytest.raises(KeyboardInterrupt):
-            served(link, settings, monkeypatch)
+    for moment in ("_whole", "answered", "_send"):  # each time it is started again, and dies a little later
+        with monkeypatch.context() as patched:
+            patched.setattr(f"umbel.flower.node.{moment}", killed)
+            with pytest.raises(KeyboardInterrupt):
+                served(link, settings, monkeypatch)
     assert len(link.answers) == 1
     served(link, settings, monkeypatch)
     assert link.opened()[1] == expected
-    assert not (tmp_path / "state" / "inbox").exists()
+    assert not list((tmp_path / "state").glob("inbox*"))
+
+
+class Breaking(Link1):
+    """A connection that breaks at the first look for a message; Flower's keeps that to itself."""
+
+    breaks = 1
+
+    @contextmanager
+    def connected(self, *_):
+        with super().connected() as (node, receive, *more), suppress(ConnectionError):
+            yield node, self.receive if self.breaks else receive, *more
+
+    def receive(self):
+        self.breaks -= 1
+        raise ConnectionError
+
+
+def test_a_node_makes_a_connection_that_broke_anew(tmp_path, monkeypatch):
+    grid, link = Recording(sites(tmp_path / "grid", "0-4")), Breaking()
+    lead(grid, floral(), patience=QUICK)
+    link.ask(next(m for m, _ in grid.pairs if m.metadata.message_type == "query.hello"))
+    monkeypatch.setattr("umbel.flower.node.AGAIN", 0.0)
+    served(link, NodeSettings("a", "0-4", str(tmp_path / "state")), monkeypatch)
+    assert link.breaks == 0
+    assert len(link.answers) == 1
+
+
+def test_two_processes_do_not_share_a_nodes_folder(tmp_path, monkeypatch):
+    settings, link = NodeSettings("a", "0-4", str(tmp_path / "state")), Link1()
+
+    class Second(Link1):
+        def connected(self, *_):
+            served(link, settings, monkeypatch)
+
+    with pytest.raises(DeployError, match=r"node 'a': another process uses .*state; stop it first"):
+        served(Second(), settings, monkeypatch)
 
 
 # Encoding.

@@ -14,7 +14,7 @@ import os
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,12 +84,13 @@ def serve(settings: NodeSettings, link: Link, ended: Callable[[], bool] = lambda
     state = Path(settings.state).expanduser()
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _alone(state, settings.name):
-        while not ended():
+        while True:
             _connected(site, link, keys, Inbox(state / "inbox"), ended)
-            if not ended():
-                # Flower's connection keeps errors to itself, but for the log.
-                LOG.warning("node %r has lost its connection and makes a new one", settings.name)
-                time.sleep(AGAIN)
+            if ended():
+                return
+            # Flower's connection keeps errors to itself, but for the log.
+            LOG.warning("node %r has lost its connection and makes a new one", settings.name)
+            time.sleep(AGAIN)
 
 
 def _connected(site: Site, link: Link, keys: Any, inbox: "Inbox", ended: Callable[[], bool]) -> None:
@@ -107,7 +108,10 @@ def _connected(site: Site, link: Link, keys: Any, inbox: "Inbox", ended: Callabl
         # The SuperLink gives a message out once: what a process before this one has left undone is done first.
         if (left := inbox.message(node)) is not None:
             LOG.info("node %r goes on with a message that it had not answered", settings.name)
-            _send(_answer(site, left), 0.0, send, push)
+            with suppress(RunNotRunningException):  # nor is anybody waiting for the answer
+                if not list(left.content):  # that had not come yet
+                    inbox.put(left := _whole(left, inbox.objects(), pull, confirm))
+                _send(_answer(site, left), 0.0, send, push)
         inbox.clear()
         pause = BUSY
         while not ended():
@@ -117,10 +121,12 @@ def _connected(site: Site, link: Link, keys: Any, inbox: "Inbox", ended: Callabl
                 pause = min(pause * 1.02, IDLE)
                 continue
             pause = BUSY
+            inbox.put(*came)
             try:
                 message = _whole(*came, pull, confirm)
             except RunNotRunningException:
                 LOG.warning("the run of a message has ended; it is not answered")
+                inbox.clear()
                 continue
             inbox.put(message)
             begin = time.perf_counter()
@@ -140,7 +146,10 @@ def _let_go(link: Link, keys: Any, known: Path) -> None:
     if keys is None or not known.is_file():
         return
     insecure = link.root_certificates is None
-    interceptors: list[Any] = [RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(*keys)]
+    interceptors: list[Any] = [
+        RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+        NodeAuthHttpInterceptor(*keys),
+    ]
     with FleetHttpClient.from_server_address(
         link.superlink, insecure, link.root_certificates, interceptors
     ) as client:
@@ -177,12 +186,19 @@ class Inbox:
 
     path: Path
 
-    def put(self, message: "Message") -> None:
-        """Keeps a message until `clear`."""
+    def put(self, message: "Message", objects: Any = None) -> None:
+        """Keeps a message until `clear`; one whose content has yet to come, with the names of what is in it."""
         from flwr.common.serde import message_to_proto
 
-        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if objects is not None:
+            write(self.path.with_suffix(".objects"), objects.SerializeToString())
         write(self.path, message_to_proto(message).SerializeToString())
+
+    def objects(self) -> Any:
+        """What is in a message that came without its content."""
+        from flwr.proto.message_pb2 import ObjectTree
+
+        return ObjectTree.FromString(self.path.with_suffix(".objects").read_bytes())
 
     def message(self, node: int) -> "Message | None":
         """The message that is there, if it was to this node of Flower's."""
@@ -196,7 +212,8 @@ class Inbox:
 
     def clear(self) -> None:
         """Forgets it."""
-        self.path.unlink(missing_ok=True)
+        for path in (self.path, self.path.with_suffix(".objects")):
+            path.unlink(missing_ok=True)
 
 
 def _answer(site: Site, message: "Message") -> "Message":
