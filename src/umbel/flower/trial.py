@@ -128,6 +128,7 @@ COMPOSE = """\
 services:
   superlink:
     image: ${{UMBEL_IMAGE:-umbel}}
+    restart: unless-stopped
     command: >-
       flower-superlink --ssl-ca-certfile /certificates/ca.crt --ssl-certfile /certificates/server.pem
       --ssl-keyfile /certificates/server.key --enable-supernode-auth --host 0.0.0.0 --port {port}
@@ -154,6 +155,7 @@ SERVICE = """\
     image: ${{UMBEL_IMAGE:-umbel}}
     command: umbel deploy node /node/{name}.toml --superlink superlink:{port}
     environment: *quiet
+    restart: unless-stopped
     read_only: true
     tmpfs: [/tmp]
     volumes:
