@@ -99,7 +99,7 @@ def test_a_folder_is_gone_on_with_by_its_own_recipe_and_one_server(tmp_path, mon
     with pytest.raises(RunFolderError, match="another server leads the run"):
         lead(leading, floral(), out, QUICK)
     lead(FakeGrid(nodes), floral(), out, QUICK)
-    with pytest.raises(RunFolderError, match="exists and is left as it is"):
+    with pytest.raises(RunFolderError, match="holds a run that is over"):
         lead(FakeGrid(nodes), floral(), out, QUICK)
 
 

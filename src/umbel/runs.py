@@ -178,7 +178,8 @@ def _opened(path: Path, task: Task | None, method: Method | None) -> tuple[RunFo
     if facts.get("deployed"):
         raise RunFolderError(
             f"{path} is of a run across machines: what its clients keep is on their nodes, so that neither its "
-            f"rounds nor its models can be made here; umbel report {path} shows how it went"
+            f"rounds nor its models can be made here; go on with it as it was begun, by umbel deploy up or flwr run; "
+            f"umbel report {path} shows how it went"
         )
     checkpoint, warnings = folder.latest()
     if schedule.asynchronous.buffer and checkpoint is not None and checkpoint.round < schedule.rounds:

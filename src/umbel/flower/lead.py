@@ -338,7 +338,7 @@ class Nodes:
         return found, wrong
 
     def _upload(self, tensors: Params, client: int, shared: Any, round: int, who: str) -> Any:
-        if any(len(leaf) != 1 for leaf in tensors.values()):
+        if any(leaf.dim() == 0 or len(leaf) != 1 for leaf in tensors.values()):
             raise WireError(f"{who}: an upload is of one client, and these tensors have other lengths")
         try:
             return filled([self._pattern], tensors, who)

@@ -67,8 +67,10 @@ def stopped(path: Path, recipe: Recipe, stack: ExitStack) -> RunFolder | None:
     """
     if not path.exists():
         return None
-    if not is_deployed(path) or not is_unfinished(path):
+    if not is_deployed(path):
         check_free(path)
+    if not is_unfinished(path):
+        raise RunFolderError(f"{path} holds a run that is over, and is left as it is; name another folder")
     folder = RunFolder.opened(path, recipe.identity())
     if folder.facts()["identity"] != folder.identity:
         here, there = recipe.identity(), read(load(path / "recipe.toml"), recipe.label).identity()
