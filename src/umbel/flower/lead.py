@@ -20,9 +20,11 @@ from umbel.clients import Examples
 from umbel.cohort import Cohort, Tally
 from umbel.errors import DeployError, RecipeError, RoundError, WireError
 from umbel.evaluate import Scores
+from umbel.flower.arriving import messages, most_bytes
+from umbel.flower.facts import Figure, check_claims, fact, facts_of_node
 from umbel.flower.fingerprint import Fingerprint, differences, fingerprint
 from umbel.flower.post import KINDS, content_of, opened
-from umbel.flower.wire import apart, equal, filled, packed, unpacked
+from umbel.flower.wire import apart, by_client, check_finite, equal, filled, packed, unpacked
 from umbel.flower.work import Facts, Parts
 from umbel.folder import RunFolder, check_free
 from umbel.recipe import Recipe
@@ -32,6 +34,7 @@ from umbel.schedule import Schedule
 from umbel.tasks import Task
 from umbel.tasks.pool import pooled
 from umbel.tree import Params
+from umbel.untrusted import plain
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -62,12 +65,9 @@ class Roster:
     labels: dict[int, list[int]] = field(default_factory=dict)  # of a client, how many of each
     refused: dict[int, str] = field(default_factory=dict)  # node → why
 
-    def entered(self, node: int, facts: Facts, num_clients: int) -> str:
-        """Lets a node in, or says why not."""
-        name, clients = str(facts["name"]), [int(client) for client in facts["clients"]]
-        counts = [int(count) for count in facts["examples"]]
-        if len(counts) != len(clients) or not all(0 <= client < num_clients for client in clients):
-            return f"node {name!r}: its clients are {_listed(clients)}, of {num_clients} that there are"
+    def entered(self, node: int, facts: Facts) -> str:
+        """Lets a node in whose facts were checked, or says why not."""
+        name, clients, counts = facts["name"], facts["clients"], facts["examples"]
         if empty := [client for client, count in zip(clients, counts, strict=True) if count < 1]:
             return f"node {name!r}: client {empty[0]} has no examples"
         taken = [client for client in clients if self.homes.get(client, node) != node]
@@ -77,7 +77,7 @@ class Roster:
         self.names[node] = name
         self.homes |= dict.fromkeys(clients, node)
         self.examples |= dict(zip(clients, counts, strict=True))
-        self.slots |= dict(zip(clients, map(int, facts.get("slots", ())), strict=False))
+        self.slots |= dict(zip(clients, facts.get("slots", ()), strict=False))
         self.labels |= dict(zip(clients, facts.get("label_counts", ()), strict=False))
         return ""
 
@@ -103,6 +103,12 @@ class Nodes:
     def fingerprint(self) -> Fingerprint:
         """What the run starts from."""
         return fingerprint(self.recipe.task, self.task, self.first)
+
+    @cached_property
+    def most(self) -> int:
+        """Bytes of an answer, whatever was asked; what is longer is never put together."""
+        shared, own = (sum(leaf.nbytes for leaf in tree.tensors(s).values()) for s in (self.first, self._pattern))
+        return most_bytes(self.task.num_clients, shared + own, self.task.num_clients)
 
     # Who is there.
 
@@ -148,19 +154,21 @@ class Nodes:
         known = {*self.roster.names, *self.roster.refused, *self.greeted.values()}
         new = [node for node in online if node not in known]
         table = {key: value for key, value in self.recipe.table().items() if key != "engine"}
-        facts = {"recipe": table, "label": self.recipe.label, "fingerprint": self.fingerprint}
-        self.greeted |= self._pushed("hello", {node: (facts, {}) for node in new})
+        asked: Facts = {"recipe": table, "label": self.recipe.label, "fingerprint": self.fingerprint}
+        self.greeted |= self._pushed("hello", {node: (asked, {}) for node in new})
         troubles: dict[int, str] = {}
-        for node, told, _ in self._pulled(self.greeted, troubles):
+        for node, facts, _ in self._pulled(self.greeted, troubles):
             try:
-                if wrong := differences(self.fingerprint, told["fingerprint"]):
-                    troubles[node] = f"node {told['name']!r}: its base is not the server's; {'; '.join(wrong)}"
-                elif why := self.roster.entered(node, told, self.task.num_clients):
-                    troubles[node] = why
-                else:
-                    LOG.info("node %r is there, with clients %s", told["name"], _listed(told["clients"]))
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                troubles[node] = f"{self._name(node)}: it does not say what a node says ({error!r})"
+                told = facts_of_node(facts, self._name(node), self.task.num_clients)
+            except WireError as error:
+                troubles[node] = str(error)
+                continue
+            if wrong := differences(self.fingerprint, told["fingerprint"]):
+                troubles[node] = f"node {told['name']!r}: its base is not the server's; {'; '.join(wrong)}"
+            elif why := self.roster.entered(node, told):
+                troubles[node] = why
+            else:
+                LOG.info("node %r is there, with clients %s", told["name"], _listed(told["clients"]))
         for node, why in troubles.items():
             self.roster.refused[node] = why
             LOG.error("refused: %s", why)
@@ -188,9 +196,13 @@ class Nodes:
         for node, told, parts in self.ask("train", questions, troubles):
             asked = [client for client in waiting if self.roster.homes[client] == node]
             try:
-                slowest = max(slowest, float(told.get("seconds", 0.0)))
-                ready |= self._opened_uploads(node, asked, shared, round, parts)
-            except (WireError, TypeError, ValueError) as error:
+                slowest = max(slowest, fact(told, "seconds", Figure, self._name(node)))
+                found = self._opened_uploads(node, asked, shared, round, parts)
+                for client, upload in found.items():
+                    weight = None if self.cohort.weighting.rule == "rea" else weights[client]
+                    check_claims(upload, client, weight, f"{self._name(node)}, client {client}")
+                ready |= found
+            except WireError as error:
                 troubles[node] = str(error)
             waiting = [client for client in waiting if client not in asked or client in ready]
             while waiting and waiting[0] in ready:
@@ -227,7 +239,7 @@ class Nodes:
         for node, _, parts in self.ask("evaluate", questions, troubles):
             own = self.task.tests_of(np.array(questions[node][0]["clients"]))
             try:
-                rows = _scores_in(parts, len(own), self._name(node))
+                rows = _scores_in(parts, len(own), self.task.loss == "cross_entropy", self._name(node))
             except WireError as error:
                 troubles[node] = str(error)
                 continue
@@ -295,19 +307,17 @@ class Nodes:
             WireError: one is not what this run's method uploads.
         """
         who = self._name(node)
-        tensors = unpacked(parts.get("uploads", b""), who)
-        found: dict[int, Any] = {}
-        for name in tensors:
-            client = int(name.partition("/")[0]) if name.partition("/")[0].isdigit() else -1
-            if client not in clients:
-                raise WireError(f"{who}: {name} is of no client that it was asked for")
-            if client not in found:
-                own = {n.partition("/")[2]: leaf for n, leaf in tensors.items() if n.startswith(f"{client}/")}
-                found[client] = self._upload(own, client, shared, round, f"{who}, client {client}")
-        return found
+        asked = {str(client): client for client in clients}
+        found = by_client(unpacked(parts.get("uploads", b""), who))
+        if strangers := found.keys() - asked.keys():
+            raise WireError(f"{who}: {plain(min(strangers), 60)} is of no client that it was asked for")
+        return {
+            asked[client]: self._upload(own, asked[client], shared, round, f"{who}, client {client}")
+            for client, own in found.items()
+        }
 
     def _upload(self, tensors: Params, client: int, shared: Any, round: int, who: str) -> Any:
-        if any(len(leaf) != 1 for leaf in tensors.values()):
+        if any(leaf.shape[:1] != (1,) for leaf in tensors.values()):
             raise WireError(f"{who}: an upload is of one client, and these tensors have other lengths")
         try:
             return filled([self._pattern], tensors, who)
@@ -382,11 +392,13 @@ class Nodes:
     def _pulled(self, waiting: dict[str, int], troubles: dict[int, str]) -> list[tuple[int, Facts, Parts]]:
         """The answers that are there now, which are taken out of `waiting`."""
         found = []
-        for answer in self.grid.pull_messages(list(waiting)) if waiting else ():
-            node = waiting.pop(answer.metadata.reply_to_message_id)
+        for answer in messages(self.grid, list(waiting), self.most) if waiting else ():
+            if (node := waiting.pop(answer.metadata.reply_to_message_id, None)) is None:
+                LOG.error("an answer came to what nobody has asked")
+                continue
             who = self._name(node)
             if answer.has_error():
-                troubles[node] = f"{who}: {answer.error.reason}"
+                troubles[node] = f"{who}: {plain(answer.error.reason, 1000)}"
                 continue
             try:
                 facts, parts = opened(answer.content, who)
@@ -395,7 +407,7 @@ class Nodes:
                 continue
             self.traffic["up"] += sum(map(len, parts.values()))
             if "refused" in facts:
-                troubles[node] = str(facts["refused"])
+                troubles[node] = plain(facts["refused"], 1000)
             else:
                 found.append((node, facts, parts))
         return found
@@ -477,8 +489,8 @@ def _discrepancy(labels: Sequence[Sequence[int]], num_labels: int) -> np.ndarray
     return np.array([discrepancy_of(np.array([*own, *[0] * (num_labels - len(own))])) for own in labels])
 
 
-def _scores_in(parts: Parts, num_tests: int, who: str) -> dict[str, np.ndarray]:
-    """The "loss", "accuracy" and "mixture" of so many tests, those that are there.
+def _scores_in(parts: Parts, num_tests: int, labels: bool, who: str) -> dict[str, np.ndarray]:
+    """The "loss", with labels "accuracy", and where it is told "mixture", of so many tests.
 
     Raises:
         WireError: they are something else.
@@ -486,10 +498,14 @@ def _scores_in(parts: Parts, num_tests: int, who: str) -> dict[str, np.ndarray]:
     tensors = unpacked(parts.get("scores", b""), who)
     dims = {"loss": 1, "accuracy": 1, "mixture": 2}
     if "loss" not in tensors or not tensors.keys() <= dims.keys():
-        raise WireError(f"{who}: its scores are {_listed(tensors) or 'nothing'}, where {_listed(dims)} are known")
+        told = plain(_listed(tensors) or "nothing")
+        raise WireError(f"{who}: its scores are {told}, where {_listed(dims)} are known")
     for name, leaf in tensors.items():
-        if leaf.dim() != dims[name] or len(leaf) != num_tests or not leaf.is_floating_point():
+        if leaf.dim() != dims[name] or len(leaf) != num_tests or leaf.dtype not in (torch.float32, torch.float64):
             raise WireError(f"{who}: {name} is not of the {num_tests} tests that it was asked for")
+    if ("accuracy" in tensors) != labels:
+        raise WireError(f"{who}: its scores {'lack the' if labels else 'have an'} accuracy")
+    check_finite(tensors, who)
     return {name: leaf.numpy() for name, leaf in tensors.items()}
 
 

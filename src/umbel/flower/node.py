@@ -7,17 +7,18 @@ is what is installed here.
 """
 
 import time
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from umbel.errors import DeployError, UmbelError
+from umbel.errors import DeployError, UmbelError, WireError
 from umbel.flower.apps import answered, hear
+from umbel.flower.arriving import put_together
 from umbel.flower.lead import LOG
 from umbel.flower.work import NodeSettings, Site, settings_of
 from umbel.folder import write
+from umbel.untrusted import toml_of
 
 if TYPE_CHECKING:
     from flwr.app import Message
@@ -43,8 +44,8 @@ def node_of(path: Path, superlink: str = "") -> tuple[NodeSettings, Link]:
         DeployError: there is none, or it names files that are not there.
     """
     try:
-        table = {name.replace("-", "_"): value for name, value in tomllib.loads(path.read_text("utf-8")).items()}
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        table = {name.replace("-", "_"): value for name, value in toml_of(path).items()}
+    except (OSError, ValueError) as error:
         raise DeployError(f"{path} cannot be read as a node's settings: {error}") from None
     table |= {"superlink": superlink} if superlink else {}
     if "superlink" not in table:
@@ -95,9 +96,13 @@ def serve(settings: NodeSettings, link: Link, ended: Callable[[], bool] = lambda
                 pause = min(pause * 1.02, IDLE)
                 continue
             pause = BUSY
-            message = _whole(*came, pull, confirm)
-            inbox.put(message)
             begin = time.perf_counter()
+            try:
+                message = _whole(*came, pull, confirm, site.most)
+            except WireError as error:
+                _send(_refusal(site, came[0], f"its message was refused: {error}"), 0.0, send, push)
+                continue
+            inbox.put(message)
             answer = _answer(site, message)
             _send(answer, time.perf_counter() - begin, send, push)
             inbox.clear()
@@ -126,7 +131,11 @@ class Inbox:
 
         if not self.path.is_file():
             return None
-        message: Any = message_from_proto(Encoded.FromString(self.path.read_bytes()))
+        try:
+            message: Any = message_from_proto(Encoded.FromString(self.path.read_bytes()))
+        except Exception as error:  # of protobuf and of Flower; the server asks again
+            LOG.error("%s is damaged and left out (%s)", self.path, error)
+            return None
         return message if message.metadata.dst_node_id == node else None
 
     def clear(self) -> None:
@@ -136,29 +145,31 @@ class Inbox:
 
 def _answer(site: Site, message: "Message") -> "Message":
     """The answer; an error that this code did not foresee goes back as one too, and the node stays."""
-    from flwr.app import Error, Message
-
     try:
         return answered(site, message)
     except UmbelError as error:
-        reason = f"node {site.settings.name!r}: {error}"
+        return _refusal(site, message, str(error))
     except Exception as error:
         LOG.exception("a message could not be answered")
-        reason = f"node {site.settings.name!r}: {type(error).__name__}: {error}"
-    return Message(Error(code=0, reason=reason), reply_to=message)
+        return _refusal(site, message, f"{type(error).__name__}: {error}")
 
 
-def _whole(message: "Message", objects: Any, pull: Any, confirm: Any) -> "Message":
-    """The message with its content."""
+def _refusal(site: Site, message: "Message", why: str) -> "Message":
+    from flwr.app import Error, Message
+
+    return Message(Error(code=0, reason=f"node {site.settings.name!r}: {why}"), reply_to=message)
+
+
+def _whole(message: "Message", objects: Any, pull: Any, confirm: Any, most: int) -> "Message":
+    """The message with its content. Raises WireError if it has more bytes than `most`, or is none."""
     from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-    from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
 
-    name, run = message.metadata.message_id, message.metadata.run_id
-    contents = pull_objects([leaf.object_id for leaf in iterate_object_tree(objects)], lambda one: pull(run, one))
-    confirm(run, name)
-    whole: Any = inflate_object_from_contents(name, contents)
-    whole.metadata.__dict__["_message_id"] = name  # which its content cannot hold
-    return whole  # type: ignore[no-any-return]
+    run = message.metadata.run_id
+    names = (leaf.object_id for leaf in iterate_object_tree(objects))
+    try:
+        return put_together(names, lambda one: pull(run, one), most)
+    finally:
+        confirm(run, message.metadata.message_id)
 
 
 def _send(answer: "Message", seconds: float, send: Any, push: Any) -> None:
