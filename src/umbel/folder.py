@@ -147,7 +147,7 @@ class RunFolder:
             try:
                 facts = read_json(listing)
                 identity, digest, round = facts["identity"], facts["sha256"], int(facts["round"])
-            except (RunFolderError, KeyError, TypeError, ValueError):
+            except (RunFolderError, KeyError, TypeError, ValueError, OverflowError):
                 refused.append(f"{listing} is damaged")
                 continue
             if identity != self.identity:

@@ -209,6 +209,8 @@ def _method_table(table: Table, label: str) -> Table:
     methods = table.get("method", {})
     if label not in methods and label not in METHODS:
         raise RecipeError(f"there is no method {label!r}{_nearest(label, [*methods, *METHODS])}")
+    if strange := [name for name, own in methods.items() if not isinstance(own, dict)]:
+        raise RecipeError(f"method.{strange[0]}: a table is wanted, got {methods[strange[0]]!r}")
     own = dict(methods.get(label, {}))
     like = own.pop("like", None)
     if like is not None:

@@ -120,11 +120,17 @@ def read_run(path: Path) -> Run:
     known = facts.get("schedule")
     settings = {**(known if isinstance(known, dict) else {}), **recipe}
     history = _rounds(path / "metrics.jsonl")
+    methods, seed = recipe.get("method", {}), settings.get("seed", 0)
+    rounds = facts.get("last_round", settings.get("rounds", len(history)))
+    if not isinstance(methods, dict) or type(seed) is not int or type(rounds) is not int:
+        raise RunFolderError(
+            f"{path}: run.json or recipe.toml has no method, seed or rounds that could be of a run"
+        )
     return Run(
         path=path,
-        label=next(iter(recipe.get("method", {})), path.resolve().name),
-        seed=int(settings.get("seed", 0)),
-        rounds=int(facts.get("last_round", settings.get("rounds", len(history)))),
+        label=next(iter(methods), path.resolve().name),
+        seed=seed,
+        rounds=rounds,
         recipe=recipe,
         facts=facts,
         history=history,

@@ -28,6 +28,7 @@ MOST_TENSORS = 1 << 16  # in one file or message
 MOST_AXES = 16
 TABLE_BYTES = 16 * MEBIBYTE  # of a JSON document
 TOML_BYTES = MEBIBYTE  # of a TOML document, whose parser takes its time
+MOST_POINTS = 4096  # in a TOML document
 MOST_VALUES = 1 << 21  # in a JSON document
 MOST_TABLES = 1 << 18  # lists and objects in a JSON document
 UNPACKED = 200  # how many times as long as an .npz file its arrays may be; real ones stay below 100
@@ -145,8 +146,10 @@ def arrays_of(path: Path) -> dict[str, np.ndarray]:
                     raise ValueError(f"{name!r} is in it twice")
                 with archive.open(member) as file:
                     arrays[name] = _array(cast(BinaryIO, file), name, member.file_size)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, struct.error) as error:
-        raise ValueError(f"it is no .npz file ({error})") from None  # encrypted, cut short, of another packing
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of zipfile and what unpacks: encrypted, cut short, of another packing, spoilt
+        raise ValueError(f"it is no .npz file ({type(error).__name__}: {error})") from None
     return arrays
 
 
@@ -196,6 +199,9 @@ def toml_in(text: str) -> dict[str, Any]:
         ValueError: it is none, too long, or too deep.
     """
     _check_length(text, TOML_BYTES)
+    # The parser keeps every beginning of a dotted key.
+    if (points := text.count(".")) > MOST_POINTS:
+        raise ValueError(f"it has {points} points, and {MOST_POINTS} are read at most")
     try:
         return tomllib.loads(text)
     except RecursionError:
@@ -257,7 +263,7 @@ def _array(file: BinaryIO, name: str, size: int) -> np.ndarray:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
         shape, fortran, dtype = read(file)
-    except (RecursionError, MemoryError, OverflowError, TypeError) as error:
+    except Exception as error:  # whatever NumPy's reader of Python's own notation trips over
         raise ValueError(f"{name!r} has a header that cannot be read ({type(error).__name__})") from None
     if dtype not in ARRAYS:
         raise ValueError(f"{name!r} is of the type {plain(dtype, 60)}; numbers and truth values are read")

@@ -75,7 +75,7 @@ class Kept:
         try:
             tensors, told = tensors_of(path)
             round = int(table_in(told["umbel"])["round"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise WireError(f"{path} is damaged ({error}); put it back, or take it away to start afresh") from None
         states = []
         for part in ("before/", "after/"):

@@ -200,6 +200,11 @@ def check_allowed(settings: NodeSettings, recipe: Recipe) -> None:
             f"the server's recipe calls {code}, which this node's owner has not let in; "
             f"with code = {code!r} in the node's settings it would"
         )
+    if not settings.recipe and (paths := paths_of(recipe)):
+        raise RecipeError(
+            f"the server's recipe reads {plain(paths[0], 100)} on this node, which its owner has not let in; "
+            "with the recipe's own file as recipe in the node's settings it would"
+        )
     if settings.recipe:
         pinned = read(load(Path(settings.recipe).expanduser()), recipe.label).identity()
         told = recipe.identity()
@@ -209,6 +214,14 @@ def check_allowed(settings: NodeSettings, recipe: Recipe) -> None:
                 f"the server's recipe is another than {settings.recipe}: it says {key} = {told.get(key)}, "
                 f"the file {pinned.get(key)}"
             )
+
+
+def paths_of(recipe: Recipe) -> list[str]:
+    """The folders that a recipe names, beside bases that are found by a name."""
+    seeds = getattr(getattr(recipe.method, "adapter", None), "seeds", ())
+    base = getattr(recipe.task, "base", "")
+    steps = Path(base).parts if isinstance(base, str) else ()
+    return [*seeds, *([base] if steps and (steps[0][0] in "/~." or ".." in steps) else [])]
 
 
 def hello(work: Work, server: Fingerprint) -> Facts:
