@@ -32,7 +32,7 @@ import measure
 MEBIBYTE = 1 << 20
 LONGEST = 4 * MEBIBYTE  # of an input
 ROOM = 2048 * MEBIBYTE  # of addresses that may be taken beyond those at the start: a hard limit
-ALLOWED = 48 * MEBIBYTE  # resident memory that reading an input may take, whatever its length …
+ALLOWED = 32 * MEBIBYTE  # resident memory that reading an input may take, whatever its length …
 TIMES = 24  # … and so many times its length: an empty list of JSON is 3 bytes, and 64 in Python
 FINDINGS = 20  # that are kept of each target
 MESSAGES = ("uploads", "scores", "question: train", "question: hello", "answer to hello")

@@ -294,7 +294,11 @@ def spoilt_toml(content: bytes, draw: Draw) -> bytes:
     if draw.random() < 0.5:
         return spoilt_bytes(content, draw)
     if draw.random() < 0.05:
-        return content + b"\n" + draw.choice((b"a=" + deep(draw)[:4000], b".".join([b"a"] * 3000) + b"=1"))
+        return (
+            content
+            + b"\n"
+            + draw.choice((b"a=" + deep(draw)[:4000], b".".join([b"a"] * draw.choice((1000, 2000, 3000))) + b"=1"))
+        )
     import tomllib
 
     value = spoilt_value(tomllib.loads(content.decode()), draw)
