@@ -264,7 +264,7 @@ class Confused(Site):
 @pytest.mark.parametrize(
     ("name", "error", "told"),
     [
-        ("hello", DeployError, "does not say what a node says"),
+        ("hello", DeployError, "says 'many' for 'examples': Expected `array`"),
         ("clients", DeployError, "its clients are 99, of 5 that there are"),
     ],
 )
@@ -339,7 +339,7 @@ def test_a_message_that_does_not_fit_is_refused_by_the_node(tmp_path):
     question = [message for message, _ in grid.pairs if message.metadata.message_type == "train"][-1]
     facts, parts = opened(question.content, "")
     common = unpacked(parts["common"], "")
-    name = next(iter(common))
+    name = next(name for name, leaf in common.items() if leaf.shape[-1] > 1)
     for value, told in ((common[name][..., :1], "has the shape"), (common[name] * torch.nan, "holds NaN")):
         wrong = parts | {"common": packed(common | {name: value})}
         answer, none = grid.sites[1].answer("train", facts | {"round": 4}, wrong)

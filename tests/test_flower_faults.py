@@ -1,6 +1,7 @@
 """A deployed run goes on whatever dies, is late, comes twice or comes at last, and says what it has lost."""
 
 import json
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from test_flower import FakeGrid, Small, floral, here, same, sites, small_task, 
 from umbel import tree
 from umbel.errors import DeployError, RunFolderError
 from umbel.flower import exchange, resume
+from umbel.flower import lead as server
 from umbel.flower.exchange import Patience
 from umbel.flower.lead import lead
 from umbel.flower.post import kind_of, opened
@@ -28,10 +30,25 @@ from umbel.schedule import Schedule
 QUICK = Patience(nodes=0.2, deadline=60.0, answer=60.0, gone=0.2)
 
 
+class Clock:
+    """A clock that goes on while somebody sleeps, and never else."""
+
+    now = 0.0
+    perf_counter = staticmethod(time.perf_counter)
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
 @pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(exchange, "POLL", 0.01)
-    monkeypatch.setattr(exchange, "LOOK", 0.02)
+def clock(monkeypatch):
+    of_all = Clock()
+    for module in (exchange, server):
+        monkeypatch.setattr(module, "time", of_all)
+    monkeypatch.setattr(exchange, "LOOK", 0.15)
 
 
 # The server is killed.

@@ -11,8 +11,10 @@ from logging import getLogger
 from typing import TYPE_CHECKING
 
 from umbel.errors import WireError
+from umbel.flower.arriving import messages
 from umbel.flower.post import KINDS, content_of, opened
 from umbel.flower.work import Facts, Parts
+from umbel.untrusted import plain
 
 if TYPE_CHECKING:
     from flwr.app import Message
@@ -54,6 +56,7 @@ class Exchange:
     grid: "Grid"
     run: str  # 16 hex digits, which nodes know the run by
     patience: Patience
+    most: int = 1 << 30  # bytes of an answer; what is longer is never put together
     names: dict[int, str] = field(default_factory=dict)  # of nodes
     traffic: dict[str, int] = field(default_factory=lambda: {"down": 0, "up": 0})  # bytes of tensors
     overdue: dict[str, tuple[int, float]] = field(default_factory=dict)  # message → node, until when it may come
@@ -84,8 +87,6 @@ class Exchange:
             troubles: is added to.
             seconds: until the deadline; as long as for any answer if it is not said.
         """
-        begin = time.monotonic()
-        end, looked = begin + (self.patience.answer if seconds is None else seconds), begin
         self.pull({}, {})
         busy = {node for node, _ in self.overdue.values()}
         troubles |= {
@@ -95,6 +96,8 @@ class Exchange:
         }
         pending = {node: own for node, own in questions.items() if node not in busy}
         waiting, away = self.push(kind, pending), dict[int, float]()
+        begin = looked = time.monotonic()
+        end = begin + (self.patience.answer if seconds is None else seconds)
         while pending:
             before = time.monotonic()
             answers = self.pull(waiting, troubles)
@@ -126,13 +129,13 @@ class Exchange:
             return {}
         from flwr.app import Message
 
-        messages = []
+        sent = []
         for node, (facts, parts) in questions.items():
             self.traffic["down"] += sum(map(len, parts.values()))
             content, group = content_of(facts | {"run": self.run}, parts), str(facts.get("round", ""))
-            messages.append(Message(content, node, KINDS[kind], ttl=self.patience.answer, group_id=group))
+            sent.append(Message(content, node, KINDS[kind], ttl=self.patience.answer, group_id=group))
         # A name is missing where the SuperLink did not take the message: its node is gone.
-        return {n: node for n, node in zip(self.grid.push_messages(messages), questions, strict=True) if n}
+        return {n: node for n, node in zip(self.grid.push_messages(sent), questions, strict=True) if n}
 
     def pull(self, waiting: dict[str, int], troubles: dict[int, Trouble]) -> list[tuple[int, Facts, Parts]]:
         """The answers that are there now, which are taken out of `waiting`, as is what was lost on the way.
@@ -142,7 +145,7 @@ class Exchange:
         now = time.monotonic()
         self.overdue = {name: own for name, own in self.overdue.items() if own[1] > now}
         names, found = [*waiting, *self.overdue], []
-        for answer in self.grid.pull_messages(names) if names else ():
+        for answer in messages(self.grid, names, self.most) if names else ():
             name = answer.metadata.reply_to_message_id
             if name not in waiting:
                 self._drop(name, answer)
@@ -151,7 +154,7 @@ class Exchange:
             who = self.name(node)
             if answer.has_error():
                 if answer.error.code not in GONE:
-                    troubles[node] = Trouble("failed", f"{who}: {answer.error.reason}")
+                    troubles[node] = Trouble("failed", f"{who}: {plain(answer.error.reason, 1000)}")
                 continue
             try:
                 facts, parts = opened(answer.content, who)
@@ -160,7 +163,7 @@ class Exchange:
                 continue
             self.traffic["up"] += sum(map(len, parts.values()))
             if "refused" in facts:
-                troubles[node] = Trouble("refused", str(facts["refused"]))
+                troubles[node] = Trouble("refused", plain(facts["refused"], 1000))
             else:
                 found.append((node, facts, parts))
         return found

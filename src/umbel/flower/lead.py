@@ -21,11 +21,13 @@ from umbel.clients import Examples
 from umbel.cohort import Cohort, Tally
 from umbel.errors import DeployError, NotFiniteError, RecipeError, RoundError, WireError
 from umbel.evaluate import Scores
+from umbel.flower.arriving import most_bytes
 from umbel.flower.exchange import LOG, POLL, Exchange, Patience, Trouble
+from umbel.flower.facts import Figure, Numbers, check_claims, fact, facts_of_node
 from umbel.flower.fingerprint import Fingerprint, differences, fingerprint
 from umbel.flower.resume import begun_anew, begun_before, stopped, written
 from umbel.flower.roster import Roster, listed
-from umbel.flower.wire import apart, equal, filled, packed, unpacked
+from umbel.flower.wire import apart, by_client, check_finite, equal, filled, packed, unpacked
 from umbel.flower.work import Facts, Parts
 from umbel.recipe import Recipe
 from umbel.rounds import Progress, participants, rounds, start
@@ -34,6 +36,7 @@ from umbel.schedule import Schedule
 from umbel.tasks import Task
 from umbel.tasks.pool import pooled
 from umbel.tree import Params
+from umbel.untrusted import plain
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -58,6 +61,12 @@ class Nodes:
     def fingerprint(self) -> Fingerprint:
         """What the run starts from."""
         return fingerprint(self.recipe.task, self.task, self.first)
+
+    @cached_property
+    def most(self) -> int:
+        """Bytes of an answer, whatever was asked; what is longer is never put together."""
+        shared, own = (sum(leaf.nbytes for leaf in tree.tensors(s).values()) for s in (self.first, self._pattern))
+        return most_bytes(self.task.num_clients, shared + own, self.task.num_clients)
 
     # Who is there.
 
@@ -129,19 +138,21 @@ class Nodes:
         waiting = {name: node for name, (node, _) in self.greeted.items()}
         new = sorted(online - {*self.roster.names, *self.roster.refused, *waiting.values()})
         table = {key: value for key, value in self.recipe.table().items() if key != "engine"}
-        facts = {"recipe": table, "label": self.recipe.label, "fingerprint": self.fingerprint}
-        pushed = self.exchange.push("hello", {node: (facts, {}) for node in new})
+        asked: Facts = {"recipe": table, "label": self.recipe.label, "fingerprint": self.fingerprint}
+        pushed = self.exchange.push("hello", {node: (asked, {}) for node in new})
         waiting |= pushed
         self.greeted |= {name: (node, now) for name, node in pushed.items()}
         troubles: dict[int, Trouble] = {}
-        for node, told, _ in self.exchange.pull(waiting, troubles):
+        for node, facts, _ in self.exchange.pull(waiting, troubles):
             try:
-                if wrong := differences(self.fingerprint, told["fingerprint"]):
-                    why = f"node {told['name']!r}: its base is not the server's; {'; '.join(wrong)}"
-                else:
-                    why = self.roster.entered(node, told, self.task.num_clients, online)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                why = f"{self.exchange.name(node)}: it does not say what a node says ({error!r})"
+                told = facts_of_node(facts, self.exchange.name(node), self.task.num_clients)
+            except WireError as error:
+                troubles[node] = Trouble("refused", str(error))
+                continue
+            if wrong := differences(self.fingerprint, told["fingerprint"]):
+                why = f"node {told['name']!r}: its base is not the server's; {'; '.join(wrong)}"
+            else:
+                why = self.roster.entered(node, told, online)
             if why:
                 troubles[node] = Trouble("refused", why)
                 continue
@@ -192,10 +203,10 @@ class Nodes:
         for node, told, parts in self.exchange.ask("train", questions, troubles, self.exchange.patience.deadline):
             asked = self.roster.of(node, waiting)
             try:
-                slowest = max(slowest, float(told.get("seconds", 0.0)))
-                unsound = [int(client) for client in told.get("dropped", ()) if client in asked]
-                found, wrong = self._opened_uploads(node, asked, shared, round, parts)
-            except (WireError, TypeError, ValueError) as error:
+                slowest = max(slowest, fact(told, "seconds", Figure, self.exchange.name(node)))
+                unsound = [c for c in fact(told, "dropped", Numbers, self.exchange.name(node)) if c in asked]
+                found, wrong = self._opened_uploads(node, asked, shared, round, parts, weights)
+            except WireError as error:
                 troubles[node] = Trouble("malformed", str(error))
                 continue
             ready |= found
@@ -244,7 +255,8 @@ class Nodes:
         for node, _, parts in self.exchange.ask("evaluate", questions, troubles, deadline):
             own = self.task.tests_of(np.array(questions[node][0]["clients"]))
             try:
-                rows = _scores_in(parts, len(own), self.exchange.name(node))
+                labels = self.task.loss == "cross_entropy"
+                rows = _scores_in(parts, len(own), labels, self.exchange.name(node))
             except WireError as error:
                 troubles[node] = Trouble("malformed", str(error))
                 continue
@@ -310,7 +322,13 @@ class Nodes:
             yield node, own, facts, parts
 
     def _opened_uploads(
-        self, node: int, clients: Sequence[int], shared: Any, round: int, parts: Parts
+        self,
+        node: int,
+        clients: Sequence[int],
+        shared: Any,
+        round: int,
+        parts: Parts,
+        weights: dict[int, float],
     ) -> tuple[dict[int, Any], dict[int, Trouble]]:
         """A node's uploads by client, and what is wrong with those that this run's method would not upload.
 
@@ -318,27 +336,26 @@ class Nodes:
             WireError: there is something of a client that the node was not asked for, or no tensors at all.
         """
         who = self.exchange.name(node)
-        tensors = unpacked(parts.get("uploads", b""), who)
-        own: dict[int, Params] = {}
-        for name, leaf in tensors.items():
-            number, _, rest = name.partition("/")
-            client = int(number) if number.isdecimal() else -1
-            if client not in clients or number != str(client):
-                raise WireError(f"{who}: {name} is of no client that it was asked for")
-            own.setdefault(client, {})[rest] = leaf
+        asked = {str(client): client for client in clients}
+        own = by_client(unpacked(parts.get("uploads", b""), who))
+        if strangers := own.keys() - asked.keys():
+            raise WireError(f"{who}: {plain(min(strangers), 60)} is of no client that it was asked for")
         found: dict[int, Any] = {}
         wrong: dict[int, Trouble] = {}
-        for client, upload in own.items():
+        for name, tensors in own.items():
+            client, sender = asked[name], f"{who}, client {name}"
             try:
-                found[client] = self._upload(upload, client, shared, round, f"{who}, client {client}")
+                upload = self._upload(tensors, client, shared, round, sender)
+                weight = None if self.cohort.weighting.rule == "rea" else weights[client]
+                check_claims(upload, client, weight, sender)
+                found[client] = upload
             except WireError as error:
-                wrong[client] = Trouble(
-                    "not finite" if isinstance(error, NotFiniteError) else "malformed", str(error)
-                )
+                reason = "not finite" if isinstance(error, NotFiniteError) else "malformed"
+                wrong[client] = Trouble(reason, str(error))
         return found, wrong
 
     def _upload(self, tensors: Params, client: int, shared: Any, round: int, who: str) -> Any:
-        if any(leaf.dim() == 0 or len(leaf) != 1 for leaf in tensors.values()):
+        if any(leaf.shape[:1] != (1,) for leaf in tensors.values()):
             raise WireError(f"{who}: an upload is of one client, and these tensors have other lengths")
         try:
             return filled([self._pattern], tensors, who)
@@ -398,6 +415,7 @@ def lead(
         counted, members = _countable(task), participants(task.num_clients, recipe.schedule)
         exchange = Exchange(grid, begun.run, patience or Patience())
         nodes = Nodes(exchange, recipe, counted, cohort, first.shared, first.store.fresh(1), begun.absent)
+        exchange.most = nodes.most
         nodes.gather(share if before is None else recipe.schedule.faults.quorum)
         if before is None:
             nodes.newcomers = frozenset({*members.tolist()} - nodes.roster.homes.keys())
@@ -454,8 +472,8 @@ def _discrepancy(labels: Sequence[Sequence[int]], num_labels: int) -> np.ndarray
     return np.array([discrepancy_of(np.array([*own, *[0] * (num_labels - len(own))])) for own in labels])
 
 
-def _scores_in(parts: Parts, num_tests: int, who: str) -> dict[str, np.ndarray]:
-    """The "loss", "accuracy" and "mixture" of so many tests, those that are there.
+def _scores_in(parts: Parts, num_tests: int, labels: bool, who: str) -> dict[str, np.ndarray]:
+    """The "loss", with labels "accuracy", and where it is told "mixture", of so many tests.
 
     Raises:
         WireError: they are something else.
@@ -463,10 +481,14 @@ def _scores_in(parts: Parts, num_tests: int, who: str) -> dict[str, np.ndarray]:
     tensors = unpacked(parts.get("scores", b""), who)
     dims = {"loss": 1, "accuracy": 1, "mixture": 2}
     if "loss" not in tensors or not tensors.keys() <= dims.keys():
-        raise WireError(f"{who}: its scores are {listed(tensors) or 'nothing'}, where {listed(dims)} are known")
+        told = plain(listed(tensors) or "nothing")
+        raise WireError(f"{who}: its scores are {told}, where {listed(dims)} are known")
     for name, leaf in tensors.items():
-        if leaf.dim() != dims[name] or len(leaf) != num_tests or not leaf.is_floating_point():
+        if leaf.dim() != dims[name] or len(leaf) != num_tests or leaf.dtype not in (torch.float32, torch.float64):
             raise WireError(f"{who}: {name} is not of the {num_tests} tests that it was asked for")
+    if ("accuracy" in tensors) != labels:
+        raise WireError(f"{who}: its scores {'lack the' if labels else 'have an'} accuracy")
+    check_finite(tensors, who)
     return {name: leaf.numpy() for name, leaf in tensors.items()}
 
 

@@ -12,18 +12,19 @@ started again does at once what it had left undone.
 import fcntl
 import os
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from umbel.errors import DeployError, UmbelError
+from umbel.errors import DeployError, UmbelError, WireError
 from umbel.flower.apps import answered, hear
+from umbel.flower.arriving import put_together
 from umbel.flower.exchange import LOG
 from umbel.flower.work import NodeSettings, Site, settings_of
 from umbel.folder import write
+from umbel.untrusted import toml_of
 
 if TYPE_CHECKING:
     from flwr.app import Message
@@ -50,8 +51,8 @@ def node_of(path: Path, superlink: str = "") -> tuple[NodeSettings, Link]:
         DeployError: there is none, or it names files that are not there.
     """
     try:
-        table = {name.replace("-", "_"): value for name, value in tomllib.loads(path.read_text("utf-8")).items()}
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        table = {name.replace("-", "_"): value for name, value in toml_of(path).items()}
+    except (OSError, ValueError) as error:
         raise DeployError(f"{path} cannot be read as a node's settings: {error}") from None
     table |= {"superlink": superlink} if superlink else {}
     if "superlink" not in table:
@@ -109,9 +110,7 @@ def _connected(site: Site, link: Link, keys: Any, inbox: "Inbox", ended: Callabl
         if (left := inbox.message(node)) is not None:
             LOG.info("node %r goes on with a message that it had not answered", settings.name)
             with suppress(RunNotRunningException):  # nor is anybody waiting for the answer
-                if not list(left.content):  # that had not come yet
-                    inbox.put(left := _whole(left, inbox.objects(), pull, confirm))
-                _send(_answer(site, left), 0.0, send, push)
+                _send(_answered(site, left, inbox, pull, confirm), 0.0, send, push)
         inbox.clear()
         pause = BUSY
         while not ended():
@@ -122,17 +121,24 @@ def _connected(site: Site, link: Link, keys: Any, inbox: "Inbox", ended: Callabl
                 continue
             pause = BUSY
             inbox.put(*came)
+            begin = time.perf_counter()
             try:
-                message = _whole(*came, pull, confirm)
+                answer = _answered(site, came[0], inbox, pull, confirm)
+                _send(answer, time.perf_counter() - begin, send, push)
             except RunNotRunningException:
                 LOG.warning("the run of a message has ended; it is not answered")
-                inbox.clear()
-                continue
-            inbox.put(message)
-            begin = time.perf_counter()
-            answer = _answer(site, message)
-            _send(answer, time.perf_counter() - begin, send, push)
             inbox.clear()
+
+
+def _answered(site: Site, message: "Message", inbox: "Inbox", pull: Any, confirm: Any) -> "Message":
+    """The answer to a message, whose content is fetched first if it has yet to come."""
+    if not list(message.content):
+        try:
+            message = _whole(message, inbox.objects(), pull, confirm, site.most)
+        except WireError as error:
+            return _refusal(site, message, f"its message was refused: {error}")
+        inbox.put(message)
+    return _answer(site, message)
 
 
 def _let_go(link: Link, keys: Any, known: Path) -> None:
@@ -207,7 +213,11 @@ class Inbox:
 
         if not self.path.is_file():
             return None
-        message: Any = message_from_proto(Encoded.FromString(self.path.read_bytes()))
+        try:
+            message: Any = message_from_proto(Encoded.FromString(self.path.read_bytes()))
+        except Exception as error:  # of protobuf and of Flower; the server asks again
+            LOG.error("%s is damaged and left out (%s)", self.path, error)
+            return None
         return message if message.metadata.dst_node_id == node else None
 
     def clear(self) -> None:
@@ -218,29 +228,31 @@ class Inbox:
 
 def _answer(site: Site, message: "Message") -> "Message":
     """The answer; an error that this code did not foresee goes back as one too, and the node stays."""
-    from flwr.app import Error, Message
-
     try:
         return answered(site, message)
     except UmbelError as error:
-        reason = f"node {site.settings.name!r}: {error}"
+        return _refusal(site, message, str(error))
     except Exception as error:
         LOG.exception("a message could not be answered")
-        reason = f"node {site.settings.name!r}: {type(error).__name__}: {error}"
-    return Message(Error(code=0, reason=reason), reply_to=message)
+        return _refusal(site, message, f"{type(error).__name__}: {error}")
 
 
-def _whole(message: "Message", objects: Any, pull: Any, confirm: Any) -> "Message":
-    """The message with its content."""
+def _refusal(site: Site, message: "Message", why: str) -> "Message":
+    from flwr.app import Error, Message
+
+    return Message(Error(code=0, reason=f"node {site.settings.name!r}: {why}"), reply_to=message)
+
+
+def _whole(message: "Message", objects: Any, pull: Any, confirm: Any, most: int) -> "Message":
+    """The message with its content. Raises WireError if it has more bytes than `most`, or is none."""
     from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-    from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
 
-    name, run = message.metadata.message_id, message.metadata.run_id
-    contents = pull_objects([leaf.object_id for leaf in iterate_object_tree(objects)], lambda one: pull(run, one))
-    confirm(run, name)
-    whole: Any = inflate_object_from_contents(name, contents)
-    whole.metadata.__dict__["_message_id"] = name  # which its content cannot hold
-    return whole  # type: ignore[no-any-return]
+    run = message.metadata.run_id
+    names = (leaf.object_id for leaf in iterate_object_tree(objects))
+    try:
+        return put_together(names, lambda one: pull(run, one), most)
+    finally:
+        confirm(run, message.metadata.message_id)
 
 
 def _send(answer: "Message", seconds: float, send: Any, push: Any) -> None:

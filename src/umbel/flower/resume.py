@@ -18,7 +18,7 @@ from umbel import tree
 from umbel.cohort import Cost
 from umbel.errors import RunFolderError
 from umbel.folder import RunFolder, check_free, read_json
-from umbel.recipe import Recipe, load, read
+from umbel.recipe import Recipe, build, load, read
 from umbel.rounds import Progress
 from umbel.runs import read_history, restored
 from umbel.tasks import Task
@@ -97,19 +97,13 @@ def begun_before(folder: RunFolder, first: Progress) -> Begun:
     checkpoint, warnings = folder.latest()
     for warning in warnings:
         LOG.warning("%s", warning)
-    at = first
-    if checkpoint is not None:
-        try:
-            at = restored(first, checkpoint)
-        except (KeyError, ValueError) as error:
-            raise RunFolderError(
-                f"{folder.path}: its checkpoints have other tensors than this version of umbel keeps ({error}); "
-                f"go on with it by the version that made it, or run it again"
-            ) from None
+    at = first if checkpoint is None else restored(first, checkpoint, folder.path)
     folder.rewind(at.round)
     LOG.info("the run in %s goes on after round %d", folder.path, at.round)
     history = tuple(read_history(folder.path))
-    return Begun(facts["deployed"], at, history, Cost(**facts["cost"]), frozenset(facts["absent"]), folder)
+    return Begun(
+        facts["deployed"], at, history, build(Cost, facts["cost"], "cost"), frozenset(facts["absent"]), folder
+    )
 
 
 def is_deployed(path: Path) -> bool:

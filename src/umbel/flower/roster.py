@@ -19,12 +19,9 @@ class Roster:
     refused: dict[int, str] = field(default_factory=dict)  # node → why
     blocked: dict[int, set[int]] = field(default_factory=dict)  # a refused node → those who have its clients
 
-    def entered(self, node: int, facts: Facts, num_clients: int, online: Collection[int]) -> str:
-        """Lets a node in, or says why not. Clients of a node that is offline may move to another."""
-        name, clients = str(facts["name"]), [int(client) for client in facts["clients"]]
-        counts = [int(count) for count in facts["examples"]]
-        if len(counts) != len(clients) or not all(0 <= client < num_clients for client in clients):
-            return f"node {name!r}: its clients are {listed(clients)}, of {num_clients} that there are"
+    def entered(self, node: int, facts: Facts, online: Collection[int]) -> str:
+        """Lets a node in whose facts were checked, or says why not. Clients of one that is offline may move."""
+        name, clients, counts = facts["name"], facts["clients"], facts["examples"]
         if empty := [client for client, count in zip(clients, counts, strict=True) if count < 1]:
             return f"node {name!r}: client {empty[0]} has no examples"
         taken = [client for client in clients if self.homes.get(client, node) in {*online} - {node}]
@@ -35,7 +32,7 @@ class Roster:
         self.names[node] = name
         self.homes |= dict.fromkeys(clients, node)
         self.examples |= dict(zip(clients, counts, strict=True))
-        self.slots |= dict(zip(clients, map(int, facts.get("slots", ())), strict=False))
+        self.slots |= dict(zip(clients, facts.get("slots", ()), strict=False))
         self.labels |= dict(zip(clients, facts.get("label_counts", ()), strict=False))
         return ""
 
