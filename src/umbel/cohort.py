@@ -76,6 +76,11 @@ class PrivateStore:
         self._used = 1
 
     @property
+    def num_clients(self) -> int:
+        """That there are, seen or not."""
+        return len(self._slot)
+
+    @property
     def seen(self) -> np.ndarray:
         """The clients that have a row of their own, in the order they were first seen."""
         clients = np.flatnonzero(self._slot)

@@ -25,8 +25,12 @@ class RoundError(UmbelError):
     """A round of which no client's work could be used."""
 
 
-class WireError(UmbelError):
+class WireError(UmbelError, ValueError):
     """A message between server and nodes that is not what its receiver expects."""
+
+
+class NotFiniteError(WireError):
+    """A message that holds NaN or infinity."""
 
 
 class DeployError(UmbelError):

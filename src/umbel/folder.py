@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from umbel.errors import RunFolderError
+from umbel.untrusted import TABLE_BYTES, table_in, table_of, tensors_of
 
 KEPT_CHECKPOINTS = 2
 LINES = ("metrics.jsonl", "clients.jsonl")
@@ -147,7 +147,7 @@ class RunFolder:
             try:
                 facts = read_json(listing)
                 identity, digest, round = facts["identity"], facts["sha256"], int(facts["round"])
-            except (RunFolderError, KeyError, TypeError, ValueError):
+            except (RunFolderError, KeyError, TypeError, ValueError, OverflowError):
                 refused.append(f"{listing} is damaged")
                 continue
             if identity != self.identity:
@@ -157,8 +157,10 @@ class RunFolder:
             if not file.is_file() or _digest(file) != digest:
                 refused.append(f"{file} is damaged: it does not match its checksum")
                 continue
-            with safe_open(file, framework="pt") as opened:
-                return Checkpoint(round, {name: opened.get_tensor(name) for name in opened.keys()}), refused  # noqa: SIM118
+            try:
+                return Checkpoint(round, tensors_of(file)[0]), refused
+            except (OSError, ValueError) as error:  # somebody has made its checksum anew
+                refused.append(f"{file} cannot be read: {error}")
         if listed:
             raise RunFolderError(f"no checkpoint in {self.path} is whole: {'; '.join(refused)}")
         return None, refused
@@ -214,22 +216,23 @@ def finite(value: Any) -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file; RunFolderError if there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return table_of(path, finite=False)
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise RunFolderError(f"{path} holds no JSON object")
-    return found
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file, up to one that was cut short."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
+    """The lines of a .jsonl file, up to one that was cut short, or has no round."""
+    lines: list[dict[str, Any]] = []
+    with path.open("rb") as file:
+        while text := file.readline(TABLE_BYTES + 1):
+            try:
+                line = table_in(text, finite=False)
+            except ValueError:
+                break
+            if type(line.get("round")) is not int:
+                break
+            lines.append(line)
     return lines
 
 

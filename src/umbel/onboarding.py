@@ -9,11 +9,10 @@
 The samples of a client are the same for every way, and those for a small n are among those for a larger one.
 """
 
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ from umbel.seeds import generator
 from umbel.tasks import Task
 from umbel.train import LocalTraining, local_train
 from umbel.tree import Params
+from umbel.untrusted import arrays_of, tensors_of
 
 SAMPLES = (0, 1, 2, 5, 10, 20, 50)
 TUNING_EPOCHS = 5  # of fine-tuning
@@ -192,6 +192,21 @@ def onboard_client(
     return Personal(len(train[1]), mixture[0].tolist(), tensors, figures)
 
 
+def routed(cohort: Cohort, message: Any, private: Any, clients: np.ndarray) -> Any:
+    """The private states of clients that come late, with routes learned from their own data; all else is fresh.
+
+    Args:
+        cohort: with the clients' data.
+        message: what the server sends them now (K, …).
+        private: of clients that nobody has seen (K, …).
+        clients: (K,) who they are.
+    """
+    if getattr(cohort.method, "router", None) is None:
+        return private
+    data = ClientData(cohort.train, clients, cohort.seed, 0, None, cohort.augment)
+    return replace(private, logits=_routes(cohort, message, private, data).logits)
+
+
 def read_client(path: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """The (x, y) and, if it is there, the (x_test, y_test) of an .npz or a .safetensors file.
 
@@ -200,19 +215,13 @@ def read_client(path: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor
     """
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            arrays = load_file(path)
+            arrays, _ = tensors_of(path)
         elif path.suffix == ".npz":
-            arrays = _npz(path)
+            arrays = {name: torch.from_numpy(array) for name, array in arrays_of(path).items()}
         else:
             raise DataError(f"{path}: .npz or .safetensors is wanted, with x, y and, to be scored, x_test, y_test")
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
-    except Exception as error:
-        if "SafetensorError" in type(error).__name__:
-            raise DataError(f"{path} cannot be read: {error}") from None
-        raise
     if missing := [name for name in ("x", "y") if name not in arrays]:
         raise DataError(f"{path} has no {' and no '.join(missing)}; there are {', '.join(arrays) or 'no arrays'}")
     test = (arrays["x_test"], arrays["y_test"]) if {"x_test", "y_test"} <= set(arrays) else None
@@ -257,13 +266,18 @@ def _fresh(cohort: Cohort, message: Any, private: Any, _data: ClientData) -> Ser
 
 
 def _settled(cohort: Cohort, message: Any, private: Any, data: ClientData) -> Served:
+    return _fresh(cohort, message, _routes(cohort, message, private, data), data)
+
+
+def _routes(cohort: Cohort, message: Any, private: Any, data: ClientData) -> Any:
+    """The private states, settled, and where routers learn by gradient with logits that have."""
     with torch.no_grad():
         private = cohort.method.settle(cohort.loss, message, private, data)
     router = _gradient_router(cohort.method)
     if router is not None:
         plain = replace(data, augment=None)
         private = stacked(_descended(cohort, router.lr), cohort.loss, message, private, plain)
-    return _fresh(cohort, message, private, data)
+    return private
 
 
 def _gradient_router(method: Any) -> Any:
@@ -367,14 +381,3 @@ def _only(known: Examples, place: int, x: Tensor, y: Tensor) -> Examples:
     count = np.zeros_like(known.count)
     count[place] = len(y)
     return Examples(x, y, np.zeros_like(known.start), count)
-
-
-def _npz(path: Path) -> dict[str, Tensor]:
-    """The arrays of an .npz file; nothing in it is run."""
-    arrays = {}
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            with archive.open(name) as file:
-                array = np.lib.format.read_array(cast(Any, file), allow_pickle=False)
-                arrays[name.removesuffix(".npy")] = torch.from_numpy(np.ascontiguousarray(array))
-    return arrays

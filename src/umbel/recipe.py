@@ -16,7 +16,6 @@ A recipe file describes one task and any number of ways to train on it:
     floral = [93.1, 0.4]
 """
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
@@ -31,9 +30,11 @@ from umbel.errors import RecipeError
 from umbel.methods import METHODS, Method
 from umbel.schedule import ARRANGED, Schedule
 from umbel.tasks import TASKS, TaskRecipe
+from umbel.untrusted import toml_in, toml_of
 
 T = TypeVar("T")
 Table = dict[str, Any]
+DEEPEST = 32  # tables and lists in one another
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Table:
         RecipeError: the file or an override is not to be read as TOML.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path}: {error}") from None
+        table = toml_of(path)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
     for override in overrides:
         key, equals, text = override.removeprefix("--").partition("=")
         if not equals:
@@ -126,6 +127,8 @@ def read(table: Table, label: str) -> Recipe:
     Raises:
         RecipeError: naming the key that is unknown, missing or of the wrong type, and the nearest known one.
     """
+    if _too_deep(table):
+        raise RecipeError(f"there are tables in one another more than {DEEPEST} deep; no recipe needs that")
     schedule_keys = {f.name for f in fields(Schedule)}
     _no_strangers(table, schedule_keys | {"task", "engine", "method", "local", "paper"}, "")
     for key in ("task", "method", "local", "engine", *ARRANGED, "paper"):
@@ -189,11 +192,25 @@ def build(cls: type[T], table: Any, path: str) -> T:
         raise RecipeError(f"{path}: {error}" if path else str(error)) from None
 
 
+def _too_deep(table: Any) -> bool:
+    level = [table]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+    return bool(level)
+
+
 def _method_table(table: Table, label: str) -> Table:
     """The method's own settings over those it is `like`, over [local]."""
     methods = table.get("method", {})
     if label not in methods and label not in METHODS:
         raise RecipeError(f"there is no method {label!r}{_nearest(label, [*methods, *METHODS])}")
+    if strange := [name for name, own in methods.items() if not isinstance(own, dict)]:
+        raise RecipeError(f"method.{strange[0]}: a table is wanted, got {methods[strange[0]]!r}")
     own = dict(methods.get(label, {}))
     like = own.pop("like", None)
     if like is not None:
@@ -249,6 +266,6 @@ def _put(table: Table, key: str, value: Any) -> None:
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return toml_in(f"value = {text}")["value"]
+    except ValueError:
         return text

@@ -72,8 +72,8 @@ class Fleet(Protocol):
     def form(self, shared: Any, client: np.ndarray) -> Any:
         """An upload (1, …) like those of these rounds, for its form alone."""
 
-    def scores(self, shared: Any, tests: np.ndarray) -> Scores | SummedScores | None:
-        """How well the clients' own models do on these tests; None where nobody may be told."""
+    def scores(self, shared: Any, tests: np.ndarray) -> tuple[np.ndarray, Scores | SummedScores] | None:
+        """Of which of these tests something is known, and how well the clients' own models do on them."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,11 @@ class Here:
         """See `Fleet`."""
         return one_upload(self.cohort, shared, self.store, client)
 
-    def scores(self, shared: Any, tests: np.ndarray) -> Scores:
+    def scores(self, shared: Any, tests: np.ndarray) -> tuple[np.ndarray, Scores]:
         """See `Fleet`."""
         test = self.task.test.to(self.cohort.train.x.device)
         serves = None if self.task.serves is None else self.task.serves.cpu().numpy()
-        return evaluate(self.cohort, shared, self.store, test, tests, serves)
+        return tests, evaluate(self.cohort, shared, self.store, test, tests, serves)
 
 
 def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tuple[Cohort, Progress]:
@@ -220,7 +220,7 @@ def rounds(
     members = participants(task.num_clients, schedule)
     fleet, device = fleet or Here(cohort, store, task), cohort.train.x.device
     tests = task.tests_of(honest(task.num_clients, schedule))
-    group = None if task.group is None else task.group[tests].cpu().numpy()
+    group = _group(task, tests)
     slots = task.train.slots
     cost = cost or cohort.cost(shared, store, members[:1])  # of one client
     clock = steps(schedule.asynchronous, schedule.seed, members, schedule.clients_per_round or len(members))
@@ -270,19 +270,25 @@ def rounds(
         figures |= {} if enough else {"no_quorum": 1}
         figures |= {name: float(value) for name, value in getattr(shared, "figures", {}).items()}
         due = round % schedule.evaluate_every == 0 or round == last
-        scores = fleet.scores(shared, tests) if due else None
-        if scores is not None:
-            figures |= figures_of(scores, method, group)
+        found = fleet.scores(shared, tests) if due else None
+        if found is not None:
+            figures |= figures_of(found[1], method, _group(task, found[0]))
+            figures |= {"untested": len(tests) - len(found[0])} if len(found[0]) < len(tests) else {}
             figures |= _led(cohort, shared, store, task, tests) if schedule.attack.kind == "backdoor" else {}
         else:
             figures |= _assigned(shared, tests, group)
         figures["seconds"] = perf_counter() - begin
-        yield Progress(round, shared, store, figures, _singly(scores), clips, round == last)
+        yield Progress(round, shared, store, figures, _singly(found), clips, round == last)
 
 
-def _singly(scores: Scores | SummedScores | None) -> Scores | None:
+def _singly(found: tuple[np.ndarray, Scores | SummedScores] | None) -> Scores | None:
     """The scores by client, where they are known."""
-    return scores if isinstance(scores, Scores) else None
+    return found[1] if found is not None and isinstance(found[1], Scores) else None
+
+
+def _group(task: Task, tests: np.ndarray) -> np.ndarray | None:
+    """(K,) the true groups of these tests, where they are known."""
+    return None if task.group is None else task.group[tests].cpu().numpy()
 
 
 def _assigned(shared: Any, tests: np.ndarray, group: np.ndarray | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from umbel.errors import RunFolderError
 from umbel.folder import SNAPSHOT_CLIENTS, SNAPSHOTS, Checkpoint, RunFolder, check_free, read_lines
 from umbel.methods import METHODS, Method
 from umbel.model.copies import copied
-from umbel.recipe import Recipe, build, load, name_of, read
+from umbel.recipe import Recipe, build, labels, load, name_of, read
 from umbel.rounds import Progress, honest, participants, rounds, start
 from umbel.schedule import Schedule
 from umbel.tasks import Task
@@ -161,7 +161,7 @@ def _opened(path: Path, task: Task | None, method: Method | None) -> tuple[RunFo
     """The folder, and the run at its newest whole checkpoint."""
     if (path / "recipe.toml").is_file():
         table = load(path / "recipe.toml")
-        recipe = read(table, next(iter(table["method"])))
+        recipe = read(table, next(iter(labels(table)), ""))
         folder = RunFolder.opened(path, recipe.identity())
         task, method = recipe.task.load(recipe.schedule.seed), recipe.method
         schedule, engine = recipe.schedule, recipe.engine
@@ -171,31 +171,31 @@ def _opened(path: Path, task: Task | None, method: Method | None) -> tuple[RunFo
         )
     else:
         facts = RunFolder.opened(path, {}).facts()
-        schedule, engine = build(Schedule, facts["schedule"], "schedule"), Engine(**facts["engine"])
+        schedule = build(Schedule, facts.get("schedule", {}), "schedule")
+        engine = build(Engine, facts.get("engine", {}), "engine")
         folder = RunFolder.opened(path, _identity(task, method, schedule))
     task = pooled(task) if schedule.pool else task
     facts = folder.facts()
     if facts.get("deployed"):
         raise RunFolderError(
             f"{path} is of a run across machines: what its clients keep is on their nodes, so that neither its "
-            f"rounds nor its models can be made here; umbel report {path} shows how it went"
+            f"rounds nor its models can be made here; go on with it as it was begun, by umbel deploy up or "
+            f"flwr run; umbel report {path} shows how it went"
         )
     checkpoint, warnings = folder.latest()
     if schedule.asynchronous.buffer and checkpoint is not None and checkpoint.round < schedule.rounds:
         # What clients are at work on is in no checkpoint: the run is made again, to the same bits.
         checkpoint = None
-    chunk = int(facts["chunk"])
+    chunk = facts.get("chunk")
+    if type(chunk) is not int or not 0 < chunk <= 1 << 31:
+        raise RunFolderError(f"{path}: run.json says chunk = {chunk!r}, where a number of clients is wanted")
     cohort, at = start(task, method, schedule, replace(engine, mode="stacked", chunk=chunk))
     cohort = replace(cohort, chunk=chunk)
-    cost = Cost(**facts["cost"]) if "cost" in facts else None  # None: the folder is older than that figure
+    cost = (
+        build(Cost, facts["cost"], "cost") if "cost" in facts else None
+    )  # None: the folder is older than that figure
     if checkpoint is not None:
-        try:
-            at = _restored(at, checkpoint)
-        except (KeyError, ValueError) as error:
-            raise RunFolderError(
-                f"{folder.path}: its checkpoints have other tensors than this version of umbel keeps ({error}); "
-                f"go on with it by the version that made it, or run it again"
-            ) from None
+        at = restored(at, checkpoint, path)
     history = [line for line in read_history(path) if line["round"] <= at.round]
     if len(history) != at.round:
         warnings.append(f"{path / 'metrics.jsonl'} has lost {at.round - len(history)} of {at.round} rounds")
@@ -224,8 +224,9 @@ def record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> N
     last = at.last
     folder.append("metrics.jsonl", at.figures)
     due = last or at.round % max(1, schedule.rounds // SNAPSHOTS) == 0
-    if due and at.scores is not None and task.num_clients <= SNAPSHOT_CLIENTS:
-        scores = at.scores
+    scores = at.scores if due and task.num_clients <= SNAPSHOT_CLIENTS else None
+    tests = np.zeros(0) if scores is None else task.tests_of(honest(task.num_clients, schedule))
+    if scores is not None and len(scores.loss) == len(tests):  # across machines some may be away
         line: dict[str, Any] = {"round": at.round, "loss": _short(scores.loss)}
         if scores.accuracy is not None:
             line["accuracy"] = _short(scores.accuracy)
@@ -235,7 +236,7 @@ def record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> N
         if places is not None and task.serves is None:
             line["places"] = _rounded(places[participants(task.num_clients, schedule)].cpu().numpy())
         if task.group is not None:
-            line["group"] = task.group[task.tests_of(honest(task.num_clients, schedule))].tolist()
+            line["group"] = task.group[tests].tolist()
         folder.append("clients.jsonl", line)
     if last or at.round % schedule.checkpoint_every == 0:
         seen, private = at.store.state()
@@ -246,8 +247,22 @@ def record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> N
         folder.save(Checkpoint(at.round, tensors | {"seen": torch.from_numpy(seen)}))
 
 
+def restored(at: Progress, checkpoint: Checkpoint, path: Path) -> Progress:
+    """The progress at a checkpoint of the folder; the state before round 1, `at`, gives the tensors' places.
+
+    Raises:
+        RunFolderError: the checkpoint has other tensors.
+    """
+    try:
+        return _restored(at, checkpoint)
+    except (KeyError, ValueError) as error:
+        raise RunFolderError(
+            f"{path}: its checkpoints have other tensors than this version of umbel keeps ({error}); "
+            f"go on with it by the version that made it, or run it again"
+        ) from None
+
+
 def _restored(at: Progress, checkpoint: Checkpoint) -> Progress:
-    """The progress at the checkpoint; `at` is the state before round 1, which gives the tensors' places."""
 
     def part(name: str) -> dict[str, Any]:
         return {k.removeprefix(name): v for k, v in checkpoint.tensors.items() if k.startswith(name)}
@@ -255,8 +270,14 @@ def _restored(at: Progress, checkpoint: Checkpoint) -> Progress:
     fresh = at.store.rows(np.zeros(1, dtype=np.int64))
     store: PrivateStore = at.store
     seen = checkpoint.tensors["seen"].numpy()
+    known = len(set(seen.flatten().tolist()) & {*range(store.num_clients)})
+    if seen.dtype != np.int64 or seen.ndim != 1 or known < len(seen):
+        raise ValueError("seen: the numbers of clients were expected, each once")
     if len(seen):
-        store.put(seen, tree.with_tensors(fresh, part("private/")))
+        rows = tree.with_tensors(fresh, part("private/"))
+        if any(len(leaf) != len(seen) for leaf in tree.tensors(rows).values()):
+            raise ValueError(f"private: the rows of {len(seen)} clients were expected")
+        store.put(seen, rows)
     shared = tree.with_tensors(at.shared, part("shared/"))
     return Progress(checkpoint.round, shared, store, {}, None, part("clip/"))
 

@@ -1,6 +1,5 @@
 """What runs came to: their folders read back, put into groups that differ in the seed only, as mean ± std."""
 
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -10,6 +9,7 @@ from typing import Any
 
 from umbel.errors import RunFolderError
 from umbel.folder import ONBOARDING, read_json, read_lines
+from umbel.untrusted import toml_of
 
 COMPARISON = "compare.toml"  # in the folder of a comparison: what `umbel compare` was asked for
 PLACES = ("seed", "engine", "checkpoint_every")  # settings that may differ within a group
@@ -120,11 +120,17 @@ def read_run(path: Path) -> Run:
     known = facts.get("schedule")
     settings = {**(known if isinstance(known, dict) else {}), **recipe}
     history = _rounds(path / "metrics.jsonl")
+    methods, seed = recipe.get("method", {}), settings.get("seed", 0)
+    rounds = facts.get("last_round", settings.get("rounds", len(history)))
+    if not isinstance(methods, dict) or type(seed) is not int or type(rounds) is not int:
+        raise RunFolderError(
+            f"{path}: run.json or recipe.toml has no method, seed or rounds that could be of a run"
+        )
     return Run(
         path=path,
-        label=next(iter(recipe.get("method", {})), path.resolve().name),
-        seed=int(settings.get("seed", 0)),
-        rounds=int(facts.get("last_round", settings.get("rounds", len(history)))),
+        label=next(iter(methods), path.resolve().name),
+        seed=seed,
+        rounds=rounds,
         recipe=recipe,
         facts=facts,
         history=history,
@@ -402,13 +408,13 @@ def run_name(label: str, seed: int) -> str:
 def _rounds(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    return [line for line in read_lines(path) if isinstance(line, dict) and isinstance(line.get("round"), int)]
+    return read_lines(path)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The TOML file's table; RunFolderError if there is none."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return toml_of(path)
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path} cannot be read: {error}") from None
 

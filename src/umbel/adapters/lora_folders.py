@@ -4,7 +4,6 @@ A folder's layer multiplies B·A by its own α / r (α / √r with use_rslora), 
 equal, B is taken times (α / r) / s.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -12,13 +11,12 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from umbel.adapters.bank import LowRank
 from umbel.errors import RecipeError
 from umbel.tree import Params
+from umbel.untrusted import table_of, tensors_of
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<path>.+)\.(?P<which>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)")
@@ -48,9 +46,9 @@ def seed_of(parts: Sequence[LowRank], folder: str) -> Params:
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]]:
     """The adapter_config.json of a folder, and A and B of its layers by their paths in the base."""
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        config = table_of(folder / "adapter_config.json")
+        tensors, _ = tensors_of(folder / "adapter_model.safetensors")
+    except (OSError, ValueError) as error:
         raise RecipeError(
             f"adapter.seeds: {folder} is no folder with adapter_config.json and adapter_model.safetensors, "
             f"as PEFT's save_pretrained writes it ({error})"

@@ -67,7 +67,7 @@ def up(
 
     The server, all nodes and the run, with TLS and keys.
 
-    What was started is stopped when the run is over, or by Ctrl-C.
+    What was started is stopped when the run is over, or by Ctrl-C; up again goes on with a run that was stopped.
 
     Example: umbel deploy up trial
     """

@@ -12,6 +12,7 @@ from torch import Tensor
 from umbel import tree
 from umbel.adapters import Bank
 from umbel.tasks import Task, TaskRecipe
+from umbel.untrusted import plain
 
 Fingerprint = dict[str, str]
 """What is the same on all machines of a run, by what it is called in messages."""
@@ -54,7 +55,7 @@ def differences(server: Mapping[str, str], node: Mapping[str, str]) -> list[str]
     for name in [*server, *(other for other in node if other not in server)]:
         here, there = server.get(name, "nothing"), node.get(name, "nothing")
         if here != there:
-            wrong.append(f"{name}: the node has {there[:60]}, the server {here[:60]}")
+            wrong.append(f"{plain(name, 100)}: the node has {plain(there, 60)}, the server {plain(here, 60)}")
     more = len(wrong) - 3
     return wrong[:3] + ([f"and {more} more"] if more > 0 else [])
 

@@ -17,6 +17,7 @@ from umbel.errors import WireError
 from umbel.flower.wire import difference
 from umbel.folder import write
 from umbel.tree import Params
+from umbel.untrusted import table_in, tensors_of
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Kept:
             )
         return row.before if row.round == round else row.after
 
+    def knows(self, client: int) -> bool:
+        """Whether anything of the client's was kept."""
+        return self._row(client) is not None
+
     def put(self, client: int, round: int, before: Any, after: Any) -> None:
         """Keeps the client's state after a round, on disk when this returns."""
         self.rows[client] = Row(round, before, after)
@@ -71,11 +76,11 @@ class Kept:
         return self.rows.get(client)
 
     def _read(self, path: Path) -> Row:
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as opened:
-            round = int(json.loads(opened.metadata()["umbel"])["round"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        try:
+            tensors, told = tensors_of(path)
+            round = int(table_in(told["umbel"])["round"])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+            raise WireError(f"{path} is damaged ({error}); put it back, or take it away to start afresh") from None
         states = []
         for part in ("before/", "after/"):
             own: Params = {n.removeprefix(part): leaf for n, leaf in tensors.items() if n.startswith(part)}

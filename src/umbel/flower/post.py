@@ -4,11 +4,12 @@ A Flower Array carries any bytes; here they are safetensors and never what `Arra
 """
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from umbel.errors import WireError
 from umbel.flower.protected import STEPS
 from umbel.flower.wire import Facts, Parts
+from umbel.untrusted import plain, table_in
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
@@ -18,6 +19,7 @@ KINDS = {"hello": "query.hello", "train": "train", "evaluate": "evaluate"} | {
 }
 """What is asked → the type of Flower's message."""
 FORMAT = "safetensors"
+MOST_PARTS = 1 << 14  # of a message
 SMALL = (
     1 << 20
 )  # bytes; Flower cuts arrays into pieces and sends equal ones once, but each takes requests of its own
@@ -53,20 +55,26 @@ def opened(content: "RecordDict", who: str) -> tuple[Facts, Parts]:
     Raises:
         WireError: it is something else; `who` has sent it.
     """
+    if not set(content) <= {"umbel", "tensors"} or "umbel" not in content.config_records:
+        raise WireError(f"{who}: this is no message of umbel's (it has other records)")
+    record = dict(content.config_records["umbel"])
+    told = record.pop("facts", None)
+    arrays = dict(content.array_records["tensors"]) if "tensors" in content.array_records else {}
+    if not isinstance(told, str) or len(record) + len(arrays) > MOST_PARTS:
+        raise WireError(f"{who}: this is no message of umbel's (it has no facts, or more than {MOST_PARTS} parts)")
     try:
-        record = dict(content.config_records["umbel"])
-        facts: Any = json.loads(str(record.pop("facts")))
-    except (KeyError, ValueError) as error:
-        raise WireError(f"{who}: this is no message of umbel's ({error!r})") from None
-    if not isinstance(facts, dict):
-        raise WireError(f"{who}: this is no message of umbel's (its facts are no table)")
+        facts: Facts = table_in(told, finite=False)  # a recipe may name infinity
+    except ValueError as error:
+        raise WireError(f"{who}: its facts cannot be read: {plain(error)}") from None
     parts: Parts = {}
     for name, part in record.items():
         if not isinstance(part, bytes):
-            raise WireError(f"{who}: {name} came as {type(part).__name__}, where bytes were expected")
+            raise WireError(f"{who}: {plain(name)} came as {type(part).__name__}, where bytes were expected")
         parts[name] = part
-    for name, array in content.array_records.get("tensors", {}).items():
+    for name, array in arrays.items():
         if array.stype != FORMAT:
-            raise WireError(f"{who}: {name} came as {array.stype!r}; only {FORMAT} is read")
+            raise WireError(f"{who}: {plain(name)} came as {plain(array.stype)!r}; only {FORMAT} is read")
+        if name in parts:
+            raise WireError(f"{who}: {plain(name)} came twice")
         parts[name] = array.data
     return facts, parts

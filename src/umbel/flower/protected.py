@@ -23,6 +23,7 @@ import torch
 from umbel import tree
 from umbel.errors import RecipeError, RoundError, WireError
 from umbel.evaluate import Scores
+from umbel.flower.facts import Number, fact
 from umbel.flower.vault import Vault
 from umbel.flower.wire import Facts, Parts, packed
 from umbel.meeting import Cut, contributed
@@ -163,7 +164,11 @@ class Protection:
         self, client: int, about: str, facts: Facts, parts: Parts, part: Callable[[], Params | dict[str, Any]]
     ) -> bytes:
         """The third step; the part is made when it is wanted."""
-        round, secure, num_clients = self._round(facts), self.schedule.secure, int(facts["num_clients"])
+        round, secure, num_clients = (
+            self._round(facts),
+            self.schedule.secure,
+            fact(facts, "num_clients", Number, "the server"),
+        )
         question = parts.get(f"{about}/{client}", b"")
         if (said := self.vault.again(client, "mask", about, round, question)) is not None:
             return said
@@ -193,7 +198,7 @@ class Protection:
         return tree.map_tensors(lambda leaf: leaf[0], own) if self.masked else tree.tensors(own)
 
     def _round(self, facts: Facts) -> int:
-        round = int(facts["round"])
+        round: int = fact(facts, "round", Number, "the server")
         if not 1 <= round <= self.last_round:
             raise WireError(f"round {round} is none of this run's, which ends with round {self.last_round}")
         return round

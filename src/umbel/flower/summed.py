@@ -31,13 +31,16 @@ from umbel.secure.fixed_point import decoded, layout_of
 from umbel.secure.messages import Advertised, Masked, Sealed, Shown, packed, unpacked
 from umbel.secure.secrets import unpredictable
 from umbel.secure.settings import Secure
+from umbel.untrusted import plain
 
 LOG = getLogger("umbel")
 ROUNDING = 1e-4  # by how much a part may be longer than its clip
+MOST_SECONDS = 1e9
+KEY_BYTES = 32
 T = TypeVar("T", Advertised, Sealed, Masked, Shown)
 
-Ask = Callable[[str, dict[int, tuple[Facts, Parts]], dict[int, str]], Iterator[tuple[int, Facts, Parts]]]
-"""(what, questions by node, why nodes have not answered: is added to) → answers as they come (`Nodes.ask`)."""
+Ask = Callable[[str, dict[int, tuple[Facts, Parts]], dict[str, str]], Iterator[tuple[int, Facts, Parts]]]
+"""(what, questions by node, which nodes have not answered and why: is added to) → answers as they come."""
 Letters = Callable[[list[int]], dict[int, tuple[Facts, Parts]]]
 """Clients → for each of their nodes what training or evaluation has to be told beside the sum's own."""
 
@@ -66,26 +69,33 @@ class Asking:
             parts[f"{kind}/{client}"] = text
             self.bytes_down += len(text)
         about = {"about": self.about, "round": self.round, **more}
-        silent: dict[int, str] = {}
         found: dict[int, T] = {}
         everything = {node: (facts | about, parts) for node, (facts, parts) in asked.items()}
-        for node, told, parts in self.ask(kind, everything, silent):
-            self.seconds = max(self.seconds, float(told.get("seconds", 0.0)))
-            failed = told.get("failed", {})
-            for client in asked[node][0]["clients"]:
-                text = parts.get(f"{kind}/{client}", b"")
+        for node, told, parts in self.ask(kind, everything, self.troubles):
+            for client, text in self.heard(kind, asked[node][0]["clients"], told, parts):
                 try:
                     answer = unpacked(want, text)
                 except ValueError as error:
-                    self.troubles[f"client {client}"] = str(failed.get(str(client), error))
+                    self.troubles[f"client {client}"] = plain(error)
                     continue
                 if answer.client != client:
                     self.troubles[f"client {client}"] = f"it answers for client {answer.client}"
                     continue
                 self.bytes_up += len(text)
                 found[client] = answer
-        self.troubles |= {f"node {node}": why for node, why in silent.items()}
         return dict(sorted(found.items()))
+
+    def heard(self, kind: str, clients: list[int], told: Facts, parts: Parts) -> Iterator[tuple[int, bytes]]:
+        """What a node has sent for its clients; why it has not is noted."""
+        seconds, failed = told.get("seconds"), told.get("failed")
+        if isinstance(seconds, float) and 0 <= seconds < MOST_SECONDS:
+            self.seconds = max(self.seconds, seconds)
+        for client in clients:
+            if f"{kind}/{client}" in parts:
+                yield client, parts[f"{kind}/{client}"]
+                continue
+            why = failed.get(str(client)) if isinstance(failed, dict) else None
+            self.troubles[f"client {client}"] = plain(why or "its node has sent nothing for it", 1000)
 
     def complain(self, what: str) -> None:
         """Logs who has dropped out of it, and why."""
@@ -115,6 +125,11 @@ def masked_sum(
         RoundError: too few clients have stayed.
     """
     advertised = asking.step("advertise", Advertised, dict.fromkeys(clients, b""))
+    advertised = asking.only(
+        advertised,
+        lambda one: {len(one.sealing_key), len(one.masking_key)} == {KEY_BYTES},
+        "its keys have another length than keys have",
+    )
     rosters = server.rosters(secure, unpredictable(SESSION_BYTES), list(advertised.values()))
     sealed = asking.step("share", Sealed, {client: packed(roster) for client, roster in rosters.items()})
     sealed = asking.only(
@@ -168,7 +183,7 @@ def summed(
             used = sorted(parts)
             total = mixing.total(parts[client] for client in used) if used else None
             found = Total(total, bytes_up=len(used) * tree.row_bytes(like))
-    except RoundError as error:
+    except (RoundError, ValueError) as error:  # a share or key that is none
         LOG.error("round %d is lost: %s", asking.round, error)
     asking.complain(f"round {asking.round}")
     seen.arrived(np.array(used, dtype=np.int64))
@@ -177,19 +192,12 @@ def summed(
 
 def cut_parts(asking: Asking, clients: list[int], like: dict[str, Any], cut: Cut) -> dict[int, dict[str, Any]]:
     """What each client adds to the sum, which it has cut to its clips; the server trusts no client to have."""
-    found, silent = {}, dict[int, str]()
-    questions = asking.letters(clients)
-    for node, told, parts in asking.ask("train", questions, silent):
-        asking.seconds = max(asking.seconds, float(told.get("seconds", 0.0)))
-        for client in questions[node][0]["clients"]:
+    found, questions = {}, asking.letters(clients)
+    for node, told, parts in asking.ask("train", questions, asking.troubles):
+        for client, text in asking.heard("train", questions[node][0]["clients"], told, parts):
             who = f"client {client}"
-            if f"train/{client}" not in parts:
-                asking.troubles[who] = str(told.get("failed", {}).get(str(client), "it sends nothing"))
-                continue
             try:
-                rows = filled([like], unpacked_tensors(parts[f"train/{client}"], who), who)
-                if any(len(leaf) != 1 for leaf in tree.tensors(rows).values()):
-                    raise WireError(f"{who}: it is one client, and its part has other lengths")
+                rows = filled([like], unpacked_tensors(text, who), who)
                 own = tree.map_tensors(lambda leaf: leaf[0], rows)
                 for name in cut.groups.names:
                     if clipping.norm(own[name]) > float(cut.clips[name]) * (1 + ROUNDING):
@@ -197,7 +205,6 @@ def cut_parts(asking: Asking, clients: list[int], like: dict[str, Any], cut: Cut
                 found[client] = own
             except WireError as error:
                 asking.troubles[who] = str(error)
-    asking.troubles |= {f"node {node}": why for node, why in silent.items()}
     return found
 
 
@@ -212,10 +219,8 @@ def summed_scores(asking: Asking, clients: list[int], schedule: Schedule, rights
     """
     found = None
     if schedule.privacy.level != "none":  # what clients measure is in no account: they tell their owners
-        silent: dict[int, str] = {}
-        for _ in asking.ask("evaluate", asking.letters(clients), silent):
+        for _ in asking.ask("evaluate", asking.letters(clients), asking.troubles):
             pass
-        asking.troubles |= {f"node {node}": why for node, why in silent.items()}
     else:
         like = score_sums(Scores(np.zeros(1), np.zeros(1) if rights else None, np.zeros((1, 0))))
         try:
@@ -225,7 +230,7 @@ def summed_scores(asking: Asking, clients: list[int], schedule: Schedule, rights
             }
             tests = max(sums["tests"], 1.0)
             found = SummedScores(sums["loss"] / tests, sums["accuracy"] / tests if rights else None, round(tests))
-        except RoundError as error:
+        except (RoundError, ValueError) as error:
             LOG.error("evaluation: %s", error)
     asking.complain("evaluation")
     return found

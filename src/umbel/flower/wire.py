@@ -4,16 +4,16 @@ The receiver knows what must come from its own copy of the method (`forms`): nam
 is taken, and nothing that comes is ever run.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from umbel import tree
-from umbel.errors import WireError
+from umbel.errors import NotFiniteError, WireError
 from umbel.tree import Params
+from umbel.untrusted import plain, tensors_in
 
 S = TypeVar("S")
 
@@ -36,17 +36,24 @@ def packed(tensors: Params) -> bytes:
 
 
 def unpacked(content: bytes, who: str) -> Params:
-    """The tensors in what `packed` made.
+    """The tensors in what `packed` made, which take as much memory as the content.
 
     Raises:
         WireError: it is something else; `who` has sent it.
     """
-    from safetensors.torch import load
+    try:
+        return tensors_in(content) if content else {}
+    except ValueError as error:
+        raise WireError(f"{who}: what came is no safetensors ({plain(error)})") from None
 
-    if not content:
-        return {}
-    with _told(who):
-        return load(content)
+
+def by_client(tensors: Params) -> dict[str, Params]:
+    """The tensors "CLIENT/name" of every client, by name."""
+    found: dict[str, Params] = {}
+    for name, leaf in tensors.items():
+        client, _, own = name.partition("/")
+        found.setdefault(client, {})[own] = leaf
+    return found
 
 
 def filled(templates: Iterable[S], tensors: Params, who: str) -> S:
@@ -66,27 +73,24 @@ def filled(templates: Iterable[S], tensors: Params, who: str) -> S:
 
 
 def difference(expected: Params, got: Params) -> str | None:
-    """What is wrong with tensors, in words; None if names, types and shapes are as expected.
-
-    The leading axis, of clients, may be of any length.
-    """
+    """What is wrong with tensors, in words; None if names, types and shapes are as expected."""
     for name, leaf in expected.items():
         if name not in got:
             return f"{name} is missing"
         have = got[name]
         if have.dtype != leaf.dtype:
             return f"{name} is {have.dtype}, where {leaf.dtype} was expected"
-        if have.dim() != leaf.dim() or have.shape[1:] != leaf.shape[1:]:
+        if have.shape != leaf.shape:
             return f"{name} has the shape {list(have.shape)}, where {list(leaf.shape)} was expected"
     strangers = [name for name in got if name not in expected]
-    return f"{strangers[0]} was not expected" if strangers else None
+    return f"{plain(strangers[0], 60)} was not expected" if strangers else None
 
 
 def check_finite(tensors: Params, who: str) -> None:
-    """Raises WireError, naming the tensor and `who` sent it, if one holds NaN or infinity."""
+    """Raises NotFiniteError, naming the tensor and `who` sent it, if one holds NaN or infinity."""
     for name, leaf in tensors.items():
         if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
-            raise WireError(f"{who}: {name} holds NaN or infinity")
+            raise NotFiniteError(f"{who}: {name} holds NaN or infinity")
 
 
 def apart(state: Any) -> tuple[Params, Params]:
@@ -106,13 +110,3 @@ def equal(one: Tensor, other: Tensor) -> bool:
         return False
     one, other = one.cpu(), other.cpu()
     return torch.equal(one, other) and torch.equal(one.signbit(), other.signbit())
-
-
-@contextmanager
-def _told(who: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if "SafetensorError" in type(error).__name__:
-            raise WireError(f"{who}: what came is no safetensors ({error})") from None
-        raise

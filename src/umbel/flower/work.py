@@ -27,13 +27,14 @@ from umbel.clients import Examples
 from umbel.cohort import Cohort, Engine
 from umbel.errors import DataError, RecipeError, UmbelError, WireError
 from umbel.evaluate import Scores, scores
+from umbel.flower.facts import Figure, Hashes, Name, Number, Numbers, Text, fact
 from umbel.flower.fingerprint import Fingerprint, differences, fingerprint
 from umbel.flower.kept import Kept
 from umbel.flower.protected import STEPS, Protection, check_protection, counts_are_told, is_protected
 from umbel.flower.vault import Vault
-from umbel.flower.wire import Facts, Parts, filled, packed, unpacked
+from umbel.flower.wire import Facts, Parts, by_client, filled, packed, unpacked
 from umbel.folder import read_json, write
-from umbel.onboarding import read_client
+from umbel.onboarding import read_client, routed
 from umbel.recipe import Recipe, Table, load, read
 from umbel.rounds import participants, sampled, start
 from umbel.tasks import Task
@@ -41,8 +42,10 @@ from umbel.tasks.own import function_of
 from umbel.tasks.pool import pooled
 from umbel.tasks.task import split
 from umbel.tree import Params
+from umbel.untrusted import plain
 
 RUN = re.compile(r"[0-9a-f]{16}")
+SERVER = "the server"
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class NodeSettings:
         share_mixture: whether a client's mixture is sent along with its scores.
         device: on which the clients train.
         threads: PyTorch's on the CPU; 0 leaves them as they are.
+        most_megabytes: of a message from the server; what is longer is refused before it is put together.
     """
 
     name: str = "node"
@@ -72,6 +76,7 @@ class NodeSettings:
     share_mixture: bool = True
     device: str = "cpu"
     threads: int = 0
+    most_megabytes: int = 1024
 
     @property
     def numbers(self) -> np.ndarray:
@@ -134,12 +139,17 @@ class Site:
     settings: NodeSettings
     works: dict[str, Work] = field(default_factory=dict)
 
+    @property
+    def most(self) -> int:
+        """Bytes of a message from the server."""
+        return self.settings.most_megabytes * 1_000_000
+
     def answer(self, kind: str, facts: Facts, parts: Parts) -> tuple[Facts, Parts]:
         """The answer to a question; {"refused": why} where it cannot be given."""
         try:
             work = self._work(kind, facts)
             if kind == "hello":
-                return hello(work, facts["fingerprint"]), {}
+                return hello(work, fact(facts, "fingerprint", Hashes, SERVER)), {}
             if work.protection is not None:
                 return protected(work, work.protection, kind, facts, parts)
             if kind in STEPS:
@@ -149,15 +159,15 @@ class Site:
             return {"refused": f"node {self.settings.name!r}: {error}"}, {}
 
     def _work(self, kind: str, facts: Facts) -> Work:
-        run = str(facts.get("run"))
+        run: str = fact(facts, "run", Name, SERVER)
         if not RUN.fullmatch(run):
-            raise WireError(f"the server calls its run {run!r}, which is no run's name")
+            raise WireError(f"the server calls its run {plain(run)!r}, which is no run's name")
         folder = Path(self.settings.state).expanduser() / run
         if kind == "hello":
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            told = {"table": facts["recipe"], "label": facts["label"]}
-            write(folder / "recipe.json", json.dumps(told).encode())
-            self.works = {run: opened(self.settings, facts["recipe"], facts["label"], folder)}
+            table, label = fact(facts, "recipe", dict[str, Any], SERVER), fact(facts, "label", Name, SERVER)
+            write(folder / "recipe.json", json.dumps({"table": table, "label": label}).encode())
+            self.works = {run: opened(self.settings, table, label, folder)}
         elif run not in self.works:  # this process is younger than the run
             if not (folder / "recipe.json").is_file():
                 raise WireError(f"run {run} is not known here; begin a new run")
@@ -199,6 +209,11 @@ def check_allowed(settings: NodeSettings, recipe: Recipe) -> None:
             f"the server's recipe calls {code}, which this node's owner has not let in; "
             f"with code = {code!r} in the node's settings it would"
         )
+    if not settings.recipe and (paths := paths_of(recipe)):
+        raise RecipeError(
+            f"the server's recipe reads {plain(paths[0], 100)} on this node, which its owner has not let in; "
+            "with the recipe's own file as recipe in the node's settings it would"
+        )
     if settings.recipe:
         pinned = read(load(Path(settings.recipe).expanduser()), recipe.label).identity()
         told = recipe.identity()
@@ -208,6 +223,14 @@ def check_allowed(settings: NodeSettings, recipe: Recipe) -> None:
                 f"the server's recipe is another than {settings.recipe}: it says {key} = {told.get(key)}, "
                 f"the file {pinned.get(key)}"
             )
+
+
+def paths_of(recipe: Recipe) -> list[str]:
+    """The folders that a recipe names, beside bases that are found by a name."""
+    seeds = getattr(getattr(recipe.method, "adapter", None), "seeds", ())
+    base = getattr(recipe.task, "base", "")
+    steps = Path(base).parts if isinstance(base, str) else ()
+    return [*seeds, *([base] if steps and (steps[0][0] in "/~." or ".." in steps) else [])]
 
 
 def hello(work: Work, server: Fingerprint) -> Facts:
@@ -250,11 +273,13 @@ def train(work: Work, facts: Facts, parts: Parts) -> tuple[Facts, Parts]:
 
 def trained(work: Work, cohort: Cohort, facts: Facts, client: int, message: Any) -> Any | None:
     """The client's upload (K = 1), with what it keeps on disk; None, and nothing kept, if it is not finite."""
-    round, before = int(facts["round"]), work.kept.before(client, int(facts["round"]))
-    if "weights" in facts:
-        weight = np.array([float(facts["weights"][str(client)])])
+    round = fact(facts, "round", Number, SERVER)
+    if "weights" in facts or counts_are_told(work.recipe.schedule):
+        weights = fact(facts, "weights", dict[str, Figure], SERVER)
+        weight = np.array([fact(weights, str(client), Figure, SERVER)])
     else:  # the server does not know how many examples the client has
         weight = cohort.weighting.of(work.task.train, np.array([client]))
+    before = started(work, facts, client, message, work.kept.before(client, round))
     upload, after = cohort.trained(message, before, np.array([client]), round, weight)
     good = tree.finite_rows(upload)
     if tree.tensors(after):
@@ -268,7 +293,7 @@ def trained(work: Work, cohort: Cohort, facts: Facts, client: int, message: Any)
 
 def evaluate(work: Work, facts: Facts, parts: Parts) -> tuple[Facts, Parts]:
     """The scores of the clients' own models on their own tests."""
-    found = scored(work, dict(received(work, facts, parts)))
+    found = scored(work, facts, dict(received(work, facts, parts)))
     told = {"loss": torch.from_numpy(found.loss)}
     if found.accuracy is not None:
         told["accuracy"] = torch.from_numpy(found.accuracy)
@@ -277,27 +302,29 @@ def evaluate(work: Work, facts: Facts, parts: Parts) -> tuple[Facts, Parts]:
     return {}, {"scores": packed(told)}
 
 
-def scored(work: Work, messages: dict[int, Any]) -> Scores:
+def scored(work: Work, facts: Facts, messages: dict[int, Any]) -> Scores:
     """How well the models of clients that have received these messages (K = 1) do on their tests."""
     tests = work.task.tests_of(np.array(sorted(messages)))
     serves = None if work.task.serves is None else work.task.serves.cpu().numpy()
 
     def serve(chunk: np.ndarray) -> tuple[Params, Tensor]:
         client = int(chunk[0] if serves is None else serves[chunk][0])
-        return work.cohort.serving(messages[client], work.kept.latest(client), np.array([client]))
+        own = started(work, facts, client, messages[client], work.kept.latest(client))
+        return work.cohort.serving(messages[client], own, np.array([client]))
 
     return scores(work.cohort, serve, work.task.test.to(work.cohort.train.x.device), tests)
 
 
 def protected(work: Work, protection: Protection, kind: str, facts: Facts, parts: Parts) -> tuple[Facts, Parts]:
     """The answer where clients or examples are protected."""
-    if strangers := [client for client in facts["clients"] if client not in work.settings.numbers]:
+    clients = fact(facts, "clients", Numbers, SERVER)
+    if strangers := [client for client in clients if client not in work.settings.numbers]:
         raise WireError(f"the server has written to client {strangers[0]}, who is not here")
     if kind in STEPS:
         return protection.step(kind, facts, parts)
     messages = received(work, facts, parts)
     if kind == "evaluate":
-        return protection.evaluate(facts, parts, messages, lambda client, own: scored(work, {client: own}))
+        return protection.evaluate(facts, parts, messages, lambda client, own: scored(work, facts, {client: own}))
     cohort = _noisy(work, facts)
     return protection.train(facts, parts, messages, lambda client, own: trained(work, cohort, facts, client, own))
 
@@ -311,14 +338,24 @@ def _noisy(work: Work, facts: Facts) -> Cohort:
     cohort, schedule = work.cohort, work.recipe.schedule
     if schedule.privacy.level != "example" or cohort.ledger is None:
         return cohort
-    told, least = float(facts["noise_multiplier"]), cohort.ledger.privacy.noise_multiplier
-    if not least * (1 - 1e-6) <= told < float("inf"):
+    told, least = fact(facts, "noise_multiplier", Figure, SERVER), cohort.ledger.privacy.noise_multiplier
+    if told < least * (1 - 1e-6):
         raise WireError(f"the server's noise multiplier is {told:g}, and this node's clients need {least:g}")
-    drawn = sampled(participants(work.task.num_clients, schedule), schedule, int(facts["round"]))
+    round = fact(facts, "round", Number, SERVER)
+    drawn = sampled(participants(work.task.num_clients, schedule), schedule, round)
     if others := np.setdiff1d(facts["clients"], drawn).tolist():
-        raise WireError(f"client {others[0]} was not drawn for round {facts['round']}; its ε counts that")
+        raise WireError(f"client {others[0]} was not drawn for round {round}; its ε counts that")
     privacy = replace(cohort.ledger.privacy, noise_multiplier=told)
     return replace(cohort, ledger=replace(cohort.ledger, privacy=privacy))
+
+
+def started(work: Work, facts: Facts, client: int, message: Any, private: Any) -> Any:
+    """The client's private state; one that has come after the run began finds its routes before it trains."""
+    newcomers = fact(facts, "newcomers", Numbers, SERVER) if "newcomers" in facts else ()
+    if client not in newcomers or work.kept.knows(client):
+        return private
+    with torch.enable_grad():
+        return routed(work.cohort, message, private, np.array([client]))
 
 
 def received(work: Work, facts: Facts, parts: Parts) -> Iterator[tuple[int, Any]]:
@@ -327,27 +364,25 @@ def received(work: Work, facts: Facts, parts: Parts) -> Iterator[tuple[int, Any]
     Raises:
         WireError: a message is not what this run's method sends, or is to a client that is not here.
     """
-    common = unpacked(parts.get("common", b""), "the server")
-    own = unpacked(parts.get("own", b""), "the server")
-    beside = unpacked(parts.get("beside", b""), "the server")
-    for client in facts["clients"]:
-        if client not in work.settings.numbers:
-            raise WireError(f"the server has written to client {client}, who is not here")
+    clients, same = fact(facts, "clients", Numbers, SERVER), fact(facts, "unchanged", list[Text], SERVER)
+    here = set(work.settings.numbers.tolist())
+    if strangers := [client for client in clients if client not in here]:
+        raise WireError(f"the server has written to client {strangers[0]}, who is not here")
+    if len(set(clients)) < len(clients):
+        raise WireError("the server has written to a client twice in one message")
+    common, own, beside = (unpacked(parts.get(part, b""), SERVER) for part in ("common", "own", "beside"))
+    rows = by_client(own)
+    for client in clients:
         who = f"the server, to client {client}"
         patterns = work.patterns(client)
         known = tree.tensors(patterns[0])
-        if strange := [name for name in facts["unchanged"] if name not in known]:
-            raise WireError(f"{who}: {strange[0]} is said to be as it was, but was not expected")
-        tensors = {name: known[name] for name in facts["unchanged"]} | common | _of(client, own)
+        if strange := [name for name in same if name not in known]:
+            raise WireError(f"{who}: {plain(strange[0], 60)} is said to be as it was, but was not expected")
+        tensors = {name: known[name] for name in same} | common | rows.get(str(client), {})
         message = filled(patterns, tensors, who)
         if beside:
             message = work.cohort.method.with_beside(message, filled([work.shared], beside, who))  # type: ignore[attr-defined]
         yield client, message
-
-
-def _of(client: int, tensors: Params) -> Params:
-    """The tensors "CLIENT/name" of one client, by name."""
-    return {n.removeprefix(f"{client}/"): leaf for n, leaf in tensors.items() if n.startswith(f"{client}/")}
 
 
 def with_data(task: Task, settings: NodeSettings, seed: int) -> Task:

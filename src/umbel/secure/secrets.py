@@ -42,6 +42,15 @@ def agreed(seed: bytes, other_public: bytes, purpose: bytes) -> bytes:
     return _derived(_private_key(seed).exchange(X25519PublicKey.from_public_bytes(other_public)), purpose)
 
 
+def usable(public: bytes) -> bool:
+    """Whether others can agree on a secret with whoever has told this public key."""
+    try:
+        agreed(b"any", public, b"umbel usable")
+    except ValueError:
+        return False
+    return True
+
+
 def key_stream(seed: bytes, purpose: bytes, count: int) -> bytes:
     """So many bytes that look random to whoever has not got the seed (or agreed secret)."""
     from cryptography.hazmat.primitives.ciphers import Cipher

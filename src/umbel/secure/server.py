@@ -22,7 +22,12 @@ def rosters(secure: Secure, session: bytes, advertised: Sequence[Advertised]) ->
     Raises:
         RoundError: they are fewer than three.
     """
-    by_client = {one.client: one for one in advertised}
+    by_client = {
+        one.client: one
+        for one in advertised
+        # Whoever has others agree on a key that is none would have all of its neighbours drop out.
+        if secrets.usable(one.sealing_key) and secrets.usable(one.masking_key)
+    }
     clients = sorted(by_client)
     if len(clients) < 3:
         raise RoundError(
@@ -41,8 +46,12 @@ def rosters(secure: Secure, session: bytes, advertised: Sequence[Advertised]) ->
 
 
 def deliveries(rosters: Mapping[int, Roster], sealed: Sequence[Sealed]) -> dict[int, Delivery]:
-    """Every box to whom it is for, among those who have sealed boxes themselves."""
-    boxes = {one.client: one.boxes for one in sealed}
+    """Every box to whom it is for, among those who have sealed a box for each of their neighbours."""
+    boxes = {
+        one.client: one.boxes
+        for one in sealed
+        if one.client in rosters and one.boxes.keys() == rosters[one.client].keys.keys() - {one.client}
+    }
     return {
         client: Delivery(
             {other: boxes[other][client] for other in rosters[client].keys if other in boxes and other != client}
@@ -56,7 +65,7 @@ def questions(delivered: Mapping[int, Delivery], arrived: Collection[int]) -> di
 
     The answer to a question is final: a contribution that comes later must not be looked at.
     """
-    there = set(arrived)
+    there = set(arrived) & delivered.keys()
     return {
         client: Question(
             tuple(sorted({client, *delivered[client].boxes} & there)),
@@ -89,8 +98,12 @@ def unmasked(
     """
     kind = f"<u{bits // 8}"
     arrived = {one.client for one in masked}
+    if strangers := arrived - delivered.keys():
+        raise RoundError(f"client {min(strangers)} has sent a contribution and shares no secrets with anyone")
     commitments = {one.client: one.commitment for one in sealed}
-    num_bytes = len(masked[0].values)
+    num_bytes = len(masked[0].values) if masked else 0
+    if not num_bytes or num_bytes * 8 % bits or len(arrived) < len(masked):
+        raise RoundError("the masked contributions are none, or one came twice; the round is lost")
     total = np.zeros(num_bytes * 8 // bits, dtype=kind)
     for one in masked:
         if len(one.values) != num_bytes:
@@ -122,7 +135,12 @@ def _opened(client: int, roster: Roster, shares: Sequence[Share]) -> bytes:
             f"client {client}: {len(shares)} of its {len(roster.keys)} holders have shown their shares and "
             f"{roster.needed} are needed; lower secure.threshold, raise secure.neighbours, or have more clients"
         )
-    return secrets.seed_from(shares[: roster.needed])
+    try:
+        return secrets.seed_from(shares[: roster.needed])
+    except (ValueError, IndexError) as error:  # two of one number, or of no length
+        raise RoundError(
+            f"client {client}: shares of its secrets do not fit ({error}); the round is lost"
+        ) from None
 
 
 def _check(right: bool, client: int) -> None:

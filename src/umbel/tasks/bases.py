@@ -12,6 +12,8 @@ from umbel.seeds import seeded
 from umbel.tasks.corpora import data_folder
 
 Precision = Literal["float32", "bfloat16", "float16"]
+NO_CODE = {"trust_remote_code": False}
+"""Of what comes with a model nothing is run, and nobody is asked whether it may be."""
 
 _NO_DROPOUT = (
     "activation_dropout",
@@ -50,7 +52,7 @@ def load_pretrained(
         bits: 8 or 4 load the base quantised by bitsandbytes, on a GPU.
 
     Raises:
-        DataError: there is no such model, or it is none of the kind.
+        DataError: there is no such model, it is none of the kind, or its weights are not safetensors.
         ModelError: bits without bitsandbytes.
     """
     import transformers
@@ -60,11 +62,12 @@ def load_pretrained(
         "text": transformers.AutoModelForSequenceClassification,
         "image": transformers.AutoModelForImageClassification,
     }
-    settings: dict[str, Any] = {"dtype": getattr(torch, precision)}
+    # Weights as safetensors only: any other file of weights is a pickle.
+    settings: dict[str, Any] = {"dtype": getattr(torch, precision), "use_safetensors": True, **NO_CODE}
     if bits:
         settings["quantization_config"] = _quantised(bits, settings["dtype"])
     try:
-        config = transformers.AutoConfig.from_pretrained(place_of(base))
+        config = transformers.AutoConfig.from_pretrained(place_of(base), **NO_CODE)
         for name in _NO_DROPOUT:
             if hasattr(config, name):
                 setattr(config, name, 0.0)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from umbel.errors import DataError
 from umbel.model.loss import IGNORED
-from umbel.tasks.bases import place_of
+from umbel.tasks.bases import NO_CODE, place_of
 from umbel.tasks.corpora import data_folder
 
 
@@ -23,7 +23,7 @@ class Tokenizer:
         import transformers
 
         try:
-            self._own: Any = transformers.AutoTokenizer.from_pretrained(place_of(base))
+            self._own: Any = transformers.AutoTokenizer.from_pretrained(place_of(base), **NO_CODE)
         except (OSError, ValueError) as error:
             told = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
