@@ -214,6 +214,20 @@ def test_recipes_that_would_take_more_than_they_are_long(text, tmp_path):
         load(tmp_path / "recipe.toml")
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"task": {"name": {}}, "method": {"fedavg": {}}},
+        {"task": {"name": "digits"}, "method": {"fedavg": {"name": [1]}}},
+        {"task": {"name": "digits"}, "method": {"fedavg": {"like": {}}}},
+        {"task": {"name": "digits"}, "method": {"fedavg": {}, "other": True}},
+    ],
+)
+def test_names_in_recipes_that_are_none(table):
+    with pytest.raises(RecipeError, match="method|task"):
+        read(table, "fedavg")
+
+
 def test_recipes_that_are_too_deep():
     table = {}
     for _ in range(500):

@@ -220,8 +220,10 @@ def _method_table(table: Table, label: str) -> Table:
             above = dict(methods.get(above, {})).get("like")
         if above is not None:
             raise RecipeError(f"method.{label}.like: {' → '.join([*chain, str(above)])} goes round in a circle")
-        if like == label or (like not in methods and like not in METHODS):
-            raise RecipeError(f"method.{label}.like: there is no other method {like!r}{_nearest(like, methods)}")
+        if not isinstance(like, str) or like == label or (like not in methods and like not in METHODS):
+            raise RecipeError(
+                f"method.{label}.like: there is no other method {like!r}{_nearest(str(like), methods)}"
+            )
         return _merged({"name": like} | _method_table(table, like), own)
     return _merged({"local": table.get("local", {})}, own)
 
@@ -237,7 +239,7 @@ def _merged(below: Table, above: Table) -> Table:
 
 def _named(table: Table, registry: Mapping[str, type[T]], path: str, default: str | None) -> T:
     name = table.pop("name", default)
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         raise RecipeError(f"{path}.name: there is no {name!r}{_nearest(str(name), registry)}")
     return build(registry[name], table, path)
 
