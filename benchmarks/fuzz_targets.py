@@ -606,6 +606,8 @@ def malformed(target: Target, draw: Draw) -> tuple[str, bytes]:
     facts, parts = _valid(content)
     part = draw.choice([name for name, own in parts.items() if own] or [""])
     how = draw.choice(OF_OBJECTS + (OF_TENSORS if part else ()) + OF_FACTS)
+    if how == "facts too many" and draw.random() < 0.9:  # it takes its time
+        how = "no JSON"
     if how in OF_OBJECTS:
         return how, wrapped(_without(unwrapped(content), how, draw))
     told = json.dumps(facts)
@@ -658,15 +660,20 @@ def _without(objects: list[tuple[str, bytes]], how: str, draw: Draw) -> list[tup
         case "object's head spoilt":
             objects[at] = name, draw.choice((head + b" 1", head.replace(b" ", b""), b"\xff" + head)) + b"\0" + body
         case "bomb of chunks":
-            chunk = _object("ArrayChunk", [], draw.randbytes(1 << 16))
-            times = draw.choice((10_000, 100_000, 300_000))
-            told = {"dtype": "uint8", "shape": [1], "stype": "safetensors", "arraychunk_ids": [0] * times}
-            array = _object("Array", [chunk[0]], json.dumps(told).encode())
-            arrays = _object("ArrayRecord", [array[0]], json.dumps({"uploads": array[0]}).encode())
-            record = _object("RecordDict", [arrays[0]], json.dumps({"tensors": arrays[0]}).encode())
             _, _, body = objects[-1][1].partition(b"\0")
-            return [chunk, array, arrays, record, _object("Message", [record[0]], body)]
+            held = _bomb(draw.choice((2_000, 10_000, 16_000, 300_000)))
+            return [*held, _object("Message", [held[-1][0]], body)]
     return objects
+
+
+@cache
+def _bomb(times: int) -> tuple[tuple[str, bytes], ...]:
+    """A record with an array of so many times the same 64 KiB."""
+    chunk = _object("ArrayChunk", [], Random(times).randbytes(1 << 16))
+    told = {"dtype": "uint8", "shape": [1], "stype": "safetensors", "arraychunk_ids": [0] * times}
+    array = _object("Array", [chunk[0]], json.dumps(told).encode())
+    arrays = _object("ArrayRecord", [array[0]], json.dumps({"uploads": array[0]}).encode())
+    return chunk, array, arrays, _object("RecordDict", [arrays[0]], json.dumps({"tensors": arrays[0]}).encode())
 
 
 def _object(kind: str, children: list[str], body: bytes) -> tuple[str, bytes]:
@@ -728,6 +735,7 @@ def _claiming(content: bytes, how: str, draw: Draw) -> bytes:
     return struct.pack("<Q", len(header)) + header + body
 
 
+TOO_MANY = '{"a":[' + ",".join(["[]"] * 270_000) + "]}"
 NEEDED = {
     "uploads": ("seconds",),
     "question: train": ("run", "round", "weights", "clients", "unchanged"),
@@ -743,9 +751,10 @@ def _told(facts: Facts, name: str, how: str, draw: Draw) -> str:
         case "facts no table":
             return draw.choice(("[]", "1", '"a"', "null", "NaN", json.dumps([facts])))
         case "facts too deep":
-            return '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"
+            depth = draw.choice((1_100, 5_000, 100_000) if draw.random() < 0.1 else (1_100, 5_000))
+            return '{"a":' + "[" * depth + "]" * depth + "}"
         case "facts too many":
-            return '{"a":[' + ",".join(["[]"] * 300_000) + "]}"
+            return TOO_MANY
     needed = draw.choice(NEEDED.get(name, ("",)))
     if not needed:
         return "{"  # scores say nothing in words

@@ -188,6 +188,8 @@ def _records(own: Object) -> list[str]:
 def _places(own: Object) -> list[int]:
     told = _told(own)
     places, shape, last = told.get("arraychunk_ids"), told.get("shape"), len(own.parts)
+    if isinstance(places, list) and len(places) > MOST_OBJECTS:
+        raise WireError(f"an Array has {len(places)} chunks, and {MOST_OBJECTS} are put together at most")
     if not isinstance(places, list) or not all(type(place) is int and 0 <= place < last for place in places):
         raise WireError("an Array names chunks that it does not hold")
     if not isinstance(shape, list) or not all(isinstance(told.get(name), str) for name in ("dtype", "stype")):
