@@ -230,10 +230,12 @@ def test_recipes_that_would_take_more_than_they_are_long(text, tmp_path):
         {"task": {"name": "digits"}, "method": {"fedavg": {"name": [1]}}},
         {"task": {"name": "digits"}, "method": {"fedavg": {"like": {}}}},
         {"task": {"name": "digits"}, "method": {"fedavg": {}, "other": True}},
+        {"seed": 1 << 63, "task": {"name": "digits"}, "method": {"fedavg": {}}},
+        {"task": {"name": "digits"}, "method": {"fedavg": {"local": {"steps": -(10**5000)}}}},
     ],
 )
-def test_names_in_recipes_that_are_none(table):
-    with pytest.raises(RecipeError, match=r"method|task"):
+def test_names_and_numbers_in_recipes_that_are_none(table):
+    with pytest.raises(RecipeError, match=r"method|task|64 are the most"):
         read(table, "fedavg")
 
 

@@ -127,8 +127,7 @@ def read(table: Table, label: str) -> Recipe:
     Raises:
         RecipeError: naming the key that is unknown, missing or of the wrong type, and the nearest known one.
     """
-    if _too_deep(table):
-        raise RecipeError(f"there are tables in one another more than {DEEPEST} deep; no recipe needs that")
+    _check_size(table)
     schedule_keys = {f.name for f in fields(Schedule)}
     _no_strangers(table, schedule_keys | {"task", "engine", "method", "local", "paper"}, "")
     for key in ("task", "method", "local", "engine", *ARRANGED, "paper"):
@@ -192,16 +191,16 @@ def build(cls: type[T], table: Any, path: str) -> T:
         raise RecipeError(f"{path}: {error}" if path else str(error)) from None
 
 
-def _too_deep(table: Any) -> bool:
-    level = [table]
+def _check_size(table: Table) -> None:
+    """Raises RecipeError if tables are too deep in one another, or a whole number has more than 64 bits."""
+    level: list[Any] = [table]
     for _ in range(DEEPEST):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
-        ]
-    return bool(level)
+        inner = [own for outer in level for own in (outer.values() if isinstance(outer, dict) else outer)]
+        if huge := [own for own in inner if isinstance(own, int) and not -(1 << 63) <= own < 1 << 63]:
+            raise RecipeError(f"a whole number of {huge[0].bit_length()} bits is in it, and 64 are the most")
+        level = [own for own in inner if isinstance(own, dict | list)]
+    if level:
+        raise RecipeError(f"there are tables in one another more than {DEEPEST} deep; no recipe needs that")
 
 
 def _method_table(table: Table, label: str) -> Table:
