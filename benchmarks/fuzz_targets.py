@@ -34,8 +34,8 @@ from umbel.flower.facts import Figure, Number, fact, facts_of_node
 from umbel.flower.lead import Nodes, _scores_in
 from umbel.flower.node import Inbox, node_of
 from umbel.flower.post import KINDS, content_of, opened
-from umbel.flower.wire import packed, unpacked
-from umbel.flower.work import Facts, NodeSettings, Parts, Site, received
+from umbel.flower.wire import Facts, Parts, packed, unpacked
+from umbel.flower.work import NodeSettings, Site, received
 from umbel.folder import Checkpoint, RunFolder, read_lines
 from umbel.methods import FLoRAL
 from umbel.onboarding import read_client

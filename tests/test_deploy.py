@@ -184,6 +184,23 @@ def test_nodes_over_tls_with_keys_are_as_one_machine(folder):
 
 
 @pytest.mark.slow
+def test_masks_over_tls_are_those_of_one_machine(tmp_path):
+    masks, folder = digits("floral", "secure.aggregation=masks"), tmp_path / "trial"
+    trial.init(folder, masks, 3, port=trial.free_port("127.0.0.1"))
+    told = []
+    with trial.started(folder, print) as running:
+        trial.lead_run(running, folder / "run", told.append)
+    here = run_recipe(replace(masks, engine=Engine(mode="looped")))
+    assert [line["tested"] for line in told] == [6, 6]
+    assert [line["accuracy"] for line in told] == pytest.approx([line["accuracy"] for line in here.history])
+    tensors = load_file(folder / "run" / "checkpoints" / "000002.safetensors")
+    for name, leaf in tree.tensors(here.progress.shared).items():
+        assert torch.equal(tensors[f"shared/{name}"], leaf), name
+    assert len([*folder.rglob("scores.jsonl")]) == 3
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in folder.rglob("secret-*"))
+
+
+@pytest.mark.slow
 def test_a_run_whose_parts_are_killed_is_as_one_that_was_let_be(tmp_path):
     sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
     from deployed_chaos import beside

@@ -109,5 +109,6 @@ def node(
 def line_of(figures: dict[str, Any]) -> str:
     """A round in a line."""
     shown = {"accuracy": ".2f", "worst_decile": ".2f", "loss": ".4f", "train_loss": ".4f", "seconds": ".2f"}
+    shown |= {"epsilon": ".3g"}
     said = "  ".join(f"{name} {format(figures[name], form)}" for name, form in shown.items() if name in figures)
     return f"round {figures['round']:>4}  {said}"

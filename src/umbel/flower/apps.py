@@ -19,6 +19,7 @@ from umbel.errors import RecipeError
 from umbel.flower.exchange import LOG, Patience
 from umbel.flower.lead import lead
 from umbel.flower.post import content_of, kind_of, opened
+from umbel.flower.protected import STEPS
 from umbel.flower.work import NodeSettings, Site, settings_of
 from umbel.recipe import load, read
 from umbel.rounds import Progress
@@ -78,6 +79,7 @@ def run(grid: "Grid", path: Path, config: dict[str, Any]) -> None:
 def said(at: Progress) -> None:
     """Logs a round's figures that matter."""
     told = {"accuracy": ".2f", "worst_decile": ".2f", "loss": ".4f", "train_loss": ".4f", "seconds": ".2f"}
+    told |= {"epsilon": ".3g"}
     shown = [f"{name} {format(at.figures[name], form)}" for name, form in told.items() if name in at.figures]
     LOG.info("round %d: %s", at.round, "  ".join(shown))
 
@@ -98,6 +100,9 @@ def client_app() -> "ClientApp":
     @app.query("hello")
     def hello(message: "Message", context: "Context") -> "Message":
         return answered(site_of(context.node_config), message)
+
+    for step in STEPS:  # of a secure sum
+        app.query(step)(hello)
 
     @app.train()
     def train(message: "Message", context: "Context") -> "Message":

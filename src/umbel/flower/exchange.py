@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from umbel.errors import WireError
 from umbel.flower.arriving import messages
 from umbel.flower.post import KINDS, content_of, opened
-from umbel.flower.work import Facts, Parts
+from umbel.flower.wire import Facts, Parts
 from umbel.untrusted import plain
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil
 from pathlib import Path
+from secrets import randbits
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,17 +21,20 @@ from umbel import tree
 from umbel.clients import Examples
 from umbel.cohort import Cohort, Tally
 from umbel.errors import DeployError, NotFiniteError, RecipeError, RoundError, WireError
-from umbel.evaluate import Scores
+from umbel.evaluate import Scores, SummedScores
 from umbel.flower.arriving import most_bytes
 from umbel.flower.exchange import LOG, POLL, Exchange, Patience, Trouble
 from umbel.flower.facts import Figure, Numbers, check_claims, fact, facts_of_node
 from umbel.flower.fingerprint import Fingerprint, differences, fingerprint
+from umbel.flower.protected import check_protection, counts_are_told, is_protected
 from umbel.flower.resume import begun_anew, begun_before, stopped, written
 from umbel.flower.roster import Roster, listed
-from umbel.flower.wire import apart, by_client, check_finite, equal, filled, packed, unpacked
-from umbel.flower.work import Facts, Parts
+from umbel.flower.summed import Asking, summed, summed_scores
+from umbel.flower.wire import Facts, Parts, apart, by_client, check_finite, equal, filled, packed, unpacked
+from umbel.meeting import Cut, Total, contributed, ledger
+from umbel.privacy.accounting import Ledger
 from umbel.recipe import Recipe
-from umbel.rounds import Progress, participants, rounds, start
+from umbel.rounds import Progress, participants, rounds, sampled, start
 from umbel.runs import Result, record
 from umbel.schedule import Schedule
 from umbel.tasks import Task
@@ -56,6 +60,7 @@ class Nodes:
     roster: Roster = field(default_factory=Roster)
     greeted: dict[str, tuple[int, float]] = field(default_factory=dict)  # who was asked who it is, and when
     seen: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # a test's last scores
+    round: int = 0  # the last one that was begun
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -131,7 +136,7 @@ class Nodes:
 
     def greet(self, online: set[int]) -> None:
         """Asks nodes that have come who they are, and lets in those that have said it; waits for nobody."""
-        patience, now = self.exchange.patience, time.monotonic()
+        patience, now, counts = self.exchange.patience, time.monotonic(), counts_are_told(self.recipe.schedule)
         self.roster.look_again(online)
         # Whoever has not said it for long has lost the question.
         self.greeted = {name: own for name, own in self.greeted.items() if now - own[1] < patience.nodes}
@@ -145,7 +150,10 @@ class Nodes:
         troubles: dict[int, Trouble] = {}
         for node, facts, _ in self.exchange.pull(waiting, troubles):
             try:
-                told = facts_of_node(facts, self.exchange.name(node), self.task.num_clients)
+                who = self.exchange.name(node)
+                # That a client has some examples is all that is known where numbers are not told.
+                known = {} if counts else {"examples": [1] * len(fact(facts, "clients", Numbers, who))}
+                told = facts_of_node(facts | known, who, self.task.num_clients)
             except WireError as error:
                 troubles[node] = Trouble("refused", str(error))
                 continue
@@ -181,6 +189,11 @@ class Nodes:
 
     # A round.
 
+    def sampled(self, members: np.ndarray, schedule: Schedule, round: int) -> np.ndarray:
+        """The clients of a round, by the seed; where noise hides who takes part, by the operating system."""
+        hidden = schedule.privacy.level == "client"
+        return sampled(members, replace(schedule, seed=randbits(62)) if hidden else schedule, round)
+
     def uploads(self, shared: Any, clients: np.ndarray, round: int, seen: Tally) -> Iterator[Any]:
         """The uploads of the round's clients, ascending, one by one; what does not come is counted as lost.
 
@@ -189,13 +202,14 @@ class Nodes:
             DeployError: nobody is there.
         """
         joined = self.attend(round)
+        self.round, told_loss = round, self.recipe.schedule.privacy.level == "none"
         begin, before = time.perf_counter(), dict(self.exchange.traffic)
         there = self._there(clients)
         weights = dict(zip(there.tolist(), self._weights(there).tolist(), strict=True))
         questions: dict[int, tuple[Facts, Parts]] = {}
         for node, own, facts, parts in self._letters(shared, there):
             told = {str(client): weights[client] for client in own.tolist()}
-            questions[node] = (facts | {"round": round, "weights": told}, parts)
+            questions[node] = (facts | {"round": round, "weights": told, **self._noise()}, parts)
         troubles: dict[int, Trouble] = {}
         lost = {client: Trouble("missing", "") for client in np.setdiff1d(clients, there).tolist()}
         ready: dict[int, Any] = {}
@@ -216,10 +230,10 @@ class Nodes:
             waiting = [client for client in waiting if client not in asked or client in ready]
             while waiting and waiting[0] in ready:
                 used += 1
-                yield _counted(seen, ready.pop(waiting[0]), waiting.pop(0))
+                yield _counted(seen, ready.pop(waiting[0]), waiting.pop(0), told_loss)
         for client in sorted(ready):  # after some that never came
             used += 1
-            yield _counted(seen, ready.pop(client), client)
+            yield _counted(seen, ready.pop(client), client, told_loss)
         for node, trouble in troubles.items():
             lost |= dict.fromkeys(self.roster.of(node, waiting), trouble)
         seen.lose(Counter(trouble.reason for trouble in lost.values()))
@@ -232,7 +246,11 @@ class Nodes:
             raise RoundError(
                 f"round {round}: no client's work could be used{''.join(f'{chr(10)}  {r}' for r in reasons)}"
             )
-        seen.figures |= {
+        seen.figures |= self._exchanged(begin, before, slowest, joined)
+
+    def _exchanged(self, begin: float, before: dict[str, int], slowest: float, joined: int) -> dict[str, float]:
+        """What a round's figures say of its messages."""
+        return {
             "client_seconds": slowest,
             "exchange_seconds": time.perf_counter() - begin,
             "wire_down": self.exchange.traffic["down"] - before["down"],
@@ -240,13 +258,70 @@ class Nodes:
             **({"joined": joined} if joined else {}),
         }
 
-    def scores(self, shared: Any, tests: np.ndarray) -> tuple[np.ndarray, Scores] | None:
+    def _noise(self) -> Facts:
+        """What nodes are told of the noise on examples' gradients: what the client that needs most of it needs."""
+        spent = self.cohort.ledger
+        if spent is None or spent.privacy.level != "example":
+            return {}
+        return {"noise_multiplier": spent.privacy.noise_multiplier}
+
+    # Sums, of whose terms the server sees none under masks, and none that is not cut under noise (summed.py).
+
+    def total(
+        self, shared: Any, clients: np.ndarray, round: int, schedule: Schedule, cut: Cut | None, seen: Tally
+    ) -> Total:
+        """The sum over those of the clients that stay; a round in which too few do is lost, and gives none."""
+        joined = self.attend(round)
+        self.round = round
+        begin, before = time.perf_counter(), dict(self.exchange.traffic)
+        if not len(clients):
+            return Total(None)
+        told, there = self._noise(), self._there(clients)
+        if cut is not None:
+            told["clips"] = {name: float(clip) for name, clip in cut.clips.items()}
+        if counts_are_told(schedule):  # else a client weighs itself
+            told["weights"] = dict(zip(map(str, there.tolist()), self._weights(there).tolist(), strict=True))
+        message = self.cohort.method.send(shared, self.cohort.index(clients[:1]))
+        with_loss = schedule.secure.aggregation == "masks" and schedule.privacy.level == "none"
+        like = contributed(self.cohort.method, self.form(shared, clients[:1]), message, cut, with_loss)
+        asking = self._asking("train", shared, told)
+        found = summed(asking, there.tolist(), schedule, like, cut, seen)
+        seen.dropped.extend(np.setdiff1d(clients, seen.clients).tolist())
+        seen.figures |= self._exchanged(begin, before, asking.seconds, joined)
+        return found
+
+    def form(self, shared: Any, client: np.ndarray) -> Any:
+        """An Upload (K = 1) like those that are to come."""
+        return self._tried(self.cohort.method.send(shared, self.cohort.index(client)), int(client[0]), 1)
+
+    def _asking(self, about: str, shared: Any, told: Facts) -> Asking:
+        """How the nodes are asked for a sum: what they are told beside it is the method's messages."""
+
+        def letters(clients: list[int]) -> dict[int, tuple[Facts, Parts]]:
+            own = self._letters(shared, np.array(clients, dtype=np.int64), settling=about == "evaluate")
+            return {node: (facts | told | {"round": self.round}, parts) for node, _, facts, parts in own}
+
+        def ask(
+            kind: str, questions: dict[int, tuple[Facts, Parts]], silent: dict[str, str]
+        ) -> Iterator[tuple[int, Facts, Parts]]:
+            troubles: dict[int, Trouble] = {}
+            yield from self.exchange.ask(kind, questions, troubles, self.exchange.patience.deadline)
+            silent.update({self.exchange.name(node): str(trouble) for node, trouble in troubles.items()})
+
+        return Asking(ask, self.roster.homes, letters, about, self.round)
+
+    def scores(self, shared: Any, tests: np.ndarray) -> tuple[np.ndarray, Scores | SummedScores] | None:
         """The scores that the clients' nodes have found, and of which tests.
 
         Of a node that is gone they are the last that it told; clients that no node has had so far are left out.
+        Where clients are protected it is sums of scores, or nothing.
         """
         serves = None if self.task.serves is None else self.task.serves.cpu().numpy()
         there = self._there(np.unique(tests if serves is None else serves[tests]))
+        if is_protected(self.recipe.schedule):
+            asking, rights = self._asking("evaluate", shared, {}), self.task.loss == "cross_entropy"
+            together = summed_scores(asking, there.tolist(), self.recipe.schedule, rights)
+            return None if together is None else (tests, together)
         questions = {node: (facts, parts) for node, _, facts, parts in self._letters(shared, there, settling=True)}
         troubles: dict[int, Trouble] = {}
         found: dict[int, tuple[Any, ...]] = {}
@@ -338,6 +413,8 @@ class Nodes:
         who = self.exchange.name(node)
         asked = {str(client): client for client in clients}
         own = by_client(unpacked(parts.get("uploads", b""), who))
+        for place in [name for name in parts if name.startswith("train/")]:  # where examples are protected
+            own[place.removeprefix("train/")] = unpacked(parts[place], who)
         if strangers := own.keys() - asked.keys():
             raise WireError(f"{who}: {plain(min(strangers), 60)} is of no client that it was asked for")
         found: dict[int, Any] = {}
@@ -406,23 +483,31 @@ def lead(
         UmbelError: nodes are missing, no client's work could be used, or the folder holds something else.
     """
     refuse_simulated(recipe.schedule)
+    check_protection(recipe.schedule)
     with ExitStack() as stack:
         before = None if folder is None else stopped(folder, recipe, stack)
         task = recipe.task.load(recipe.schedule.seed)
         task = pooled(task) if recipe.schedule.pool else task
         cohort, first = start(task, recipe.method, recipe.schedule, replace(recipe.engine, mode="looped"))
+        cohort = replace(cohort, secret=True)
         begun = begun_anew(first) if before is None else begun_before(before, first)
         counted, members = _countable(task), participants(task.num_clients, recipe.schedule)
         exchange = Exchange(grid, begun.run, patience or Patience())
         nodes = Nodes(exchange, recipe, counted, cohort, first.shared, first.store.fresh(1), begun.absent)
         exchange.most = nodes.most
         nodes.gather(share if before is None else recipe.schedule.faults.quorum)
+        if recipe.schedule.privacy.level == "example":
+            cohort = nodes.cohort = replace(
+                cohort, ledger=_spent(counted, recipe, members, begun.noise_multiplier)
+            )
         if before is None:
             nodes.newcomers = frozenset({*members.tolist()} - nodes.roster.homes.keys())
             cost = cohort.cost(first.shared, first.store, members[:1])
+            if not counts_are_told(recipe.schedule):
+                cost = replace(cost, flops={}, steps={})
             begun = replace(begun, cost=cost, absent=nodes.newcomers)
             if folder is not None:
-                begun = replace(begun, folder=written(folder, recipe, task, begun, stack))
+                begun = replace(begun, folder=written(folder, recipe, task, begun, cohort.ledger, stack))
         at, history = begun.progress, list(begun.history)
         # Nodes keep what was before their last round only, so no checkpoint may be older than that.
         schedule = replace(recipe.schedule, checkpoint_every=1)
@@ -443,14 +528,24 @@ def _countable(task: Task) -> Task:
     return replace(task, train=replace(train, count=train.count.copy(), slots=slots))
 
 
+def _spent(counted: Task, recipe: Recipe, members: np.ndarray, noise_multiplier: float) -> Ledger | None:
+    """What a run spends of examples' privacy, by the numbers of them that nodes have told.
+
+    A run that is gone on with keeps the noise that it was begun with (`noise_multiplier`, else 0).
+    """
+    schedule = recipe.schedule
+    cohorts = (sampled(members, schedule, round) for round in range(1, schedule.rounds + 1))
+    noise = noise_multiplier or schedule.privacy.noise_multiplier
+    kept = replace(schedule, privacy=replace(schedule.privacy, noise_multiplier=noise))
+    return ledger(counted, recipe.method, kept, cohorts)
+
+
 def refuse_simulated(schedule: Schedule) -> None:
     """Raises RecipeError if the recipe asks for what is done in the simulator only."""
     here = {
         "faults": schedule.faults.any,
         "attack": schedule.attack.kind != "none",
         "asynchronous": schedule.asynchronous.buffer > 0,
-        "secure": schedule.secure.aggregation != "plain",
-        "privacy": schedule.privacy.level != "none",
     }
     if asked := [name for name, wanted in here.items() if wanted]:
         raise RecipeError(
@@ -458,10 +553,12 @@ def refuse_simulated(schedule: Schedule) -> None:
         )
 
 
-def _counted(seen: Tally, upload: Any, client: int) -> Any:
+def _counted(seen: Tally, upload: Any, client: int, told_loss: bool) -> Any:
     """The upload, which `seen` has counted."""
     seen.sent(upload, 1)
-    seen.add(upload, np.array([client]))
+    seen.arrived(np.array([client]))
+    if told_loss:
+        seen.losses(float(upload.loss.sum()), 1)
     return upload
 
 

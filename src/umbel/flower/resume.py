@@ -18,6 +18,7 @@ from umbel import tree
 from umbel.cohort import Cost
 from umbel.errors import RunFolderError
 from umbel.folder import RunFolder, check_free, read_json
+from umbel.privacy.accounting import Ledger
 from umbel.recipe import Recipe, build, load, read
 from umbel.rounds import Progress
 from umbel.runs import read_history, restored
@@ -36,6 +37,7 @@ class Begun:
     history: tuple[dict[str, Any], ...] = ()
     cost: Cost | None = None  # of one client in a round
     absent: frozenset[int] = frozenset()  # clients that no node had when the run began
+    noise_multiplier: float = 0.0  # with which a run that protects was begun
     folder: RunFolder | None = None
 
 
@@ -44,13 +46,17 @@ def begun_anew(first: Progress) -> Begun:
     return Begun(token_hex(8), first)
 
 
-def written(path: Path, recipe: Recipe, task: Task, begun: Begun, stack: ExitStack) -> RunFolder:
+def written(
+    path: Path, recipe: Recipe, task: Task, begun: Begun, ledger: Ledger | None, stack: ExitStack
+) -> RunFolder:
     """A new folder for the run, which is this process's until the stack is left."""
     num_bytes = sum(leaf.numel() * leaf.element_size() for leaf in tree.tensors(begun.progress.shared).values())
     assert begun.cost is not None
     facts = {"task": task.name, "num_clients": task.num_clients, "chunk": 1, "cost": asdict(begun.cost)}
     facts |= {"schedule": asdict(recipe.schedule), "engine": asdict(recipe.engine)}
     facts |= {"deployed": begun.run, "absent": sorted(begun.absent)}
+    if ledger is not None:
+        facts |= {"last_round": ledger.last_round, "privacy": asdict(ledger.privacy)}
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = RunFolder.create(path, recipe.identity(), recipe.table(), facts, num_bytes)
     _take(path, stack)
@@ -102,7 +108,13 @@ def begun_before(folder: RunFolder, first: Progress) -> Begun:
     LOG.info("the run in %s goes on after round %d", folder.path, at.round)
     history = tuple(read_history(folder.path))
     return Begun(
-        facts["deployed"], at, history, build(Cost, facts["cost"], "cost"), frozenset(facts["absent"]), folder
+        facts["deployed"],
+        at,
+        history,
+        build(Cost, facts["cost"], "cost"),
+        frozenset(facts["absent"]),
+        float(facts.get("privacy", {}).get("noise_multiplier", 0.0)),
+        folder,
     )
 
 

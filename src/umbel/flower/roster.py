@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from umbel.flower.work import Facts
+from umbel.flower.wire import Facts
 
 
 @dataclass

@@ -17,6 +17,11 @@ from umbel.untrusted import plain, tensors_in
 
 S = TypeVar("S")
 
+Facts = dict[str, Any]
+"""What is said in words and numbers: anything that JSON knows."""
+Parts = dict[str, bytes]
+"""What is said in bytes, by part: tensors as `packed` made them, messages of a secure sum."""
+
 
 def packed(tensors: Params) -> bytes:
     """The tensors as safetensors; b"" for none."""
