@@ -52,6 +52,7 @@ LAYERS = """
     plots
     report
     cli
+    __main__
 """
 INSIDE = {
     "secure": "settings secrets messages \n fixed_point client \n server \n exchange",

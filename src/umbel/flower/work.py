@@ -381,7 +381,8 @@ def received(work: Work, facts: Facts, parts: Parts) -> Iterator[tuple[int, Any]
         tensors = {name: known[name] for name in same} | common | rows.get(str(client), {})
         message = filled(patterns, tensors, who)
         if beside:
-            message = work.cohort.method.with_beside(message, filled([work.shared], beside, who))  # type: ignore[attr-defined]
+            method: Any = work.cohort.method
+            message = method.with_beside(message, filled([method.told(work.shared)], beside, who))
         yield client, message
 
 
