@@ -29,12 +29,13 @@ from umbel.adapters.lora_folders import _read as read_adapter
 from umbel.clients import Examples
 from umbel.errors import DataError, DeployError, RecipeError, RunFolderError, UmbelError, WireError
 from umbel.flower.arriving import most_bytes, put_together
-from umbel.flower.facts import Figure, Number, check_claims, fact, facts_of_node
+from umbel.flower.exchange import Exchange, Patience
+from umbel.flower.facts import Figure, Number, fact, facts_of_node
 from umbel.flower.lead import Nodes, _scores_in
 from umbel.flower.node import Inbox, node_of
 from umbel.flower.post import KINDS, content_of, opened
-from umbel.flower.wire import packed, unpacked
-from umbel.flower.work import Facts, NodeSettings, Parts, Site, received
+from umbel.flower.wire import Facts, Parts, packed, unpacked
+from umbel.flower.work import NodeSettings, Site, received
 from umbel.folder import Checkpoint, RunFolder, read_lines
 from umbel.methods import FLoRAL
 from umbel.onboarding import read_client
@@ -103,7 +104,8 @@ def both(folder: Path) -> Both:
     task = recipe.task.load(0)
     cohort, at = start(task, method, recipe.schedule, replace(recipe.engine, mode="looped"))
     grid: Any = NoGrid()
-    nodes = Nodes(grid, recipe, task, cohort, at.shared, at.store.fresh(1), RUN)
+    exchange = Exchange(grid, RUN, Patience())
+    nodes = Nodes(exchange, recipe, task, cohort, at.shared, at.store.fresh(1))
     nodes.roster.homes |= dict.fromkeys(CLIENTS, 1)
     nodes.roster.names[1] = "ward"
     site = Site(NodeSettings("ward", "0-2", str(folder / "state")))
@@ -162,16 +164,16 @@ def as_message(content: bytes, who: str) -> tuple[Facts, Parts]:
 def take_introduction(nodes: Nodes, facts: Facts) -> object:
     told = facts_of_node(facts, "node 'ward'", len(CLIENTS))
     empty = replace(nodes.roster, names={}, homes={}, examples={}, slots={}, labels={})
-    if why := empty.entered(1, told):
+    if why := empty.entered(1, told, [1]):
         raise WireError(why)
     return replace(nodes, roster=empty)._weights(np.array(told["clients"], dtype=np.int64))
 
 
 def take_uploads(nodes: Nodes, facts: Facts, parts: Parts) -> object:
     fact(facts, "seconds", Figure, "node 'ward'")
-    found = nodes._opened_uploads(1, CLIENTS, nodes.first, 1, parts)
-    for client, upload in found.items():
-        check_claims(upload, client, 6.0, f"node 'ward', client {client}")
+    found, wrong = nodes._opened_uploads(1, CLIENTS, nodes.first, 1, parts, dict.fromkeys(CLIENTS, 6.0))
+    if wrong:
+        raise WireError(str(next(iter(wrong.values()))))
     # What is taken must be of use: its sums are those of the round.
     return [nodes.cohort.method.contribution(upload) for upload in found.values()]
 

@@ -31,7 +31,7 @@ DIGITS: Table = {
     "local": {"lr": 0.1, "batch_size": 4},
 }
 MNIST: Table = {
-    "rounds": 50,
+    "rounds": 100,
     "clients_per_round": 100,
     "task": {"name": "mnist", "variant": "label_shift", "num_clients": 1000, "reduction": 1 / 3, "hidden": 48},
     "local": {"lr": 0.5, "batch_size": 20},
@@ -48,12 +48,15 @@ METHODS: Table = {
 ENDLESS = float("inf")
 
 # what is run: the part of the page, the recipe, what is protected, the methods, ε
-CLIENTS = ("local", "fedavg", "floral", "floral-oracle")
+CLIENTS = ("fedavg", "floral", "local")
+ORACLE = ("floral-oracle",)
 EXAMPLES = ("local", "fedavg", "floral-gradient")
 CELLS: list[tuple[str, Table, str, tuple[str, ...], tuple[float, ...]]] = [
     ("mnist, 1,000 clients", MNIST, "client", CLIENTS, (ENDLESS, 8.0, 2.0)),
-    ("digits, 40 clients", DIGITS, "client", CLIENTS, (ENDLESS, 50.0, 8.0)),
+    ("digits, 40 clients", DIGITS, "client", CLIENTS, (ENDLESS, 50.0, 8.0, 2.0)),
     ("digits, 40 clients, examples", DIGITS | {"rounds": 10}, "example", EXAMPLES, (ENDLESS, 8.0)),
+    ("mnist, 1,000 clients", MNIST, "client", ORACLE, (ENDLESS, 8.0, 2.0)),
+    ("digits, 40 clients", DIGITS, "client", ORACLE, (ENDLESS, 50.0, 8.0, 2.0)),
 ]
 
 
@@ -166,7 +169,7 @@ def write_page() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
-    parser.add_argument("--seeds", default="0", help="such as 0,1,2")
+    parser.add_argument("--seeds", default="0,1,2", help="such as 0,1,2")
     parser.add_argument("--only", default="", help="cells with this in their name")
     parser.add_argument("--page", action="store_true", help="make the page of the stored figures; run nothing")
     chosen = parser.parse_args()

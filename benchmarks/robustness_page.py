@@ -1,4 +1,4 @@
-"""docs/robustness.md from the figures in benchmarks/results/: of chaos, absence, sign flips and attacks.
+"""docs/robustness.md from the figures in benchmarks/results/: of chaos, sign flips and attacks.
 
 python benchmarks/robustness_page.py
 """
@@ -107,36 +107,23 @@ def chaos_lines(document: dict[str, Any]) -> list[str]:
     figures = document["figures"]
     rates = ", ".join(f"{key} {value:.0%}" for key, value in figures["faults"].items())
     lines = [
-        f"Digits (label shift), {figures['rounds']} rounds; accuracy in % at the end, without faults and with {rates}, by seed:",
+        f"Digits (label shift), {figures['rounds']} rounds; accuracy in % at the end, by seed: without faults; with {figures['heard']} of the",
+        f"40 clients drawn for each round, which is as many as are heard on average with faults; and with {rates}:",
         "",
-        "| method | without | with | difference of the means | lost uploads |",
-        "|---|---|---|---|---|",
+        "| method | without | drawn | with | difference of the means | lost uploads |",
+        "|---|---|---|---|---|---|",
     ]
     for method, rows in figures["methods"].items():
-        clean, hurt = ([row[key] for row in rows] for key in ("clean", "faults"))
+        clean, drawn, hurt = ([row[key] for row in rows] for key in ("clean", "drawn", "faults"))
         lost: dict[str, int] = {}
         for row in rows:
             for reason, count in row["lost"].items():
                 lost[reason] = lost.get(reason, 0) + count
         said = ", ".join(f"{count:,} {reason}" for reason, count in lost.items())
-        both = (" / ".join(f"{value:.1f}" for value in values) for values in (clean, hurt))
+        both = (" / ".join(f"{value:.1f}" for value in values) for values in (clean, drawn, hurt))
         lines.append(
             f"| {method} | {' | '.join(both)} | {fmean(hurt) - fmean(clean):+.1f} | {said} |".replace("+-", "−")
         )
-    return [*lines, "", results.made(document), ""]
-
-
-def absence_lines(document: dict[str, Any]) -> list[str]:
-    figures = document["figures"]
-    lines = [
-        f"The same with {figures['heard']} of the 40 clients drawn for each round and nothing lost, and with absent clients still used.",
-        "Accuracy in %, by seed:",
-        "",
-        "| what | accuracy |",
-        "|---|---|",
-    ]
-    for label, values in figures["cells"].items():
-        lines.append(f"| {label} | {' / '.join(f'{value:.1f}' for value in values)} |")
     return [*lines, "", results.made(document), ""]
 
 
@@ -222,7 +209,6 @@ def main() -> None:
         "",
         FAULTS,
         *chaos_lines(results.read(f"{FOLDER}/chaos.json")),
-        *(absence_lines(results.read(f"{FOLDER}/absence.json")) if (FIGURES / "absence.json").exists() else []),
         ROBUST,
         *flip_lines(results.read(f"{FOLDER}/sign_flip.json")),
         ATTACKS,

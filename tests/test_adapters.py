@@ -532,14 +532,15 @@ def test_a_start_without_spread_leaves_the_base_as_it_is(realization):
 
 
 def test_the_start_has_the_stated_spread():
-    bank = AdapterPlan(64, ("linear", "conv")).bank(nn.Sequential(nn.Linear(96, 80), nn.Conv2d(32, 48, (2, 4))))
-    tensors = bank.init(8, torch.Generator().manual_seed(0), 0.25)
+    module = nn.Sequential(nn.Linear(96, 80), nn.Conv2d(32, 48, (2, 4)))
+    bank = AdapterPlan(64, ("linear", "conv"), scale=2.0).bank(module)
+    tensors = bank.init(8, torch.Generator().manual_seed(0), 0.5)
     # A ~ U(−s, s) with s = √(6 / fan_in): standard deviation s/√3 = √(2 / fan_in); fan_in 96 and 32·4.
     for name, fan_in in (("0.weight_lora_A", 96), ("1.weight_lora_A", 128)):
         assert tensors[name].abs().max() <= (6 / fan_in) ** 0.5
         assert_close(tensors[name].std().item(), (2 / fan_in) ** 0.5, rtol=0.02, atol=0.0)
     for name in ("0.weight_lora_B", "1.weight_lora_B"):
-        # ¼ / √64. Of 40,000 numbers the standard deviation is known to 1/√80,000 = 0.4 %.
+        # ½ / √64 for twice B. Of 40,000 numbers the standard deviation is known to 1/√80,000 = 0.4 %.
         assert_close(tensors[name].std().item(), 1 / 32, rtol=0.02, atol=0.0)
     assert not torch.equal(tensors["0.weight_lora_A"][0], tensors["0.weight_lora_A"][1])
 

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
+import sys
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +101,64 @@ def test_the_command_line_writes_the_folder(tmp_path):
     assert node_of(tmp_path / "a" / "nodes" / "node-1.toml")[0].clients == "0-19"
 
 
+# The compose file, by the rules of the Compose Specification that it makes use of.
+
+SERVICE = {
+    "command": (str, list),
+    "depends_on": (list,),
+    "environment": (dict,),
+    "image": (str,),
+    "ports": (list,),
+    "profiles": (list,),
+    "read_only": (bool,),
+    "restart": (str,),
+    "tmpfs": (list,),
+    "volumes": (list,),
+}
+
+
+def wrong_in(compose: str, folder: Path) -> list[str]:
+    """What `docker compose` would not take, or would make out of thin air (a file to mount that is not there)."""
+    document = yaml.safe_load(compose)
+    wrong = [f"{key}: unknown" for key in document if key not in ("services", "volumes")]
+    services, volumes = document["services"], document["volumes"]
+    for name, service in services.items():
+        wrong += [f"{name}.{key}: unknown" for key in service if key not in SERVICE]
+        kinds = {key: kind for key, kind in SERVICE.items() if key in service}
+        wrong += [f"{name}.{key}: type" for key, kind in kinds.items() if not isinstance(service[key], kind)]
+        wrong += [f"{name}: no image"] * ("image" not in service)
+        told = service.get("environment", {})
+        wrong += [
+            f"{name}.environment.{key}: no string" for key, value in told.items() if not isinstance(value, str)
+        ]
+        wrong += [f"{name} depends on {other}" for other in service.get("depends_on", ()) if other not in services]
+        wrong += [
+            f"{name}.ports: {port}" for port in service.get("ports", ()) if not re.fullmatch(r"\d+:\d+", port)
+        ]
+        for volume in service.get("volumes", ()):
+            source, target, *mode = volume.split(":")
+            if not target.startswith("/") or mode not in ([], ["ro"]):
+                wrong.append(f"{name}.volumes: {volume}")
+            elif not (folder / source).exists() if source.startswith("./") else source not in volumes:
+                wrong.append(f"{name}.volumes: there is no {source}")
+    return wrong
+
+
+def test_the_compose_file_is_one_that_compose_takes(folder):
+    compose = (folder / "compose.yaml").read_text()
+    assert wrong_in(compose, folder) == []
+    for there, instead, told in (
+        ("read_only: true", "readonly: true", ["node-1.readonly: unknown"]),
+        ("read_only: true", "read_only: 'yes'", ["node-1.read_only: type"]),
+        ("depends_on: [superlink]", "depends_on: [server]", ["node-1 depends on server"]),
+        ("- ./keys/node-1:", "- ./keys/node-9:", ["node-1.volumes: there is no ./keys/node-9"]),
+        ("- node-1:/state", "- node-9:/state", ["node-1.volumes: there is no node-9"]),
+        ('"superlink:/state"', '"superlink:state"', ["superlink.volumes: superlink:state"]),
+        ("image: ${UMBEL_IMAGE:-umbel}", "profiles: []", ["superlink: no image"]),
+    ):
+        assert wrong_in(compose.replace(there, instead, 1), folder) == told
+
+
 @pytest.mark.slow
 def test_nodes_over_tls_with_keys_are_as_one_machine(folder):
     stranger = tomllib.loads((folder / "nodes" / "node-1.toml").read_text()) | {"name": "stranger"}
@@ -111,7 +172,7 @@ def test_nodes_over_tls_with_keys_are_as_one_machine(folder):
         assert refused.returncode != 0
         assert "Failed to activate" in refused.stdout + refused.stderr
         trial.lead_run(running, folder / "run", told.append)
-        processes = [started.pid for started in running.processes]
+        processes = [started.pid for started in running.processes.values()]
     for pid in processes:
         with pytest.raises(ProcessLookupError):
             os.killpg(pid, 0)
@@ -120,3 +181,60 @@ def test_nodes_over_tls_with_keys_are_as_one_machine(folder):
     tensors = load_file(folder / "run" / "checkpoints" / "000002.safetensors")
     for name, leaf in tree.tensors(here.progress.shared).items():
         assert torch.equal(tensors[f"shared/{name}"], leaf), name
+
+
+@pytest.mark.slow
+def test_masks_over_tls_are_those_of_one_machine(tmp_path):
+    masks, folder = digits("floral", "secure.aggregation=masks"), tmp_path / "trial"
+    trial.init(folder, masks, 3, port=trial.free_port("127.0.0.1"))
+    told = []
+    with trial.started(folder, print) as running:
+        trial.lead_run(running, folder / "run", told.append)
+    here = run_recipe(replace(masks, engine=Engine(mode="looped")))
+    assert [line["tested"] for line in told] == [6, 6]
+    assert [line["accuracy"] for line in told] == pytest.approx([line["accuracy"] for line in here.history])
+    tensors = load_file(folder / "run" / "checkpoints" / "000002.safetensors")
+    for name, leaf in tree.tensors(here.progress.shared).items():
+        assert torch.equal(tensors[f"shared/{name}"], leaf), name
+    assert len([*folder.rglob("scores.jsonl")]) == 3
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in folder.rglob("secret-*"))
+
+
+@pytest.mark.slow
+def test_a_run_whose_parts_are_killed_is_as_one_that_was_let_be(tmp_path):
+    sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+    from deployed_chaos import beside
+
+    recipe = digits("floral", "rounds=5")
+    victims = [("node-2", 1, 0.0, 0.0), ("superlink", 1, 0.0, 0.0), ("server", 1, 0.0, 0.0)]
+    found = beside(recipe, tmp_path / "trial", 3, iter(victims), ("wait-gone=120.0",))
+    assert [kill["part"] for kill in found["kills"]] == ["node-2", "superlink", "server"]
+    assert (found["rounds"], found["crashes"], found["lost"], found["difference"]) == (5, [], {}, 0.0)
+    here = run_recipe(replace(recipe, engine=Engine(mode="looped")))
+    tensors = load_file(tmp_path / "trial" / "run" / "checkpoints" / "000005.safetensors")
+    for name, leaf in tree.tensors(here.progress.shared).items():
+        assert torch.equal(tensors[f"shared/{name}"], leaf), name
+
+
+def test_what_was_stopped_is_told_from_what_is_over(tmp_path):
+    def run(name, rounds, *checkpoints):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        facts = {"absent": [], "schedule": {"rounds": rounds}}
+        (tmp_path / name / "run.json").write_text(json.dumps(facts))
+        for round in checkpoints:
+            (tmp_path / name / "checkpoints" / f"{round:06d}.json").touch()
+
+    assert trial.unfinished(tmp_path / "run") is None
+    run("run", 3, 2, 3)
+    assert trial.unfinished(tmp_path / "run") is None
+    run("run-2", 3)
+    assert trial.unfinished(tmp_path / "run") == tmp_path / "run-2"
+    run("run-3", 3, 1, 2, 3)
+    assert trial.unfinished(tmp_path / "run") is None
+    run("run-4", 9, 3)
+    assert trial.unfinished(tmp_path / "run") == tmp_path / "run-4"
+    facts = {"absent": [], "schedule": {"rounds": 9}, "last_round": 3}
+    (tmp_path / "run-4" / "run.json").write_text(json.dumps(facts))
+    assert trial.unfinished(tmp_path / "run") is None
+    (tmp_path / "run-5").mkdir()
+    assert trial.unfinished(tmp_path / "run") is None

@@ -327,20 +327,38 @@ def test_with_no_more_uploads_than_clusters_everyone_is_alone():
 
 
 def test_a_slot_that_sits_out_stays_with_its_centre():
-    shared = server_of(RAW, line(0.0), 5)
-    first = RAW.server_update(shared, iter([upload_of(shared, at([1.0, 1.0, 9.0, 9.0]), [1.0] * 4)]))
+    method = replace(RAW, staleness=0)
+    shared = server_of(method, line(0.0), 5)
+    first = method.server_update(shared, iter([upload_of(shared, at([1.0, 1.0, 9.0, 9.0]), [1.0] * 4)]))
     assert first.cluster[4] == -1
     # Of the high ones nobody is here: their centre stays. Slot 4 is new and joins it, and it moves.
-    low_only = RAW.server_update(first, iter([upload_of(first, at([3.0, 2.0]), [1.0] * 2, [0, 1])]))
-    sent = RAW.send(low_only, torch.arange(4)).adapter["weight_lora_B"].flatten().tolist()
+    low_only = method.server_update(first, iter([upload_of(first, at([3.0, 2.0]), [1.0] * 2, [0, 1])]))
+    sent = method.send(low_only, torch.arange(4)).adapter["weight_lora_B"].flatten().tolist()
     assert sent == [2.5, 2.5, 9.0, 9.0]
     assert low_only.cluster.tolist() == first.cluster.tolist()
-    new = RAW.server_update(low_only, iter([upload_of(low_only, at([2.5, 8.0]), [1.0] * 2, [1, 4])]))
-    sent = RAW.send(new, torch.arange(5)).adapter["weight_lora_B"].flatten().tolist()
+    new = method.server_update(low_only, iter([upload_of(low_only, at([2.5, 8.0]), [1.0] * 2, [1, 4])]))
+    sent = method.send(new, torch.arange(5)).adapter["weight_lora_B"].flatten().tolist()
     assert sent == [2.5, 2.5, 8.0, 8.0, 8.0]
     # Those who sat out are seen where their centre was: at 2.5 like slot 1, which has not moved, and at 9.
     assert_close(new.places[[0, 2]], new.places[[1, 3]])
     assert_close((new.places[[1, 4]] - new.places[2]).norm(dim=1), torch.tensor([6.5, 1.0]))
+
+
+def test_a_slot_that_sits_out_counts_as_it_was_sent_for_a_while():
+    method = replace(RAW, staleness=1)
+    shared = server_of(method, line(0.0), 4)
+    first = method.server_update(shared, iter([upload_of(shared, at([1.0, 4.0, 6.0, 9.0]), [1.0] * 4)]))
+    assert first.cluster[0] == first.cluster[1] != first.cluster[2] == first.cluster[3]
+    # Slot 0 is far off now. Slot 1, which is absent, was sent as 4 and so goes to the others; its centre, 2.5,
+    # would not have told. A mean is of those who are here, and of what was sent last where nobody is.
+    after = method.server_update(first, iter([upload_of(first, at([-9.0]), [1.0], [0])]))
+    assert after.cluster[1] == after.cluster[2] == after.cluster[3] != after.cluster[0]
+    sent = method.send(after, torch.arange(4)).adapter["weight_lora_B"].flatten().tolist()
+    assert sent == [-9.0] + [pytest.approx(19 / 3)] * 3
+    # Two rounds on they are their centre again, and that stays.
+    later = method.server_update(after, iter([upload_of(after, at([-8.0]), [1.0], [0])]))
+    sent = method.send(later, torch.arange(4)).adapter["weight_lora_B"].flatten().tolist()
+    assert sent == [-8.0] + [pytest.approx(19 / 3)] * 3
 
 
 def test_a_slot_of_one_example_shapes_no_partition():

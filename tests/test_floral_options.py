@@ -565,6 +565,22 @@ def dying(method, num_rounds=1, dead=2):
     return shared, method.server_update(shared, iter([upload])), plain.server_update(shared, iter([upload]))
 
 
+def test_adapters_of_a_pretrained_model_start_close_to_it():
+    # √rank · s · the standard deviation of B: 0.3 where the base is trained too, a third of it with PEFT.
+    module = nn.Sequential(nn.Linear(96, 160))
+    for plan, expected in (
+        (AdapterPlan(8, scale=2.0), 0.3),
+        (AdapterPlan(peft={"r": 8, "lora_alpha": 32, "target_modules": "all-linear"}), 0.1),
+    ):
+        method = FLoRAL(8, plan)
+        shared, _ = method.init(module, Population(2, 0))
+        scale = 2.0 if expected == 0.3 else 4.0
+        b = next(leaf for name, leaf in shared.adapters.items() if name.endswith("lora_B"))
+        assert float(b.std()) * 8**0.5 * scale == pytest.approx(expected, rel=0.05), plan
+        asked = replace(method, init_std=0.6)
+        assert asked.b_std(shared.bank) == 0.6
+
+
 RESTARTING = FLoRAL(4, PLAN, EM, STEPS, init_std=0.1, restart_below=0.01)
 
 

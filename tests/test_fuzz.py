@@ -1,6 +1,7 @@
 """What others wrote is taken, or refused by the error of its boundary: spoilt inputs and claims too large."""
 
 import json
+import re
 import struct
 import sys
 import zipfile
@@ -30,7 +31,7 @@ import fuzz_targets
 from fuzz_targets import both, malformed, objects_of, spoilt_bytes, targets, unwrapped, wrapped
 from umbel.errors import DataError, RecipeError, RunFolderError, UmbelError, WireError
 from umbel.flower.arriving import messages, put_together
-from umbel.flower.facts import check_claims, facts_of_node
+from umbel.flower.facts import facts_of_node
 from umbel.flower.lead import _scores_in
 from umbel.flower.post import opened
 from umbel.flower.wire import packed, unpacked
@@ -414,12 +415,13 @@ def test_wrapping_changes_nothing():
 def test_claims_are_held_against_what_the_server_knows(name, change, told, pair):
     tensors = unpacked(pair.uploads[1]["uploads"], "")
     tensors = {own: leaf for own, leaf in tensors.items() if own.startswith("0/")}
-    upload = pair.nodes._opened_uploads(1, [0], pair.nodes.first, 1, {"uploads": packed(tensors)})[0]
-    check_claims(upload, 0, 6.0, "node 'ward'")
-    spoilt = packed(tensors | {f"0/{name}": change(tensors[f"0/{name}"])})
-    upload = pair.nodes._opened_uploads(1, [0], pair.nodes.first, 1, {"uploads": spoilt})[0]
-    with pytest.raises(WireError, match=told):
-        check_claims(upload, 0, 6.0, "node 'ward'")
+    found, wrong = pair.nodes._opened_uploads(1, [0], pair.nodes.first, 1, {"uploads": packed(tensors)}, {0: 6.0})
+    assert (list(found), wrong) == ([0], {})
+    spoilt = {"uploads": packed(tensors | {f"0/{name}": change(tensors[f"0/{name}"])})}
+    found, wrong = pair.nodes._opened_uploads(1, [0], pair.nodes.first, 1, spoilt, {0: 6.0})
+    assert found == {}
+    assert wrong[0].reason == "malformed"
+    assert re.search(told, str(wrong[0]))
 
 
 @pytest.mark.parametrize(

@@ -547,7 +547,7 @@ def test_an_oracle_needs_groups_and_a_route_for_each(method):
     [
         lambda: FLoRAL(0),
         lambda: FLoRAL(adapter_lr=0.0),
-        lambda: FLoRAL(init_std=-1.0),
+        lambda: FLoRAL(init_std=-0.5),
         lambda: FLoRAL(guard=1.5),
         lambda: Ensemble(0),
         lambda: Ensemble(guard=-0.1),

@@ -1,6 +1,7 @@
 """Differential privacy: what is told is what was spent, and what was spent is what noise and clips allow."""
 
 from dataclasses import replace
+from functools import partial
 from math import sqrt
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kstest
 from torch import nn
 
 import umbel
@@ -24,11 +26,11 @@ from umbel.privacy import clipping
 from umbel.privacy.accounting import Mechanism, Use, ledger_of
 from umbel.privacy.settings import Privacy
 from umbel.recipe import find, load, read
-from umbel.rounds import sampled, start
+from umbel.rounds import Here, sampled, start
 from umbel.runs import resume, run_recipe
 from umbel.schedule import Schedule
 from umbel.secure.settings import Secure
-from umbel.seeds import seeded
+from umbel.seeds import normal, seeded, uniform
 from umbel.train import LocalTraining, local_train
 from umbel.weighting import Weighting
 
@@ -210,8 +212,39 @@ def test_a_clip_goes_to_the_median_length():
         cut = [clipping.clipped(own, groups, clips)["within"] for own in clients]
         sums = {"values": {"w": torch.zeros(1)}, "within": torch.stack(cut).sum(0)}
         sums = clipping.noised(sums, groups, clips, 0, round)
-        clips = clipping.next_clips(sums, groups, clips, privacy, 31)
+        clips = clipping.next_clips(sums, groups, clips, privacy, 31, run=0.0)
     assert float(clips["values"]) == pytest.approx(2.0, abs=0.15)
+
+
+def test_clips_of_the_model_follow_noise_upwards_for_a_part_of_the_run_only():
+    groups = clipping.groups_of(parts(0), PRIVACY)
+    clips = clipping.first_clips(groups, PRIVACY)
+
+    def after(share, run):
+        """When this share of the clients is within its clips."""
+        sums = {"within": torch.full((3,), share - 0.5) * 10}
+        return {n: float(c) for n, c in clipping.next_clips(sums, groups, clips, PRIVACY, 10, run).items()}
+
+    up = {name: float(clip) * np.exp(0.2 * 0.5) for name, clip in clips.items()}
+    assert after(0.0, run=0.2) == pytest.approx(up)
+    assert after(0.0, run=0.21) == pytest.approx(up | {"base": 1.0, "adapters": 2.0})
+    down = {name: float(clip) * np.exp(-0.2 * 0.5) for name, clip in clips.items()}
+    assert after(1.0, run=0.9) == pytest.approx(down)
+
+
+def test_what_the_operating_system_draws_is_normal_and_never_the_same():
+    one, other = (normal((300, 500), None, torch.float64).flatten() for _ in range(2))
+    assert kstest(one.numpy(), "norm").pvalue > 1e-6
+    assert not torch.equal(one, other)
+    assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.02
+    assert uniform((4, 0), None).shape == (4, 0)
+    assert normal((), None).shape == ()
+    known = {"values": {"w": torch.zeros(200, 500)}}
+    groups = clipping.groups_of(known, Privacy("client", noise_multiplier=2.0, clip_rate=0.0))
+    clips = {"values": torch.tensor(0.5)}
+    found, again = (clipping.noised(known, groups, clips, None, 1)["values"]["w"] for _ in range(2))
+    assert float(found.std()) == pytest.approx(1.0, rel=0.02)
+    assert not torch.equal(found, again)
 
 
 # Rounds.
@@ -286,7 +319,9 @@ def test_a_clients_weight_in_the_mean_is_fixed_whoever_else_takes_part():
     schedule = Schedule(1, clients_per_round=5, weighting=ONE, privacy=privacy)
     task = umbel.task_of(net(), labelled())
     cohort, at = start(task, FedAvg(STEPS), schedule, Engine("stacked"))
-    met = meet(cohort, at.shared, at.store, np.array([7]), 1, schedule, {}, Tally())
+    here, alone = Here(cohort, at.store, task), np.array([7])
+    total = partial(here.total, at.shared, alone, 1, schedule, seen=Tally())
+    met = meet(cohort, at.shared, total, partial(here.form, at.shared, alone), 1, schedule, {})
     step = {n: leaf - at.shared.params[n] for n, leaf in met.shared.params.items()}
     assert clipping.norm(step) == pytest.approx(0.01 / 5, rel=1e-3)
 
@@ -405,6 +440,24 @@ def test_noise_on_a_clients_steps_is_as_large_as_it_is_said_to_be():
 
     trained, _ = local_train(objective, {"w": {"w": torch.zeros(1, 300, 300)}}, data, local, {"w": 1.0})
     assert float(trained["w"]["w"].std()) == pytest.approx(3.0 * 0.5 / 5, rel=0.02)
+
+
+def test_secret_steps_are_not_drawn_again():
+    data = ClientData(linear_data(40), np.arange(2), 0, 1, guard=Guard(0.7, 0.0, secret=True))
+    lots = [torch.cat([lot.rows[0][lot.weight[0] > 0] for lot in data.lots(8)]).tolist() for _ in range(3)]
+    assert lots[0] != lots[1] != lots[2]
+    noisy = replace(data, guard=Guard(0.5, 3.0, secret=True))
+
+    def objective(groups, batch, _step):  # whose gradient is zero
+        return 0.0 * groups["w"]["w"].sum((1, 2)) + 0.0 * batch.x.sum((1, 2))
+
+    local = LocalTraining(lr=1.0, batch_size=2, steps=1)
+    one, other = (
+        local_train(objective, {"w": {"w": torch.zeros(2, 300, 300)}}, noisy, local, {"w": 1.0})[0]["w"]["w"]
+        for _ in range(2)
+    )
+    assert float(one.std()) == pytest.approx(3.0 * 0.5 / 2, rel=0.02)
+    assert not torch.equal(one, other)
 
 
 def test_protected_examples_give_the_same_result_stacked_or_looped():

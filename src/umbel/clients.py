@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from umbel.errors import DataError
-from umbel.seeds import generator, seed_of
+from umbel.seeds import generator, seed_of, uniform
 
 Augment = Callable[[Tensor, Tensor, np.ndarray], Tensor]
 """(x (K, B, …), key (K,), clients (K,)) → x, changed at random; what is drawn depends on a client's key alone."""
@@ -99,6 +99,7 @@ class Guard:
 
     clip: float  # the longest that one example's gradient may be
     multiplier: float  # z, of the noise by the clip
+    secret: bool = False  # whether noise and lots are the operating system's: then nobody can draw them again
 
 
 @dataclass(frozen=True)
@@ -207,8 +208,9 @@ class ClientData:
         chosen = []
         for place, client in enumerate(self.clients.tolist()):
             count = int(self._counts[place])
-            draw = generator(self.seed, "lots", self.round, client)
-            chosen.append(torch.rand(int(own[place]), count, generator=draw).numpy() * count < size)
+            secret = self.guard is not None and self.guard.secret
+            draw = None if secret else generator(self.seed, "lots", self.round, client)
+            chosen.append(uniform((int(own[place]), count), draw).numpy() * count < size)
         for step in range(int(own.max())):
             picked = [
                 np.flatnonzero(lots[step]) if step < len(lots) else np.empty(0, dtype=np.int64) for lots in chosen

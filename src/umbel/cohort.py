@@ -136,6 +136,7 @@ class Cohort:
     hostile: tuple[int, ...] = ()  # who attacks
     ledger: Ledger | None = None  # what the run spends, where clients or examples are protected
     num_members: int = 0  # clients that may take part
+    secret: bool = False  # whether noise that protects is the operating system's, as where runs are no simulations
 
     def chunks(self, clients: np.ndarray) -> list[np.ndarray]:
         """The clients in runs of at most `chunk`.
@@ -274,7 +275,7 @@ class Cohort:
         """What keeps single examples from being told by the clients' steps."""
         if self.ledger is None or self.ledger.privacy.level != "example":
             return None
-        return Guard(self.ledger.privacy.clip, self.ledger.privacy.noise_multiplier)
+        return Guard(self.ledger.privacy.clip, self.ledger.privacy.noise_multiplier, self.secret)
 
     def index(self, clients: np.ndarray) -> Tensor:
         """The clients as an index tensor, on the data's device."""
@@ -292,7 +293,7 @@ class Cost:
 
     down: dict[str, int]  # bytes by tensor group
     up: dict[str, int]
-    flops: dict[str, float]  # of a "round", a "batch", an "example": products and convolutions, both passes
+    flops: dict[str, float]  # of a "round", a "batch", an "example": products and convolutions; {}: not known
     steps: dict[str, int]  # of the optimizer, of a "round", a "batch"
     batch_size: int
     server_bytes: int  # what the server holds between rounds
@@ -305,6 +306,8 @@ class Cost:
 
     def of(self, counts: np.ndarray, slots: np.ndarray | None = None) -> dict[str, Any]:
         """A round's figures, for clients with so many examples each (K,), of so many slots (K,), or of one."""
+        if not self.flops:
+            return {"server_bytes": self.server_bytes}
         seen, done = counts, -(-counts // self.batch_size)  # in an epoch
         if self.local_steps:
             fixed = self.local_steps * (np.ones_like(counts) if slots is None else slots)
@@ -326,6 +329,7 @@ class Tally:
         self.num_uploads = 0
         self.upload_bytes = 0
         self.loss_sum = 0.0
+        self.num_losses = 0  # uploads whose loss was told
         self.dropped: list[int] = []
         self.lost: dict[str, int] = {}  # uploads that came to nothing, by the reason
         self.clients: list[int] = []  # whose uploads passed by
@@ -337,9 +341,18 @@ class Tally:
 
     def add(self, upload: Any, clients: np.ndarray) -> None:
         """Counts what has arrived."""
+        self.arrived(clients)
+        self.losses(float(upload.loss.sum()), len(clients))
+
+    def arrived(self, clients: np.ndarray) -> None:
+        """Counts clients whose work has come, in whatever form."""
         self.clients.extend(clients.tolist())
         self.num_uploads += len(clients)
-        self.loss_sum += float(upload.loss.sum())
+
+    def losses(self, total: float, num_losses: int) -> None:
+        """Counts mean training losses of so many clients, of which the sum is known."""
+        self.loss_sum += total
+        self.num_losses += num_losses
 
     def lose(self, lost: dict[str, int]) -> None:
         """Counts what was lost."""
@@ -349,8 +362,8 @@ class Tally:
 
     @property
     def mean_loss(self) -> float:
-        """The mean over the round's clients of their mean training loss."""
-        return self.loss_sum / max(1, self.num_uploads)
+        """The mean over the round's clients, those that tell it, of their mean training loss."""
+        return self.loss_sum / max(1, self.num_losses)
 
 
 def chunk_size(engine: Engine, cohort: Cohort, shared: Any, store: PrivateStore, clients: np.ndarray) -> int:

@@ -29,5 +29,9 @@ class WireError(UmbelError, ValueError):
     """A message between server and nodes that is not what its receiver expects."""
 
 
+class NotFiniteError(WireError):
+    """A message that holds NaN or infinity."""
+
+
 class DeployError(UmbelError):
     """A deployment that cannot start or go on: certificates, keys, nodes, processes."""

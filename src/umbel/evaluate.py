@@ -47,6 +47,20 @@ class Scores:
         return {"by_group": [round(float(values[group == one].mean()), 5) for one in np.unique(group)]}
 
 
+@dataclass(frozen=True)
+class SummedScores:
+    """What is known of scores of which only sums are told: no spread, no groups, no mixtures."""
+
+    loss: float  # the mean over tests
+    accuracy: float | None  # in %
+    num_tests: int
+
+    def summary(self) -> dict[str, float]:
+        """What a round's figures say."""
+        right = {} if self.accuracy is None else {"accuracy": self.accuracy}
+        return {"loss": self.loss, **right, "tested": self.num_tests}
+
+
 Serve = Callable[[np.ndarray], tuple[Params, Tensor]]
 """K clients → the tensors of their models, leading axis K, and (K, C) how they mix them."""
 
@@ -102,9 +116,11 @@ def scores(cohort: Cohort, serve: Serve, examples: Examples, clients: np.ndarray
     )
 
 
-def figures_of(found: Scores, method: Any, group: np.ndarray | None) -> dict[str, Any]:
+def figures_of(found: Scores | SummedScores, method: Any, group: np.ndarray | None) -> dict[str, Any]:
     """What a round's figures say of scores, of what clients mix, and of their true groups (K,), where known."""
     figures: dict[str, Any] = found.summary()
+    if isinstance(found, SummedScores):
+        return figures
     if not getattr(method, "mixes_clients", False):  # such a method has figures of its own
         figures |= routing(found.mixture, group)
     if group is not None:

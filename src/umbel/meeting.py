@@ -26,12 +26,13 @@ from umbel.privacy import clipping
 from umbel.privacy.accounting import Ledger, Mechanism, Use, ledger_of
 from umbel.robust import rule_of
 from umbel.schedule import Schedule
-from umbel.secure.exchange import secure_sum
+from umbel.secure.exchange import SecureSum, secure_sum
 from umbel.tasks.task import Task
 from umbel.tree import Params
 
 # Whose uploads come out of one local training and nothing else, so that noise on its steps covers them.
 STEPPING: tuple[type, ...] = (FedAvg, FedProx, FedAvgFinetune, FedIT, FFALoRA, FLoRAL)
+LOSS = "train_loss"  # what a masked sum calls the clients' mean training losses, where nothing else is protected
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,29 @@ class Met:
 
     shared: Any
     clips: Params  # of the next round
+    figures: dict[str, float] = field(default_factory=dict)
+    bytes_up: int | None = None  # where they are not those of the uploads
+    bytes_down: int = 0  # beside the message
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What every client's part of the sums is cut to before it leaves the client."""
+
+    groups: clipping.Groups
+    clips: Params
+
+    def of(self, own: dict[str, Any]) -> dict[str, Any]:
+        """One client's part, cut."""
+        return clipping.clipped(own, self.groups, self.clips)
+
+
+@dataclass(frozen=True)
+class Total:
+    """The sum over a round's clients, however it was come by."""
+
+    sums: dict[str, Any] | None  # None where nobody's part has come
+    steps: dict[str, float] = field(default_factory=dict)  # to which masked numbers were rounded, by tensor
     figures: dict[str, float] = field(default_factory=dict)
     bytes_up: int | None = None  # where they are not those of the uploads
     bytes_down: int = 0  # beside the message
@@ -140,7 +164,7 @@ def ledger(task: Task, method: Method, schedule: Schedule, cohorts: Iterable[np.
     local, counts = method.local, task.train.count
     everyone = ClientData(task.train, np.arange(task.num_clients), schedule.seed, 1)
     steps = everyone.own_steps(local.batch_size, local.epochs, local.steps)
-    taken, most = np.zeros_like(steps), {int(count): list[int]() for count in np.unique(counts)}
+    taken, most = np.zeros_like(steps), {int(count): list[int]() for count in np.unique(counts) if count}
     for clients in cohorts:
         taken[clients] += steps[clients]
         for count, times in most.items():
@@ -204,64 +228,93 @@ def late_uploads(
 def meet(
     cohort: Cohort,
     shared: Any,
+    total: Callable[[Cut | None], Total],
+    form: Callable[[], Any],
+    round: int,
+    schedule: Schedule,
+    clips: Params,
+) -> Met:
+    """The round in which the server takes nothing but a sum.
+
+    Args:
+        cohort: whose method, and what the run spends.
+        shared: the server's state.
+        total: the sum over the round's clients, each of whose parts is cut as asked for.
+        form: an upload (1, …) for its form alone; what is in it is looked at by nobody.
+        round: its number.
+        schedule: with the settings of [secure] and [privacy].
+        clips: of this round; {} before the first one.
+    """
+    method: Any = cohort.method
+    privacy = cohort.ledger.privacy if cohort.ledger is not None else schedule.privacy
+    if privacy.level != "client":
+        found = total(None)
+        after = shared if found.sums is None else method.summed_update(shared, found.sums)
+        return Met(after, clips, found.figures, found.bytes_up, found.bytes_down)
+    like = method.contribution(form())
+    groups = clipping.groups_of(like, privacy)
+    clips = clips or clipping.first_clips(groups, privacy)
+    cut = Cut(groups, clips)
+    found = total(cut)
+    # Where nobody's part has come, with Poisson draws because nobody was drawn, the round is noise.
+    nothing = tree.map_tensors(torch.zeros_like, cut.of(like))
+    sums = nothing if found.sums is None else found.sums
+    slack = _slack(nothing, found.steps)
+    expected = float(min(schedule.clients_per_round or cohort.num_members, cohort.num_members))
+    sums = clipping.noised(sums, groups, clips, None if cohort.secret else cohort.seed, round, slack)
+    whole = method.absolute(shared, clipping.divided(sums, groups, like, expected))
+    run = round / max(1, cohort.num_rounds)
+    following = clipping.next_clips(sums, groups, clips, privacy, expected, run)
+    figures = {f"clip_{name}": float(clip) for name, clip in clips.items()} | found.figures
+    return Met(method.summed_update(shared, whole), following, figures, found.bytes_up, found.bytes_down)
+
+
+def total_here(
+    cohort: Cohort,
+    shared: Any,
     store: PrivateStore,
     clients: np.ndarray,
     round: int,
     schedule: Schedule,
-    clips: Params,
+    cut: Cut | None,
     tally: Tally,
-) -> Met:
-    """The round in which these clients train, and the server takes nothing but a sum.
-
-    Args:
-        cohort: who trains, and how.
-        shared: the server's state.
-        store: what clients keep.
-        clients: of the round; with Poisson draws there may be none.
-        round: its number.
-        schedule: with the settings of [secure] and [privacy].
-        clips: of this round; {} before the first one.
-        tally: what is counted.
-    """
-    method: Any = cohort.method
-    privacy = cohort.ledger.privacy if cohort.ledger is not None else schedule.privacy
-    private, masked = privacy.level == "client", schedule.secure.aggregation == "masks"
+) -> Total:
+    """The sum over these clients, who train on this machine; under masks if the schedule says so."""
+    method, masked = cohort.method, schedule.secure.aggregation == "masks"
+    # Who has received what makes no difference: options with which messages differ are refused.
+    message = method.send(shared, cohort.index(clients[:1] if len(clients) else np.zeros(1, dtype=np.int64)))
     uploads = cohort.uploads(shared, store, clients, round, tally)
-    if not private:
-        rows = dict(_rows((single(method, upload) for upload in uploads), tally))
-        if not rows:
-            return Met(shared, clips)
-        found = secure_sum(clients.tolist(), rows, schedule.secure)
-        sums = tree.with_tensors(next(iter(rows.values())), found.sums)
-        return Met(method.summed_update(shared, sums), clips, found.figures(), found.bytes_up, found.bytes_down)
-    anyone = clients[:1] if len(clients) else np.zeros(1, dtype=np.int64)
-    like = method.contribution(_one_upload(cohort, shared, store, anyone))
-    groups = clipping.groups_of(like, privacy)
-    clips = clips or clipping.first_clips(groups, privacy)
+    if not masked:
+        parts = [
+            tree.map_tensors(lambda leaf: leaf.sum(0), contributed(method, upload, message, cut))
+            for upload in uploads
+        ]
+        return Total(mixing.total(parts) if parts else None)
+    told = schedule.privacy.level == "none"
+    rows = dict(_rows((contributed(method, upload, message, cut, told) for upload in uploads), tally))
+    if not rows:
+        return Total(None)
+    return opened_total(
+        secure_sum(clients.tolist(), rows, schedule.secure), next(iter(rows.values())), tally if told else None
+    )
 
-    def cut(own: dict[str, Any]) -> dict[str, Any]:
-        return clipping.clipped(own, groups, clips)
 
-    # The message is the same for all: options with which it is not are refused.
-    message = method.send(shared, cohort.index(anyone))
-    parts = (single(method, clipping.moved(upload, message), cut) for upload in uploads)
-    nothing = tree.map_tensors(torch.zeros_like, cut(like))
-    figures: dict[str, float] = {f"clip_{name}": float(clip) for name, clip in clips.items()}
-    slack, met = {}, Met(shared, clips, figures)
-    rows = dict(_rows(parts, tally)) if masked else {}
-    if rows:
-        found = secure_sum(clients.tolist(), rows, schedule.secure)
-        sums = tree.with_tensors(nothing, found.sums)
-        slack = _slack(nothing, found.layout.steps, found.layout.names)
-        met = replace(met, bytes_up=found.bytes_up, bytes_down=found.bytes_down, figures=figures | found.figures())
-    else:
-        totals = (tree.map_tensors(lambda leaf: leaf.sum(0), part) for part in parts)
-        sums = mixing.total([nothing, *totals])
-    expected = float(min(schedule.clients_per_round or cohort.num_members, cohort.num_members))
-    sums = clipping.noised(sums, groups, clips, cohort.seed, round, slack)
-    whole = method.absolute(shared, clipping.divided(sums, groups, like, expected))
-    following = clipping.next_clips(sums, groups, clips, privacy, expected)
-    return replace(met, shared=method.summed_update(shared, whole), clips=following)
+def contributed(
+    method: Method, upload: Any, message: Any, cut: Cut | None, with_loss: bool = False
+) -> dict[str, Any]:
+    """(K, …) what each of an upload's clients adds to the sums: cut, or as it is, and its training loss."""
+    if cut is not None:
+        return single(method, clipping.moved(upload, message), cut.of)
+    return single(method, upload) | ({LOSS: upload.loss} if with_loss else {})
+
+
+def opened_total(found: SecureSum, like: dict[str, Any], tally: Tally | None) -> Total:
+    """The sum that masks were on, in the form of a contribution; the tally, if given, is told training losses."""
+    sums = tree.with_tensors(like, found.sums)
+    if tally is not None:
+        tally.loss_sum, tally.num_losses = float(sums.pop(LOSS)), found.num_clients
+    steps = dict(zip(found.layout.names, found.layout.steps, strict=True))
+    return Total(sums, steps, found.figures(), found.bytes_up, found.bytes_down)
 
 
 def single(
@@ -278,14 +331,7 @@ def single(
     return found
 
 
-def _rows(stacked: Iterable[dict[str, Any]], tally: Tally) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each client with its row of what `single` gave, as uploads pass by."""
-    for part in stacked:
-        for place, client in enumerate(tally.clients[-len(next(iter(tree.tensors(part).values()))) :]):
-            yield client, tree.map_tensors(lambda leaf: leaf[place], part)  # noqa: B023
-
-
-def _one_upload(cohort: Cohort, shared: Any, store: PrivateStore, client: np.ndarray) -> Any:
+def one_upload(cohort: Cohort, shared: Any, store: PrivateStore, client: np.ndarray) -> Any:
     """An upload (1, …) for its form alone: what is in it is looked at by nobody."""
     method = cohort.method
     local: Any = replace(method.local, epochs=1, steps=1)
@@ -293,9 +339,16 @@ def _one_upload(cohort: Cohort, shared: Any, store: PrivateStore, client: np.nda
     return data.update(shared, store, client, 1, np.ones(1))[0]
 
 
-def _slack(like: dict[str, Any], steps: tuple[float, ...], names: tuple[str, ...]) -> dict[str, float]:
+def _rows(stacked: Iterable[dict[str, Any]], tally: Tally) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each client with its row of what `single` gave, as uploads pass by."""
+    for part in stacked:
+        for place, client in enumerate(tally.clients[-len(next(iter(tree.tensors(part).values()))) :]):
+            yield client, tree.map_tensors(lambda leaf: leaf[place], part)  # noqa: B023
+
+
+def _slack(like: dict[str, Any], steps: dict[str, float]) -> dict[str, float]:
     """By how much rounding to whole steps may have lengthened each group: half a step in every number."""
     leaves, squares = tree.tensors(like), dict.fromkeys(like, 0.0)
-    for name, step in zip(names, steps, strict=True):
+    for name, step in steps.items():
         squares[name.partition("/")[0]] += leaves[name].numel() * (step / 2) ** 2
     return {name: square**0.5 for name, square in squares.items()}

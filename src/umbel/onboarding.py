@@ -192,6 +192,21 @@ def onboard_client(
     return Personal(len(train[1]), mixture[0].tolist(), tensors, figures)
 
 
+def routed(cohort: Cohort, message: Any, private: Any, clients: np.ndarray) -> Any:
+    """The private states of clients that come late, with routes learned from their own data; all else is fresh.
+
+    Args:
+        cohort: with the clients' data.
+        message: what the server sends them now (K, …).
+        private: of clients that nobody has seen (K, …).
+        clients: (K,) who they are.
+    """
+    if getattr(cohort.method, "router", None) is None:
+        return private
+    data = ClientData(cohort.train, clients, cohort.seed, 0, None, cohort.augment)
+    return replace(private, logits=_routes(cohort, message, private, data).logits)
+
+
 def read_client(path: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """The (x, y) and, if it is there, the (x_test, y_test) of an .npz or a .safetensors file.
 
@@ -251,13 +266,18 @@ def _fresh(cohort: Cohort, message: Any, private: Any, _data: ClientData) -> Ser
 
 
 def _settled(cohort: Cohort, message: Any, private: Any, data: ClientData) -> Served:
+    return _fresh(cohort, message, _routes(cohort, message, private, data), data)
+
+
+def _routes(cohort: Cohort, message: Any, private: Any, data: ClientData) -> Any:
+    """The private states, settled, and where routers learn by gradient with logits that have."""
     with torch.no_grad():
         private = cohort.method.settle(cohort.loss, message, private, data)
     router = _gradient_router(cohort.method)
     if router is not None:
         plain = replace(data, augment=None)
         private = stacked(_descended(cohort, router.lr), cohort.loss, message, private, plain)
-    return _fresh(cohort, message, private, data)
+    return private
 
 
 def _gradient_router(method: Any) -> Any:

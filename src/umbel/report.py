@@ -38,7 +38,8 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     runs = find_runs(folders)
     if not any(run.scored for run in runs):
         raise RunFolderError(
-            f"there is nothing to report yet: no evaluated round in {', '.join(map(str, folders))}"
+            f"there is nothing to report yet: no evaluated round in {', '.join(map(str, folders))} (with "
+            "[privacy] across machines scores stay with the nodes, in their scores.jsonl)"
         )
     if not out.absolute().parent.is_dir():
         raise RunFolderError(f"{out} cannot be written: there is no folder {out.absolute().parent}")

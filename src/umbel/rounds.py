@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -15,9 +16,20 @@ from umbel.attacks import attackers, poisoned, trapped
 from umbel.clock import steps
 from umbel.cohort import Cohort, Cost, Engine, PrivateStore, Tally, chunk_size
 from umbel.errors import DataError
-from umbel.evaluate import Scores, evaluate, figures_of, routing
+from umbel.evaluate import Scores, SummedScores, evaluate, figures_of, routing
 from umbel.faults import MISSING, fates
-from umbel.meeting import Met, check, late_uploads, ledger, meet, server_step
+from umbel.meeting import (
+    Cut,
+    Met,
+    Total,
+    check,
+    late_uploads,
+    ledger,
+    meet,
+    one_upload,
+    server_step,
+    total_here,
+)
 from umbel.methods.protocol import Method, Population
 from umbel.model.copies import copied
 from umbel.model.dropout import seed_dropout
@@ -46,11 +58,22 @@ class Progress:
 class Fleet(Protocol):
     """The clients, wherever they are."""
 
+    def sampled(self, members: np.ndarray, schedule: Schedule, round: int) -> np.ndarray:
+        """The clients of one round, ascending."""
+
     def uploads(self, shared: Any, clients: np.ndarray, round: int, seen: Tally) -> Iterator[Any]:
         """The uploads of a round's clients, in ascending order, chunk by chunk; `seen` counts them."""
 
-    def scores(self, shared: Any, tests: np.ndarray) -> Scores:
-        """How well the clients' own models do on these tests."""
+    def total(
+        self, shared: Any, clients: np.ndarray, round: int, schedule: Schedule, cut: Cut | None, seen: Tally
+    ) -> Total:
+        """The sum over a round's clients, each of whose parts is cut as asked for; `seen` counts them."""
+
+    def form(self, shared: Any, client: np.ndarray) -> Any:
+        """An upload (1, …) like those of these rounds, for its form alone."""
+
+    def scores(self, shared: Any, tests: np.ndarray) -> tuple[np.ndarray, Scores | SummedScores] | None:
+        """Of which of these tests something is known, and how well the clients' own models do on them."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +84,29 @@ class Here:
     store: PrivateStore
     task: Task
 
+    def sampled(self, members: np.ndarray, schedule: Schedule, round: int) -> np.ndarray:
+        """See `Fleet`."""
+        return sampled(members, schedule, round)
+
     def uploads(self, shared: Any, clients: np.ndarray, round: int, seen: Tally) -> Iterator[Any]:
         """See `Fleet`."""
         return self.cohort.uploads(shared, self.store, clients, round, seen)
 
-    def scores(self, shared: Any, tests: np.ndarray) -> Scores:
+    def total(
+        self, shared: Any, clients: np.ndarray, round: int, schedule: Schedule, cut: Cut | None, seen: Tally
+    ) -> Total:
+        """See `Fleet`."""
+        return total_here(self.cohort, shared, self.store, clients, round, schedule, cut, seen)
+
+    def form(self, shared: Any, client: np.ndarray) -> Any:
+        """See `Fleet`."""
+        return one_upload(self.cohort, shared, self.store, client)
+
+    def scores(self, shared: Any, tests: np.ndarray) -> tuple[np.ndarray, Scores]:
         """See `Fleet`."""
         test = self.task.test.to(self.cohort.train.x.device)
         serves = None if self.task.serves is None else self.task.serves.cpu().numpy()
-        return evaluate(self.cohort, shared, self.store, test, tests, serves)
+        return tests, evaluate(self.cohort, shared, self.store, test, tests, serves)
 
 
 def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tuple[Cohort, Progress]:
@@ -183,7 +220,7 @@ def rounds(
     members = participants(task.num_clients, schedule)
     fleet, device = fleet or Here(cohort, store, task), cohort.train.x.device
     tests = task.tests_of(honest(task.num_clients, schedule))
-    group = None if task.group is None else task.group[tests].cpu().numpy()
+    group = _group(task, tests)
     slots = task.train.slots
     cost = cost or cohort.cost(shared, store, members[:1])  # of one client
     clock = steps(schedule.asynchronous, schedule.seed, members, schedule.clients_per_round or len(members))
@@ -194,7 +231,7 @@ def rounds(
     for round in range(at.round + 1, last + 1):
         begin = perf_counter()
         step = next(clock) if schedule.asynchronous.buffer else None
-        clients = sampled(members, schedule, round) if step is None else step.clients
+        clients = fleet.sampled(members, schedule, round) if step is None else step.clients
         tally = Tally()
         # What travels may shrink while a run lasts.
         bytes_down = tree.row_bytes(method.send(shared, torch.from_numpy(clients[:1]).to(device)))
@@ -202,7 +239,8 @@ def rounds(
         working = clients[fate != MISSING]
         tally.lose({"missing": len(clients) - len(working)})
         if schedule.secure.aggregation == "masks" or schedule.privacy.level == "client":
-            met = meet(cohort, shared, store, working, round, schedule, clips, tally)
+            total = partial(fleet.total, shared, working, round, schedule, seen=tally)
+            met = meet(cohort, shared, total, partial(fleet.form, shared, members[:1]), round, schedule, clips)
         else:
             uploads = (
                 fleet.uploads(shared, working, round, tally)
@@ -217,7 +255,7 @@ def rounds(
             begun = {version: old for version, old in begun.items() if version >= step.oldest} | {round: shared}
         figures: dict[str, Any] = {
             "round": round,
-            **({"train_loss": tally.mean_loss} if tally.num_uploads else {}),
+            **({"train_loss": tally.mean_loss} if tally.num_losses else {}),
             "bytes_up": tally.upload_bytes,
             "bytes_down": len(working) * bytes_down,
             **cost.of(task.train.count[working], None if slots is None else slots[working]),
@@ -232,14 +270,25 @@ def rounds(
         figures |= {} if enough else {"no_quorum": 1}
         figures |= {name: float(value) for name, value in getattr(shared, "figures", {}).items()}
         due = round % schedule.evaluate_every == 0 or round == last
-        scores = fleet.scores(shared, tests) if due else None
-        if scores is not None:
-            figures |= figures_of(scores, method, group)
+        found = fleet.scores(shared, tests) if due else None
+        if found is not None:
+            figures |= figures_of(found[1], method, _group(task, found[0]))
+            figures |= {"untested": len(tests) - len(found[0])} if len(found[0]) < len(tests) else {}
             figures |= _led(cohort, shared, store, task, tests) if schedule.attack.kind == "backdoor" else {}
         else:
             figures |= _assigned(shared, tests, group)
         figures["seconds"] = perf_counter() - begin
-        yield Progress(round, shared, store, figures, scores, clips, round == last)
+        yield Progress(round, shared, store, figures, _singly(found), clips, round == last)
+
+
+def _singly(found: tuple[np.ndarray, Scores | SummedScores] | None) -> Scores | None:
+    """The scores by client, where they are known."""
+    return found[1] if found is not None and isinstance(found[1], Scores) else None
+
+
+def _group(task: Task, tests: np.ndarray) -> np.ndarray | None:
+    """(K,) the true groups of these tests, where they are known."""
+    return None if task.group is None else task.group[tests].cpu().numpy()
 
 
 def _assigned(shared: Any, tests: np.ndarray, group: np.ndarray | None) -> dict[str, Any]:

@@ -179,7 +179,8 @@ def _opened(path: Path, task: Task | None, method: Method | None) -> tuple[RunFo
     if facts.get("deployed"):
         raise RunFolderError(
             f"{path} is of a run across machines: what its clients keep is on their nodes, so that neither its "
-            f"rounds nor its models can be made here; umbel report {path} shows how it went"
+            f"rounds nor its models can be made here; go on with it as it was begun, by umbel deploy up or "
+            f"flwr run; umbel report {path} shows how it went"
         )
     checkpoint, warnings = folder.latest()
     if schedule.asynchronous.buffer and checkpoint is not None and checkpoint.round < schedule.rounds:
@@ -223,8 +224,9 @@ def record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> N
     last = at.last
     folder.append("metrics.jsonl", at.figures)
     due = last or at.round % max(1, schedule.rounds // SNAPSHOTS) == 0
-    if due and at.scores is not None and task.num_clients <= SNAPSHOT_CLIENTS:
-        scores = at.scores
+    scores = at.scores if due and task.num_clients <= SNAPSHOT_CLIENTS else None
+    tests = np.zeros(0) if scores is None else task.tests_of(honest(task.num_clients, schedule))
+    if scores is not None and len(scores.loss) == len(tests):  # across machines some may be away
         line: dict[str, Any] = {"round": at.round, "loss": _short(scores.loss)}
         if scores.accuracy is not None:
             line["accuracy"] = _short(scores.accuracy)
@@ -234,7 +236,7 @@ def record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> N
         if places is not None and task.serves is None:
             line["places"] = _rounded(places[participants(task.num_clients, schedule)].cpu().numpy())
         if task.group is not None:
-            line["group"] = task.group[task.tests_of(honest(task.num_clients, schedule))].tolist()
+            line["group"] = task.group[tests].tolist()
         folder.append("clients.jsonl", line)
     if last or at.round % schedule.checkpoint_every == 0:
         seen, private = at.store.state()

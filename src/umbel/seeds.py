@@ -2,11 +2,16 @@
 
 The path names what is drawn, `generator(seed, "batches", round, client)`, so that a draw depends on
 nothing else: not on chunking, order, device count or resumption.
+
+What protects somebody must not be drawn again by who knows the seed. Where a run is no simulation such noise and
+such draws are the operating system's (`normal`, `uniform` without a generator).
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
+from math import pi, prod
 
 import numpy as np
 import torch
@@ -41,6 +46,27 @@ def seeded(seed: int, *path: str | int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(seed, *path))
         yield
+
+
+def uniform(shape: Sequence[int], draw: torch.Generator | None) -> Tensor:
+    """Numbers in [0, 1): float32 of the generator, or float64 of the operating system where there is none."""
+    if draw is not None:
+        return torch.rand(tuple(shape), generator=draw)
+    words = np.frombuffer(os.urandom(8 * prod(shape)), dtype=np.uint64)
+    return torch.from_numpy((words >> np.uint64(11)) * 2.0**-53).reshape(tuple(shape))
+
+
+def normal(shape: Sequence[int], draw: torch.Generator | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers of the generator, or of the operating system where there is none (Box, Muller 1958).
+
+    A generator of PyTorch's that is seeded by the operating system would not do: it has 2³² seeds, all of which
+    can be tried.
+    """
+    if draw is not None:
+        return torch.randn(tuple(shape), generator=draw, dtype=dtype)
+    length, angle = uniform((2, prod(shape)), None)
+    drawn: Tensor = (-2 * (1 - length).log()).sqrt() * (2 * pi * angle).cos()
+    return drawn.reshape(tuple(shape)).to(dtype)
 
 
 def hashed(number: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from umbel.clients import Batch, ClientData, Guard
 from umbel.errors import RecipeError
 from umbel.mixing import as_leading
 from umbel.model.loss import Precision
-from umbel.seeds import generator
+from umbel.seeds import generator, normal
 from umbel.tree import Params
 
 Groups = dict[str, Params]
@@ -264,7 +264,10 @@ class _Noise:
     def __init__(self, data: ClientData, guard: Guard) -> None:
         self.guard = guard
         self.counts = data.num_examples
-        self.draws = [generator(data.seed, "noise", data.round, int(client)) for client in data.clients]
+        self.draws = [
+            None if guard.secret else generator(data.seed, "noise", data.round, int(client))
+            for client in data.clients
+        ]
 
     def gradients(
         self, objective: Objective, groups: Groups, leaves: list[Tensor], batch: Batch, step: int, size: int
@@ -293,7 +296,7 @@ class _Noise:
         lot = self.counts.clamp(max=size)
         spread = self.guard.clip * self.guard.multiplier
         for leaf in total:
-            drawn = torch.stack([torch.randn(leaf.shape[1:], generator=draw) for draw in self.draws])
+            drawn = torch.stack([normal(leaf.shape[1:], draw) for draw in self.draws])
             leaf.add_(spread * drawn.to(leaf)).div_(as_leading(lot.to(leaf.dtype), leaf))
         return losses / real.sum(1).clamp(min=1), total
 

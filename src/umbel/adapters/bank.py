@@ -138,14 +138,15 @@ class Bank:
     def drawn(self, num_adapters: int, draw: torch.Generator, b_std: float) -> Params:
         """C random adapters, tensors with a leading axis C.
 
-        A ~ U(−√(gain/fan_in), √(gain/fan_in)) and B ~ N(0, b_std² / r), independent for each adapter, so that
-        B·A is as large for any rank r; b_std = 0 is LoRA's own start, at which the adapted model is the base.
+        A ~ U(−√(gain/fan_in), √(gain/fan_in)) and s B ~ N(0, b_std² / r), independent for each adapter, so that
+        s B·A is as large for any rank r and any scale s (α / r); b_std = 0 is LoRA's own start, at which the
+        adapted model is the base.
         Additive updates start at zero. An embedding's factor that is indexed, not summed over, is N(0, 1),
         and the other one drawn as B.
         """
         tensors: Params = {}
         for part in self.low_rank:
-            std = b_std * part.rank**-0.5
+            std = b_std * part.rank**-0.5 / (self.scale * part.scaling)
             if part.kind == "embedding":
                 for name, shape in ((part.a_name, part.a_shape), (part.b_name, part.b_shape)):
                     drawn = torch.randn(num_adapters, *shape, generator=draw)

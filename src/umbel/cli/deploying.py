@@ -67,7 +67,7 @@ def up(
 
     The server, all nodes and the run, with TLS and keys.
 
-    What was started is stopped when the run is over, or by Ctrl-C.
+    What was started is stopped when the run is over, or by Ctrl-C; up again goes on with a run that was stopped.
 
     Example: umbel deploy up trial
     """
@@ -109,5 +109,6 @@ def node(
 def line_of(figures: dict[str, Any]) -> str:
     """A round in a line."""
     shown = {"accuracy": ".2f", "worst_decile": ".2f", "loss": ".4f", "train_loss": ".4f", "seconds": ".2f"}
+    shown |= {"epsilon": ".3g"}
     said = "  ".join(f"{name} {format(figures[name], form)}" for name, form in shown.items() if name in figures)
     return f"round {figures['round']:>4}  {said}"

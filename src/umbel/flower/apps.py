@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umbel.errors import RecipeError
-from umbel.flower.lead import LOG, Patience, lead
+from umbel.flower.exchange import LOG, Patience
+from umbel.flower.lead import lead
 from umbel.flower.post import content_of, kind_of, opened
+from umbel.flower.protected import STEPS
 from umbel.flower.work import NodeSettings, Site, settings_of
 from umbel.recipe import load, read
 from umbel.rounds import Progress
@@ -33,8 +35,9 @@ RECIPE = "recipe.toml"
 def server_app(folder: Path) -> "ServerApp":
     """A ServerApp that leads a run of the recipe.toml in the folder.
 
-    Its run config says which of the recipe's methods (`method`), where the run folder goes (`out`), and how long
-    to wait (`Patience`); every setting of the recipe may be named as well.
+    Its run config says which of the recipe's methods (`method`), where the run folder goes (`out`), how long to
+    wait (`Patience`), the share of the clients that are needed to begin (`begin`) and in a round (`quorum`);
+    every setting of the recipe may be named as well. A run that was stopped is gone on with from its folder.
     """
     from flwr.serverapp import ServerApp
 
@@ -56,11 +59,17 @@ def run(grid: "Grid", path: Path, config: dict[str, Any]) -> None:
     """
     hear()
     out, method = str(config.pop("out", "")), str(config.pop("method", ""))
-    waits = {field.name: float(config.pop(f"wait-{field.name}", field.default)) for field in fields(Patience)}
+    names = {
+        field.name: "deadline" if field.name == "deadline" else f"wait-{field.name}" for field in fields(Patience)
+    }
+    waits = {name: float(config.pop(key)) for name, key in names.items() if key in config}
+    share = float(config.pop("begin", 1.0))
+    if "quorum" in config:
+        config["faults.quorum"] = config.pop("quorum")
     table = load(path, [f"{key}={_toml(value)}" for key, value in config.items()])
     recipe = read(table, method or next(iter(table.get("method", {"": None}))))
     try:
-        result = lead(grid, recipe, Path(out) if out else None, Patience(**waits), said)
+        result = lead(grid, recipe, Path(out) if out else None, Patience(**waits), said, share)
     except Exception as error:
         LOG.error("%s", error)
         raise
@@ -70,6 +79,7 @@ def run(grid: "Grid", path: Path, config: dict[str, Any]) -> None:
 def said(at: Progress) -> None:
     """Logs a round's figures that matter."""
     told = {"accuracy": ".2f", "worst_decile": ".2f", "loss": ".4f", "train_loss": ".4f", "seconds": ".2f"}
+    told |= {"epsilon": ".3g"}
     shown = [f"{name} {format(at.figures[name], form)}" for name, form in told.items() if name in at.figures]
     LOG.info("round %d: %s", at.round, "  ".join(shown))
 
@@ -90,6 +100,9 @@ def client_app() -> "ClientApp":
     @app.query("hello")
     def hello(message: "Message", context: "Context") -> "Message":
         return answered(site_of(context.node_config), message)
+
+    for step in STEPS:  # of a secure sum
+        app.query(step)(hello)
 
     @app.train()
     def train(message: "Message", context: "Context") -> "Message":

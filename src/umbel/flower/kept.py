@@ -58,13 +58,17 @@ class Kept:
             )
         return row.before if row.round == round else row.after
 
+    def knows(self, client: int) -> bool:
+        """Whether anything of the client's was kept."""
+        return self._row(client) is not None
+
     def put(self, client: int, round: int, before: Any, after: Any) -> None:
         """Keeps the client's state after a round, on disk when this returns."""
         self.rows[client] = Row(round, before, after)
         tensors = {f"before/{name}": leaf for name, leaf in tree.tensors(before).items()}
         tensors |= {f"after/{name}": leaf for name, leaf in tree.tensors(after).items()}
         write(self._path(client), _file(tensors, round))
-        _settle_folder(self.folder)
+        settle_folder(self.folder)
 
     def _row(self, client: int) -> Row | None:
         if client not in self.rows and self._path(client).is_file():
@@ -96,7 +100,7 @@ def _file(tensors: Params, round: int) -> bytes:
     return save(whole, metadata={"umbel": json.dumps({"round": round})})
 
 
-def _settle_folder(folder: Path) -> None:
+def settle_folder(folder: Path) -> None:
     """Puts a folder's names on disk, so that a renamed file is found after a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:

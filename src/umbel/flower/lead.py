@@ -4,12 +4,14 @@ Uploads are handed on in the order of the clients, whatever order they come in, 
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from logging import getLogger
+from math import ceil
 from pathlib import Path
-from secrets import token_hex
+from secrets import randbits
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,17 +20,21 @@ import torch
 from umbel import tree
 from umbel.clients import Examples
 from umbel.cohort import Cohort, Tally
-from umbel.errors import DeployError, RecipeError, RoundError, WireError
-from umbel.evaluate import Scores
-from umbel.flower.arriving import messages, most_bytes
-from umbel.flower.facts import Figure, check_claims, fact, facts_of_node
+from umbel.errors import DeployError, NotFiniteError, RecipeError, RoundError, WireError
+from umbel.evaluate import Scores, SummedScores
+from umbel.flower.arriving import most_bytes
+from umbel.flower.exchange import LOG, POLL, Exchange, Patience, Trouble
+from umbel.flower.facts import Figure, Numbers, check_claims, fact, facts_of_node
 from umbel.flower.fingerprint import Fingerprint, differences, fingerprint
-from umbel.flower.post import KINDS, content_of, opened
-from umbel.flower.wire import apart, by_client, check_finite, equal, filled, packed, unpacked
-from umbel.flower.work import Facts, Parts
-from umbel.folder import RunFolder, check_free
+from umbel.flower.protected import check_protection, counts_are_told, is_protected
+from umbel.flower.resume import begun_anew, begun_before, stopped, written
+from umbel.flower.roster import Roster, listed
+from umbel.flower.summed import Asking, summed, summed_scores
+from umbel.flower.wire import Facts, Parts, apart, by_client, check_finite, equal, filled, packed, unpacked
+from umbel.meeting import Cut, Total, contributed, ledger
+from umbel.privacy.accounting import Ledger
 from umbel.recipe import Recipe
-from umbel.rounds import Progress, participants, rounds, start
+from umbel.rounds import Progress, participants, rounds, sampled, start
 from umbel.runs import Result, record
 from umbel.schedule import Schedule
 from umbel.tasks import Task
@@ -39,65 +45,22 @@ from umbel.untrusted import plain
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
-LOG = getLogger("umbel")
-POLL = 0.1  # seconds between two looks for answers
-EASE = 4.0  # how many times longer a pause is than the look before it took
-LOOK = 2.0  # seconds between two looks for nodes that are gone, or new
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long the server waits, in seconds."""
-
-    nodes: float = 300.0  # for all clients to be there before the first round
-    answer: float = 3600.0  # for a node's answer
-    gone: float = 30.0  # for a node that is offline to come back
-
-
-@dataclass
-class Roster:
-    """Who is where."""
-
-    names: dict[int, str] = field(default_factory=dict)  # of nodes that were let in
-    homes: dict[int, int] = field(default_factory=dict)  # client → node
-    examples: dict[int, int] = field(default_factory=dict)  # of a client
-    slots: dict[int, int] = field(default_factory=dict)
-    labels: dict[int, list[int]] = field(default_factory=dict)  # of a client, how many of each
-    refused: dict[int, str] = field(default_factory=dict)  # node → why
-
-    def entered(self, node: int, facts: Facts) -> str:
-        """Lets a node in whose facts were checked, or says why not."""
-        name, clients, counts = facts["name"], facts["clients"], facts["examples"]
-        if empty := [client for client, count in zip(clients, counts, strict=True) if count < 1]:
-            return f"node {name!r}: client {empty[0]} has no examples"
-        taken = [client for client in clients if self.homes.get(client, node) != node]
-        if taken:
-            other = self.names[self.homes[taken[0]]]
-            return f"node {name!r}: client {taken[0]} is on node {other!r} already"
-        self.names[node] = name
-        self.homes |= dict.fromkeys(clients, node)
-        self.examples |= dict(zip(clients, counts, strict=True))
-        self.slots |= dict(zip(clients, facts.get("slots", ()), strict=False))
-        self.labels |= dict(zip(clients, facts.get("label_counts", ()), strict=False))
-        return ""
-
 
 @dataclass
 class Nodes:
     """The clients of a run, on their nodes (a `Fleet`)."""
 
-    grid: "Grid"
+    exchange: Exchange
     recipe: Recipe
-    task: Task  # as the server has it: of its data only the form matters
+    task: Task  # as the server has it: of its data only the form and the counts matter, which nodes tell
     cohort: Cohort
     first: Any  # Shared before the first round
     fresh: Any  # the Private (K = 1) of a client that has not trained
-    run: str  # 16 hex digits, under which nodes keep what their clients keep
-    patience: Patience = field(default_factory=Patience)
+    newcomers: frozenset[int] = frozenset()  # clients that no node had when the run began
     roster: Roster = field(default_factory=Roster)
-    greeted: dict[str, int] = field(default_factory=dict)  # who has not yet said who it is
-    traffic: dict[str, int] = field(default_factory=lambda: {"down": 0, "up": 0})
+    greeted: dict[str, tuple[int, float]] = field(default_factory=dict)  # who was asked who it is, and when
     seen: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # a test's last scores
+    round: int = 0  # the last one that was begun
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -112,157 +75,289 @@ class Nodes:
 
     # Who is there.
 
-    def gather(self) -> Task:
-        """Waits until every client that takes part is on a node; the task with the counts that nodes have told.
+    def gather(self, share: float) -> None:
+        """Waits until every client that takes part is on a node.
+
+        Args:
+            share: of the clients, with which the run goes on when the time is up.
 
         Raises:
-            DeployError: some are not, and it names them and the nodes that were refused.
+            DeployError: there are fewer; it names the missing ones and the nodes that were refused.
         """
-        wanted = participants(self.task.num_clients, self.recipe.schedule).tolist()
+        wanted = self._members.tolist()
         begin, told = time.monotonic(), ""
         while True:
-            self.greet()
+            self.greet(self.exchange.online())
             missing = [client for client in wanted if client not in self.roster.homes]
             if not missing:
-                break
-            waited = time.monotonic() - begin
+                return
+            waited, there = time.monotonic() - begin, len(wanted) - len(missing)
             # Who has come may still be loading its model.
-            if waited > self.patience.nodes + (self.patience.answer if self.greeted else 0.0):
-                reasons = "".join(f"\n  refused: {why}" for why in self.roster.refused.values())
+            if waited > self.exchange.patience.nodes + (self.exchange.patience.answer if self.greeted else 0.0):
+                if there >= max(1, ceil(share * len(wanted))):
+                    LOG.info("the run goes on without clients %s, who may come later", listed(missing))
+                    return
                 raise DeployError(
                     f"after {waited:.0f} s there is no node with client{'s' * (len(missing) > 1)} "
-                    f"{_listed(missing)}; start the nodes that have them{reasons}"
+                    f"{listed(missing)}; start the nodes that have them{self._refusals()}"
                 )
-            if told != (told := f"{len(wanted) - len(missing)} of {len(wanted)} clients are there"):
+            if told != (told := f"{there} of {len(wanted)} clients are there"):
                 LOG.info(told)
             time.sleep(POLL)
-        count, slots = self.task.train.count.copy(), self.task.train.slots
-        for client, examples in self.roster.examples.items():
-            count[client] = examples
-        if slots is not None:
-            slots = slots.copy()
-            for client, number in self.roster.slots.items():
-                slots[client] = number
-        # Of these examples only the counts are looked at from here on.
-        return replace(self.task, train=replace(self.task.train, count=count, slots=slots))
 
-    def greet(self) -> None:
+    def attend(self, round: int) -> int:
+        """Lets nodes in, and waits where too few clients for a quorum are on nodes that are online.
+
+        Returns:
+            how many clients have come for the first time.
+
+        Raises:
+            DeployError: they have not come in time.
+        """
+        known, members = {*self.roster.homes}, {*self._members.tolist()}
+        needed = max(1, ceil(self.recipe.schedule.faults.quorum * len(members)))
+        begin, told = time.monotonic(), False
+        while True:
+            self.greet(online := self.exchange.online())
+            homes = self.roster.homes
+            there = sum(node in online for client, node in homes.items() if client in members)
+            if there >= needed:
+                return len(homes.keys() - known)
+            if not told:
+                LOG.info("round %d: %d clients are there, and %d are needed; waiting", round, there, needed)
+                told = True
+            if time.monotonic() - begin > self.exchange.patience.nodes:
+                raise DeployError(
+                    f"round {round}: after {self.exchange.patience.nodes:.0f} s {there} clients are there, and "
+                    f"{needed} are needed; start their nodes, and the run again with the same folder"
+                    f"{self._refusals()}"
+                )
+            time.sleep(10 * POLL)
+
+    def greet(self, online: set[int]) -> None:
         """Asks nodes that have come who they are, and lets in those that have said it; waits for nobody."""
-        online = sorted(self.grid.get_node_ids())
-        # Whoever was refused and went away may come back mended.
-        self.roster.refused = {node: why for node, why in self.roster.refused.items() if node in online}
-        known = {*self.roster.names, *self.roster.refused, *self.greeted.values()}
-        new = [node for node in online if node not in known]
+        patience, now, counts = self.exchange.patience, time.monotonic(), counts_are_told(self.recipe.schedule)
+        self.roster.look_again(online)
+        # Whoever has not said it for long has lost the question.
+        self.greeted = {name: own for name, own in self.greeted.items() if now - own[1] < patience.nodes}
+        waiting = {name: node for name, (node, _) in self.greeted.items()}
+        new = sorted(online - {*self.roster.names, *self.roster.refused, *waiting.values()})
         table = {key: value for key, value in self.recipe.table().items() if key != "engine"}
         asked: Facts = {"recipe": table, "label": self.recipe.label, "fingerprint": self.fingerprint}
-        self.greeted |= self._pushed("hello", {node: (asked, {}) for node in new})
-        troubles: dict[int, str] = {}
-        for node, facts, _ in self._pulled(self.greeted, troubles):
+        pushed = self.exchange.push("hello", {node: (asked, {}) for node in new})
+        waiting |= pushed
+        self.greeted |= {name: (node, now) for name, node in pushed.items()}
+        troubles: dict[int, Trouble] = {}
+        for node, facts, _ in self.exchange.pull(waiting, troubles):
             try:
-                told = facts_of_node(facts, self._name(node), self.task.num_clients)
+                who = self.exchange.name(node)
+                # That a client has some examples is all that is known where numbers are not told.
+                known = {} if counts else {"examples": [1] * len(fact(facts, "clients", Numbers, who))}
+                told = facts_of_node(facts | known, who, self.task.num_clients)
             except WireError as error:
-                troubles[node] = str(error)
+                troubles[node] = Trouble("refused", str(error))
                 continue
             if wrong := differences(self.fingerprint, told["fingerprint"]):
-                troubles[node] = f"node {told['name']!r}: its base is not the server's; {'; '.join(wrong)}"
-            elif why := self.roster.entered(node, told):
-                troubles[node] = why
+                why = f"node {told['name']!r}: its base is not the server's; {'; '.join(wrong)}"
             else:
-                LOG.info("node %r is there, with clients %s", told["name"], _listed(told["clients"]))
-        for node, why in troubles.items():
-            self.roster.refused[node] = why
-            LOG.error("refused: %s", why)
+                why = self.roster.entered(node, told, online)
+            if why:
+                troubles[node] = Trouble("refused", why)
+                continue
+            self.exchange.names[node] = self.roster.names[node]
+            self._count(told["clients"])
+            LOG.info("node %r is there, with clients %s", told["name"], listed(told["clients"]))
+        self.greeted = {name: own for name, own in self.greeted.items() if name in waiting}
+        for node, trouble in troubles.items():
+            self.roster.refused[node] = str(trouble)
+            LOG.error("refused: %s", trouble)
+
+    @cached_property
+    def _members(self) -> np.ndarray:
+        return participants(self.task.num_clients, self.recipe.schedule)
+
+    def _refusals(self) -> str:
+        return "".join(f"\n  refused: {why}" for why in self.roster.refused.values())
+
+    def _count(self, clients: Sequence[int]) -> None:
+        """Puts what nodes have told in place of the task's own counts, which is all that is looked at."""
+        train = self.task.train
+        for client in clients:
+            train.count[client] = self.roster.examples[client]
+            if train.slots is not None and client in self.roster.slots:
+                train.slots[client] = self.roster.slots[client]
 
     # A round.
 
+    def sampled(self, members: np.ndarray, schedule: Schedule, round: int) -> np.ndarray:
+        """The clients of a round, by the seed; where noise hides who takes part, by the operating system."""
+        hidden = schedule.privacy.level == "client"
+        return sampled(members, replace(schedule, seed=randbits(62)) if hidden else schedule, round)
+
     def uploads(self, shared: Any, clients: np.ndarray, round: int, seen: Tally) -> Iterator[Any]:
-        """The uploads of the round's clients, ascending, one by one; whose do not come are `dropped`.
+        """The uploads of the round's clients, ascending, one by one; what does not come is counted as lost.
 
         Raises:
-            RoundError: none came that could be used.
+            RoundError: some came, and none could be used.
+            DeployError: nobody is there.
         """
-        self.greet()
-        begin, before = time.perf_counter(), dict(self.traffic)
-        there = np.array([client for client in clients.tolist() if client in self.roster.homes], dtype=np.int64)
+        joined = self.attend(round)
+        self.round, told_loss = round, self.recipe.schedule.privacy.level == "none"
+        begin, before = time.perf_counter(), dict(self.exchange.traffic)
+        there = self._there(clients)
         weights = dict(zip(there.tolist(), self._weights(there).tolist(), strict=True))
         questions: dict[int, tuple[Facts, Parts]] = {}
         for node, own, facts, parts in self._letters(shared, there):
             told = {str(client): weights[client] for client in own.tolist()}
-            questions[node] = (facts | {"round": round, "weights": told}, parts)
-        troubles: dict[int, str] = {}
+            questions[node] = (facts | {"round": round, "weights": told, **self._noise()}, parts)
+        troubles: dict[int, Trouble] = {}
+        lost = {client: Trouble("missing", "") for client in np.setdiff1d(clients, there).tolist()}
         ready: dict[int, Any] = {}
-        used: list[int] = []
-        waiting, slowest = there.tolist(), 0.0
-        for node, told, parts in self.ask("train", questions, troubles):
-            asked = [client for client in waiting if self.roster.homes[client] == node]
+        waiting, used, slowest = there.tolist(), 0, 0.0
+        for node, told, parts in self.exchange.ask("train", questions, troubles, self.exchange.patience.deadline):
+            asked = self.roster.of(node, waiting)
             try:
-                slowest = max(slowest, fact(told, "seconds", Figure, self._name(node)))
-                found = self._opened_uploads(node, asked, shared, round, parts)
-                for client, upload in found.items():
-                    weight = None if self.cohort.weighting.rule == "rea" else weights[client]
-                    check_claims(upload, client, weight, f"{self._name(node)}, client {client}")
-                ready |= found
+                slowest = max(slowest, fact(told, "seconds", Figure, self.exchange.name(node)))
+                unsound = [c for c in fact(told, "dropped", Numbers, self.exchange.name(node)) if c in asked]
+                found, wrong = self._opened_uploads(node, asked, shared, round, parts, weights)
             except WireError as error:
-                troubles[node] = str(error)
+                troubles[node] = Trouble("malformed", str(error))
+                continue
+            ready |= found
+            seen.dropped.extend(unsound)
+            nothing = Trouble("malformed", f"{self.exchange.name(node)} has sent nothing for a client of its own")
+            lost |= {client: wrong.get(client, nothing) for client in asked if client not in {*found, *unsound}}
             waiting = [client for client in waiting if client not in asked or client in ready]
             while waiting and waiting[0] in ready:
-                client = waiting.pop(0)
-                used.append(client)
-                _counted(seen, ready[client], client)
-                yield ready.pop(client)
+                used += 1
+                yield _counted(seen, ready.pop(waiting[0]), waiting.pop(0), told_loss)
         for client in sorted(ready):  # after some that never came
-            used.append(client)
-            _counted(seen, ready[client], client)
-            yield ready.pop(client)
-        seen.dropped.extend(np.setdiff1d(clients, used).tolist())
-        for why in troubles.values():
+            used += 1
+            yield _counted(seen, ready.pop(client), client, told_loss)
+        for node, trouble in troubles.items():
+            lost |= dict.fromkeys(self.roster.of(node, waiting), trouble)
+        seen.lose(Counter(trouble.reason for trouble in lost.values()))
+        seen.lose({"duplicate": self.exchange.duplicates})
+        self.exchange.duplicates = 0
+        reasons = list(dict.fromkeys(str(trouble) for trouble in lost.values() if str(trouble)))
+        for why in reasons:
             LOG.error("round %d: %s", round, why)
-        if not used:
-            reasons = "".join(f"\n  {why}" for why in troubles.values())
-            raise RoundError(f"round {round}: no client's work could be used{reasons}")
-        seen.figures |= {
+        if not used and not {trouble.reason for trouble in lost.values()} <= {"late", "missing"}:
+            raise RoundError(
+                f"round {round}: no client's work could be used{''.join(f'{chr(10)}  {r}' for r in reasons)}"
+            )
+        seen.figures |= self._exchanged(begin, before, slowest, joined)
+
+    def _exchanged(self, begin: float, before: dict[str, int], slowest: float, joined: int) -> dict[str, float]:
+        """What a round's figures say of its messages."""
+        return {
             "client_seconds": slowest,
             "exchange_seconds": time.perf_counter() - begin,
-            "wire_down": self.traffic["down"] - before["down"],
-            "wire_up": self.traffic["up"] - before["up"],
+            "wire_down": self.exchange.traffic["down"] - before["down"],
+            "wire_up": self.exchange.traffic["up"] - before["up"],
+            **({"joined": joined} if joined else {}),
         }
 
-    def scores(self, shared: Any, tests: np.ndarray) -> Scores:
-        """The scores that the clients' nodes have found; of a node that is gone the last that it told."""
+    def _noise(self) -> Facts:
+        """What nodes are told of the noise on examples' gradients: what the client that needs most of it needs."""
+        spent = self.cohort.ledger
+        if spent is None or spent.privacy.level != "example":
+            return {}
+        return {"noise_multiplier": spent.privacy.noise_multiplier}
+
+    # Sums, of whose terms the server sees none under masks, and none that is not cut under noise (summed.py).
+
+    def total(
+        self, shared: Any, clients: np.ndarray, round: int, schedule: Schedule, cut: Cut | None, seen: Tally
+    ) -> Total:
+        """The sum over those of the clients that stay; a round in which too few do is lost, and gives none."""
+        joined = self.attend(round)
+        self.round = round
+        begin, before = time.perf_counter(), dict(self.exchange.traffic)
+        if not len(clients):
+            return Total(None)
+        told, there = self._noise(), self._there(clients)
+        if cut is not None:
+            told["clips"] = {name: float(clip) for name, clip in cut.clips.items()}
+        if counts_are_told(schedule):  # else a client weighs itself
+            told["weights"] = dict(zip(map(str, there.tolist()), self._weights(there).tolist(), strict=True))
+        message = self.cohort.method.send(shared, self.cohort.index(clients[:1]))
+        with_loss = schedule.secure.aggregation == "masks" and schedule.privacy.level == "none"
+        like = contributed(self.cohort.method, self.form(shared, clients[:1]), message, cut, with_loss)
+        asking = self._asking("train", shared, told)
+        found = summed(asking, there.tolist(), schedule, like, cut, seen)
+        seen.dropped.extend(np.setdiff1d(clients, seen.clients).tolist())
+        seen.figures |= self._exchanged(begin, before, asking.seconds, joined)
+        return found
+
+    def form(self, shared: Any, client: np.ndarray) -> Any:
+        """An Upload (K = 1) like those that are to come."""
+        return self._tried(self.cohort.method.send(shared, self.cohort.index(client)), int(client[0]), 1)
+
+    def _asking(self, about: str, shared: Any, told: Facts) -> Asking:
+        """How the nodes are asked for a sum: what they are told beside it is the method's messages."""
+
+        def letters(clients: list[int]) -> dict[int, tuple[Facts, Parts]]:
+            own = self._letters(shared, np.array(clients, dtype=np.int64), settling=about == "evaluate")
+            return {node: (facts | told | {"round": self.round}, parts) for node, _, facts, parts in own}
+
+        def ask(
+            kind: str, questions: dict[int, tuple[Facts, Parts]], silent: dict[str, str]
+        ) -> Iterator[tuple[int, Facts, Parts]]:
+            troubles: dict[int, Trouble] = {}
+            yield from self.exchange.ask(kind, questions, troubles, self.exchange.patience.deadline)
+            silent.update({self.exchange.name(node): str(trouble) for node, trouble in troubles.items()})
+
+        return Asking(ask, self.roster.homes, letters, about, self.round)
+
+    def scores(self, shared: Any, tests: np.ndarray) -> tuple[np.ndarray, Scores | SummedScores] | None:
+        """The scores that the clients' nodes have found, and of which tests.
+
+        Of a node that is gone they are the last that it told; clients that no node has had so far are left out.
+        Where clients are protected it is sums of scores, or nothing.
+        """
         serves = None if self.task.serves is None else self.task.serves.cpu().numpy()
-        clients = np.unique(tests if serves is None else serves[tests])
-        there = np.array([client for client in clients.tolist() if client in self.roster.homes], dtype=np.int64)
+        there = self._there(np.unique(tests if serves is None else serves[tests]))
+        if is_protected(self.recipe.schedule):
+            asking, rights = self._asking("evaluate", shared, {}), self.task.loss == "cross_entropy"
+            together = summed_scores(asking, there.tolist(), self.recipe.schedule, rights)
+            return None if together is None else (tests, together)
         questions = {node: (facts, parts) for node, _, facts, parts in self._letters(shared, there, settling=True)}
-        troubles: dict[int, str] = {}
+        troubles: dict[int, Trouble] = {}
         found: dict[int, tuple[Any, ...]] = {}
         mixture: Any = np.float32
-        for node, _, parts in self.ask("evaluate", questions, troubles):
+        deadline = self.exchange.patience.deadline
+        for node, _, parts in self.exchange.ask("evaluate", questions, troubles, deadline):
             own = self.task.tests_of(np.array(questions[node][0]["clients"]))
             try:
-                rows = _scores_in(parts, len(own), self.task.loss == "cross_entropy", self._name(node))
+                labels = self.task.loss == "cross_entropy"
+                rows = _scores_in(parts, len(own), labels, self.exchange.name(node))
             except WireError as error:
-                troubles[node] = str(error)
+                troubles[node] = Trouble("malformed", str(error))
                 continue
             mixture = rows["mixture"].dtype if "mixture" in rows else mixture
             nothing = np.zeros((len(own), 0), dtype=np.float32)
             for place, test in enumerate(own.tolist()):
                 right = rows["accuracy"][place] if "accuracy" in rows else None
                 found[test] = (rows["loss"][place], right, rows.get("mixture", nothing)[place])
-        for why in troubles.values():
-            LOG.error("evaluation: %s", why)
+        for trouble in troubles.values():
+            LOG.error("evaluation: %s", trouble)
         self.seen |= found
-        every = [self.seen[test] for test in tests.tolist() if test in self.seen]
-        if len(every) < len(tests):
-            raise RoundError(
-                f"{len(tests) - len(every)} of {len(tests)} tests were never scored: {_listed(troubles.values())}"
-            )
+        done = np.array([test for test in tests.tolist() if test in self.seen], dtype=np.int64)
+        if not len(done):
+            return None
+        every = [self.seen[test] for test in done.tolist()]
         width = min(len(row[2]) for row in every)  # 0 where somebody keeps its mixture to itself
-        return Scores(
+        return done, Scores(
             np.array([row[0] for row in every]),
             np.array([row[1] for row in every]) if every[0][1] is not None else None,
             np.array([row[2][:width] for row in every], dtype=mixture).reshape(len(every), width),
             self.task.loss == "cross_entropy" and self.task.test.y.dim() > 1,
         )
+
+    def _there(self, clients: np.ndarray) -> np.ndarray:
+        """Those of the clients that are on a node."""
+        return np.array([client for client in clients.tolist() if client in self.roster.homes], dtype=np.int64)
 
     def _weights(self, clients: np.ndarray) -> np.ndarray:
         """(K,) how much each counts, by the recipe's rule."""
@@ -296,25 +391,45 @@ class Nodes:
             parts = {"common": packed_common[1], "own": packed(mine)}
             if settling and hasattr(method, "beside") and (more := method.beside(message)) is not None:
                 parts["beside"] = packed(tree.tensors(more))
-            yield node, own, {"clients": own.tolist(), "unchanged": unchanged}, parts
+            facts = {"clients": own.tolist(), "unchanged": unchanged}
+            if new := [client for client in own.tolist() if client in self.newcomers]:
+                facts["newcomers"] = new
+            yield node, own, facts, parts
 
     def _opened_uploads(
-        self, node: int, clients: Sequence[int], shared: Any, round: int, parts: Parts
-    ) -> dict[int, Any]:
-        """A node's uploads by client.
+        self,
+        node: int,
+        clients: Sequence[int],
+        shared: Any,
+        round: int,
+        parts: Parts,
+        weights: dict[int, float],
+    ) -> tuple[dict[int, Any], dict[int, Trouble]]:
+        """A node's uploads by client, and what is wrong with those that this run's method would not upload.
 
         Raises:
-            WireError: one is not what this run's method uploads.
+            WireError: there is something of a client that the node was not asked for, or no tensors at all.
         """
-        who = self._name(node)
+        who = self.exchange.name(node)
         asked = {str(client): client for client in clients}
-        found = by_client(unpacked(parts.get("uploads", b""), who))
-        if strangers := found.keys() - asked.keys():
+        own = by_client(unpacked(parts.get("uploads", b""), who))
+        for place in [name for name in parts if name.startswith("train/")]:  # where examples are protected
+            own[place.removeprefix("train/")] = unpacked(parts[place], who)
+        if strangers := own.keys() - asked.keys():
             raise WireError(f"{who}: {plain(min(strangers), 60)} is of no client that it was asked for")
-        return {
-            asked[client]: self._upload(own, asked[client], shared, round, f"{who}, client {client}")
-            for client, own in found.items()
-        }
+        found: dict[int, Any] = {}
+        wrong: dict[int, Trouble] = {}
+        for name, tensors in own.items():
+            client, sender = asked[name], f"{who}, client {name}"
+            try:
+                upload = self._upload(tensors, client, shared, round, sender)
+                weight = None if self.cohort.weighting.rule == "rea" else weights[client]
+                check_claims(upload, client, weight, sender)
+                found[client] = upload
+            except WireError as error:
+                reason = "not finite" if isinstance(error, NotFiniteError) else "malformed"
+                wrong[client] = Trouble(reason, str(error))
+        return found, wrong
 
     def _upload(self, tensors: Params, client: int, shared: Any, round: int, who: str) -> Any:
         if any(leaf.shape[:1] != (1,) for leaf in tensors.values()):
@@ -335,85 +450,14 @@ class Nodes:
     def _tried(self, message: Any, client: int, round: int) -> Any:
         """What a client would upload, had it a few examples: its form is what is wanted."""
         method: Any = self.cohort.method
-        x, y = next(self.task.train.of_client(k) for k in range(self.task.num_clients) if self.task.train.count[k])
+        train = self.cohort.train
+        x, y = next(train.of_client(k) for k in range(self.task.num_clients) if train.count[k])
         size, clients = min(len(y), 2), self.task.num_clients
         data = Examples(x[:size], y[:size], np.zeros(clients, np.int64), np.full(clients, size))
         method = replace(method, local=replace(method.local, batch_size=size, epochs=1, steps=0))
         cohort = replace(self.cohort, method=method, train=data.to(self.cohort.train.x.device), chunk=1)
         upload, _ = cohort.trained(message, self.fresh, np.array([client]), round, np.array([float(size)]))
         return upload
-
-    # The exchange.
-
-    def ask(
-        self, kind: str, questions: dict[int, tuple[Facts, Parts]], troubles: dict[int, str]
-    ) -> Iterator[tuple[int, Facts, Parts]]:
-        """The answers as they come; in `troubles` why a node has given none.
-
-        Args:
-            kind: "hello", "train" or "evaluate".
-            questions: what each node is asked.
-            troubles: is added to.
-        """
-        waiting = self._pushed(kind, questions)
-        end, looked, gone = time.monotonic() + self.patience.answer, time.monotonic(), dict[int, float]()
-        while waiting:
-            begin = time.monotonic()
-            answers = self._pulled(waiting, troubles)
-            took = time.monotonic() - begin
-            yield from answers
-            now = time.monotonic()
-            if now - looked > LOOK:
-                looked, online = now, set(self.grid.get_node_ids())
-                gone = {node: gone.get(node, now) for node in waiting.values() if node not in online}
-            for name, node in list(waiting.items()):
-                lost = node in gone and now - gone[node] > self.patience.gone
-                if lost or now > end:
-                    why = "is offline" if lost else f"has not answered for {self.patience.answer:.0f} s"
-                    troubles[node] = f"{self._name(node)} {why}"
-                    del waiting[name]
-            if waiting and not answers:
-                time.sleep(max(POLL, EASE * took))
-
-    def _pushed(self, kind: str, questions: dict[int, tuple[Facts, Parts]]) -> dict[str, int]:
-        """Sends the questions; the messages' names, and whom they are to."""
-        if not questions:
-            return {}
-        from flwr.app import Message
-
-        messages = []
-        for node, (facts, parts) in questions.items():
-            self.traffic["down"] += sum(map(len, parts.values()))
-            content, group = content_of(facts | {"run": self.run}, parts), str(facts.get("round", ""))
-            messages.append(Message(content, node, KINDS[kind], ttl=self.patience.answer, group_id=group))
-        # A name is missing where the SuperLink did not take the message: its node is gone.
-        return {n: node for n, node in zip(self.grid.push_messages(messages), questions, strict=True) if n}
-
-    def _pulled(self, waiting: dict[str, int], troubles: dict[int, str]) -> list[tuple[int, Facts, Parts]]:
-        """The answers that are there now, which are taken out of `waiting`."""
-        found = []
-        for answer in messages(self.grid, list(waiting), self.most) if waiting else ():
-            if (node := waiting.pop(answer.metadata.reply_to_message_id, None)) is None:
-                LOG.error("an answer came to what nobody has asked")
-                continue
-            who = self._name(node)
-            if answer.has_error():
-                troubles[node] = f"{who}: {plain(answer.error.reason, 1000)}"
-                continue
-            try:
-                facts, parts = opened(answer.content, who)
-            except WireError as error:
-                troubles[node] = str(error)
-                continue
-            self.traffic["up"] += sum(map(len, parts.values()))
-            if "refused" in facts:
-                troubles[node] = plain(facts["refused"], 1000)
-            else:
-                found.append((node, facts, parts))
-        return found
-
-    def _name(self, node: int) -> str:
-        return f"node {self.roster.names.get(node, node)!r}"
 
 
 def lead(
@@ -422,44 +466,78 @@ def lead(
     folder: Path | None = None,
     patience: Patience | None = None,
     on_round: Callable[[Progress], None] | None = None,
+    share: float = 1.0,
 ) -> Result:
     """The whole run, with clients on the nodes of Flower's grid.
 
     Args:
         grid: Flower's.
         recipe: what to run.
-        folder: where to keep recipe, metrics and checkpoints; a new one.
+        folder: where to keep recipe, metrics and checkpoints: a new one, or that of a run of this recipe that was
+            stopped, which is gone on with.
         patience: how long to wait for nodes.
         on_round: called after every round.
+        share: of the clients, which have to be there before a run is begun.
 
     Raises:
-        UmbelError: nodes are missing, or no client's work could be used.
+        UmbelError: nodes are missing, no client's work could be used, or the folder holds something else.
     """
     refuse_simulated(recipe.schedule)
-    if folder is not None:
-        check_free(folder)
-    task = recipe.task.load(recipe.schedule.seed)
-    task = pooled(task) if recipe.schedule.pool else task
-    cohort, at = start(task, recipe.method, recipe.schedule, replace(recipe.engine, mode="looped"))
-    nodes = Nodes(grid, recipe, task, cohort, at.shared, at.store.fresh(1), token_hex(8), patience or Patience())
-    counted = nodes.gather()
-    cost = cohort.cost(at.shared, at.store, participants(task.num_clients, recipe.schedule)[:1])
-    kept = None
-    if folder is not None:
-        num_bytes = sum(leaf.numel() * leaf.element_size() for leaf in tree.tensors(at.shared).values())
-        facts = {"task": task.name, "num_clients": task.num_clients, "chunk": 1, "cost": asdict(cost)}
-        facts |= {"schedule": asdict(recipe.schedule), "engine": asdict(recipe.engine), "deployed": nodes.run}
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        kept = RunFolder.create(folder, recipe.identity(), recipe.table(), facts, num_bytes)
-    history = []
-    for progress in rounds(cohort, at, counted, recipe.schedule, cost, nodes):
-        at = progress
-        history.append(at.figures)
-        if kept is not None:
-            record(kept, at, counted, recipe.schedule)
-        if on_round is not None:
-            on_round(at)
+    check_protection(recipe.schedule)
+    with ExitStack() as stack:
+        before = None if folder is None else stopped(folder, recipe, stack)
+        task = recipe.task.load(recipe.schedule.seed)
+        task = pooled(task) if recipe.schedule.pool else task
+        cohort, first = start(task, recipe.method, recipe.schedule, replace(recipe.engine, mode="looped"))
+        cohort = replace(cohort, secret=True)
+        begun = begun_anew(first) if before is None else begun_before(before, first)
+        counted, members = _countable(task), participants(task.num_clients, recipe.schedule)
+        exchange = Exchange(grid, begun.run, patience or Patience())
+        nodes = Nodes(exchange, recipe, counted, cohort, first.shared, first.store.fresh(1), begun.absent)
+        exchange.most = nodes.most
+        nodes.gather(share if before is None else recipe.schedule.faults.quorum)
+        if recipe.schedule.privacy.level == "example":
+            cohort = nodes.cohort = replace(
+                cohort, ledger=_spent(counted, recipe, members, begun.noise_multiplier)
+            )
+        if before is None:
+            nodes.newcomers = frozenset({*members.tolist()} - nodes.roster.homes.keys())
+            cost = cohort.cost(first.shared, first.store, members[:1])
+            if not counts_are_told(recipe.schedule):
+                cost = replace(cost, flops={}, steps={})
+            begun = replace(begun, cost=cost, absent=nodes.newcomers)
+            if folder is not None:
+                begun = replace(begun, folder=written(folder, recipe, task, begun, cohort.ledger, stack))
+        at, history = begun.progress, list(begun.history)
+        # Nodes keep what was before their last round only, so no checkpoint may be older than that.
+        schedule = replace(recipe.schedule, checkpoint_every=1)
+        for progress in rounds(cohort, at, counted, recipe.schedule, begun.cost, nodes):
+            at = progress
+            history.append(at.figures)
+            if begun.folder is not None:
+                record(begun.folder, at, counted, schedule)
+            if on_round is not None:
+                on_round(at)
     return Result(counted, recipe.schedule, cohort, at, history, [])
+
+
+def _countable(task: Task) -> Task:
+    """The task with counts of its own, for nodes to tell."""
+    train = task.train
+    slots = None if train.slots is None else train.slots.copy()
+    return replace(task, train=replace(train, count=train.count.copy(), slots=slots))
+
+
+def _spent(counted: Task, recipe: Recipe, members: np.ndarray, noise_multiplier: float) -> Ledger | None:
+    """What a run spends of examples' privacy, by the numbers of them that nodes have told.
+
+    A run that is gone on with keeps the noise that it was begun with (`noise_multiplier`, else 0).
+    """
+    schedule = recipe.schedule
+    cohorts = (sampled(members, schedule, round) for round in range(1, schedule.rounds + 1))
+    noise = noise_multiplier or schedule.privacy.noise_multiplier
+    kept = replace(schedule, privacy=replace(schedule.privacy, noise_multiplier=noise))
+    return ledger(counted, recipe.method, kept, cohorts)
 
 
 def refuse_simulated(schedule: Schedule) -> None:
@@ -468,8 +546,6 @@ def refuse_simulated(schedule: Schedule) -> None:
         "faults": schedule.faults.any,
         "attack": schedule.attack.kind != "none",
         "asynchronous": schedule.asynchronous.buffer > 0,
-        "secure": schedule.secure.aggregation != "plain",
-        "privacy": schedule.privacy.level != "none",
     }
     if asked := [name for name, wanted in here.items() if wanted]:
         raise RecipeError(
@@ -477,9 +553,13 @@ def refuse_simulated(schedule: Schedule) -> None:
         )
 
 
-def _counted(seen: Tally, upload: Any, client: int) -> None:
+def _counted(seen: Tally, upload: Any, client: int, told_loss: bool) -> Any:
+    """The upload, which `seen` has counted."""
     seen.sent(upload, 1)
-    seen.add(upload, np.array([client]))
+    seen.arrived(np.array([client]))
+    if told_loss:
+        seen.losses(float(upload.loss.sum()), 1)
+    return upload
 
 
 def _discrepancy(labels: Sequence[Sequence[int]], num_labels: int) -> np.ndarray:
@@ -498,8 +578,8 @@ def _scores_in(parts: Parts, num_tests: int, labels: bool, who: str) -> dict[str
     tensors = unpacked(parts.get("scores", b""), who)
     dims = {"loss": 1, "accuracy": 1, "mixture": 2}
     if "loss" not in tensors or not tensors.keys() <= dims.keys():
-        told = plain(_listed(tensors) or "nothing")
-        raise WireError(f"{who}: its scores are {told}, where {_listed(dims)} are known")
+        told = plain(listed(tensors) or "nothing")
+        raise WireError(f"{who}: its scores are {told}, where {listed(dims)} are known")
     for name, leaf in tensors.items():
         if leaf.dim() != dims[name] or len(leaf) != num_tests or leaf.dtype not in (torch.float32, torch.float64):
             raise WireError(f"{who}: {name} is not of the {num_tests} tests that it was asked for")
@@ -511,7 +591,3 @@ def _scores_in(parts: Parts, num_tests: int, labels: bool, who: str) -> dict[str
 
 def _same(one: Params, other: Params) -> bool:
     return list(one) == list(other) and all(equal(leaf, other[name]) for name, leaf in one.items())
-
-
-def _listed(items: Any) -> str:
-    return ", ".join(str(item) for item in items)

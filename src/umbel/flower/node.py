@@ -4,10 +4,16 @@ To the SuperLink it is a SuperNode like any other: TLS, its own key, heartbeats.
 two ways. Model and data are loaded once, and it looks for messages often while a run goes on: Flower's starts a
 process for each message and looks every three seconds. And it runs no app that comes over the network: what is run
 is what is installed here.
+
+Whatever dies meanwhile, it goes on: it waits for a SuperLink that is gone, and a node that was killed and is
+started again does at once what it had left undone.
 """
 
+import fcntl
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from umbel.errors import DeployError, UmbelError, WireError
 from umbel.flower.apps import answered, hear
 from umbel.flower.arriving import put_together
-from umbel.flower.lead import LOG
+from umbel.flower.exchange import LOG
 from umbel.flower.work import NodeSettings, Site, settings_of
 from umbel.folder import write
 from umbel.untrusted import toml_of
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
     from flwr.app import Message
 
 BUSY, IDLE = 0.1, 2.0  # seconds between two looks, in a run and long after one
+AGAIN = 1.0  # seconds until a connection that broke is made again
 EASE = 4.0  # how many times longer a pause is than the look before it took: a slow server is left in peace
 LINK = {"superlink", "root_certificates", "key"}  # of a node's file; the rest are NodeSettings
 
@@ -71,22 +78,39 @@ def serve(settings: NodeSettings, link: Link, ended: Callable[[], bool] = lambda
     """Answers the SuperLink's messages until `ended`, which is asked between two of them.
 
     Raises:
-        DeployError: the key cannot be read, or the connection has broken for good.
+        DeployError: the key cannot be read, or another process answers for this node.
     """
-    from flwr.supernode.fleet_http_connection import http_request_response
-
     hear()
     site, keys = Site(settings), _keys(link.key)
-    inbox = Inbox(Path(settings.state).expanduser() / "inbox")
-    connection = http_request_response(
-        link.superlink, link.root_certificates is None, link.root_certificates, keys
-    )
-    with connection as (node, receive, send, _, _, pull, push, confirm):
+    state = Path(settings.state).expanduser()
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _alone(state, settings.name):
+        while True:
+            _connected(site, link, keys, Inbox(state / "inbox"), ended)
+            if ended():
+                return
+            # Flower's connection keeps errors to itself, but for the log.
+            LOG.warning("node %r has lost its connection and makes a new one", settings.name)
+            time.sleep(AGAIN)
+
+
+def _connected(site: Site, link: Link, keys: Any, inbox: "Inbox", ended: Callable[[], bool]) -> None:
+    """Answers messages until `ended`, or until the connection breaks."""
+    from flwr.supercore.run import RunNotRunningException
+    from flwr.supernode.fleet_http_connection import http_request_response
+
+    settings, known = site.settings, inbox.path.with_name("node-id")
+    _let_go(link, keys, known)
+    insecure = link.root_certificates is None
+    with http_request_response(link.superlink, insecure, link.root_certificates, keys) as connection:
+        node, receive, send, _, _, pull, push, confirm = connection
+        write(known, str(node).encode())
         LOG.info("node %r is online at %s, with clients %s", settings.name, link.superlink, settings.clients)
         # The SuperLink gives a message out once: what a process before this one has left undone is done first.
         if (left := inbox.message(node)) is not None:
             LOG.info("node %r goes on with a message that it had not answered", settings.name)
-            _send(_answer(site, left), 0.0, send, push)
+            with suppress(RunNotRunningException):  # nor is anybody waiting for the answer
+                _send(_answered(site, left, inbox, pull, confirm), 0.0, send, push)
         inbox.clear()
         pause = BUSY
         while not ended():
@@ -96,19 +120,70 @@ def serve(settings: NodeSettings, link: Link, ended: Callable[[], bool] = lambda
                 pause = min(pause * 1.02, IDLE)
                 continue
             pause = BUSY
+            inbox.put(*came)
             begin = time.perf_counter()
             try:
-                message = _whole(*came, pull, confirm, site.most)
-            except WireError as error:
-                _send(_refusal(site, came[0], f"its message was refused: {error}"), 0.0, send, push)
-                continue
-            inbox.put(message)
-            answer = _answer(site, message)
-            _send(answer, time.perf_counter() - begin, send, push)
+                answer = _answered(site, came[0], inbox, pull, confirm)
+                _send(answer, time.perf_counter() - begin, send, push)
+            except RunNotRunningException:
+                LOG.warning("the run of a message has ended; it is not answered")
             inbox.clear()
+
+
+def _answered(site: Site, message: "Message", inbox: "Inbox", pull: Any, confirm: Any) -> "Message":
+    """The answer to a message, whose content is fetched first if it has yet to come."""
+    if not list(message.content):
+        try:
+            message = _whole(message, inbox.objects(), pull, confirm, site.most)
+        except WireError as error:
+            return _refusal(site, message, f"its message was refused: {error}")
+        inbox.put(message)
+    return _answer(site, message)
+
+
+def _let_go(link: Link, keys: Any, known: Path) -> None:
+    """Tells the SuperLink that the process before this one is no more: else it lets nobody in for a minute."""
+    import httpx
+    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+    from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+    if keys is None or not known.is_file():
         return
-    # Flower's connection keeps errors to itself, but for the log.
-    raise DeployError(f"the connection to {link.superlink} has broken; start the node again")
+    insecure = link.root_certificates is None
+    interceptors: list[Any] = [
+        RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+        NodeAuthHttpInterceptor(*keys),
+    ]
+    with FleetHttpClient.from_server_address(
+        link.superlink, insecure, link.root_certificates, interceptors
+    ) as client:
+        while True:
+            try:
+                client.DeactivateNode(DeactivateNodeRequest(node_id=int(known.read_text())))
+            except httpx.TransportError as error:
+                if "ssl" not in str(error).lower():
+                    time.sleep(AGAIN)  # it is not up yet
+                    continue
+            except (httpx.HTTPError, RuntimeError, ValueError):
+                pass  # it knew that already, or is another SuperLink
+            return
+
+
+@contextmanager
+def _alone(state: Path, name: str) -> Iterator[None]:
+    """Keeps the node's folder to this process; whoever is killed has let go of it."""
+    handle = os.open(state / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise DeployError(f"node {name!r}: another process uses {state}; stop it first") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 @dataclass(frozen=True)
@@ -117,12 +192,19 @@ class Inbox:
 
     path: Path
 
-    def put(self, message: "Message") -> None:
-        """Keeps a message until `clear`."""
+    def put(self, message: "Message", objects: Any = None) -> None:
+        """Keeps a message until `clear`; one whose content has yet to come, with the names of what is in it."""
         from flwr.common.serde import message_to_proto
 
-        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if objects is not None:
+            write(self.path.with_suffix(".objects"), objects.SerializeToString())
         write(self.path, message_to_proto(message).SerializeToString())
+
+    def objects(self) -> Any:
+        """What is in a message that came without its content."""
+        from flwr.proto.message_pb2 import ObjectTree
+
+        return ObjectTree.FromString(self.path.with_suffix(".objects").read_bytes())
 
     def message(self, node: int) -> "Message | None":
         """The message that is there, if it was to this node of Flower's."""
@@ -140,7 +222,8 @@ class Inbox:
 
     def clear(self) -> None:
         """Forgets it."""
-        self.path.unlink(missing_ok=True)
+        for path in (self.path, self.path.with_suffix(".objects")):
+            path.unlink(missing_ok=True)
 
 
 def _answer(site: Site, message: "Message") -> "Message":

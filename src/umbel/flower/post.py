@@ -7,13 +7,16 @@ import json
 from typing import TYPE_CHECKING
 
 from umbel.errors import WireError
-from umbel.flower.work import Facts, Parts
+from umbel.flower.protected import STEPS
+from umbel.flower.wire import Facts, Parts
 from umbel.untrusted import plain, table_in
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
 
-KINDS = {"hello": "query.hello", "train": "train", "evaluate": "evaluate"}
+KINDS = {"hello": "query.hello", "train": "train", "evaluate": "evaluate"} | {
+    step: f"query.{step}" for step in STEPS
+}
 """What is asked → the type of Flower's message."""
 FORMAT = "safetensors"
 MOST_PARTS = 1 << 14  # of a message

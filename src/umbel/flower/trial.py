@@ -7,6 +7,7 @@ DIR/nodes/node-1.toml …        each node's settings
 DIR/flwr/config.toml           how `flwr` finds the SuperLink; FLWR_HOME
 DIR/compose.yaml, README.md    the same in containers, and the commands
 DIR/logs/  DIR/run/  DIR/state/    what a trial leaves: logs, the run folder, what nodes keep
+DIR/superlink.db                   what the SuperLink knows: keys, messages on their way
 """
 
 import json
@@ -17,17 +18,19 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
 from umbel.errors import DeployError
 from umbel.flower.credentials import write_certificates, write_keys
-from umbel.folder import read_lines
+from umbel.flower.resume import is_deployed, is_unfinished, last_round
 from umbel.recipe import Recipe
+from umbel.runs import read_history
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -37,6 +40,7 @@ QUIET = {
 }
 """Flower calls nobody, and installs nothing at run time."""
 CONNECTION = "deployment"
+ALREADY = "already in use"  # what Flower says of a key that it knows
 
 PYPROJECT = """\
 [build-system]
@@ -64,9 +68,12 @@ clientapp = "umbel_run.client:app"
 method = {label}
 rounds = {rounds}
 seed = {seed}
-out = ""              # the run folder, on the server; "" for none
-wait-nodes = 300.0    # seconds, for all clients to be there
-wait-answer = 3600.0  # for a node's answer
+out = ""              # the run folder, on the server; one of a run that was stopped is gone on with; "" for none
+begin = 1.0           # the share of the clients that have to be there before the first round
+quorum = {quorum}          # the share of a round's clients without which the server stays as it was
+deadline = 3600.0     # seconds, for a round's uploads
+wait-nodes = 300.0    # for clients to be there
+wait-answer = 3600.0  # for any other answer
 wait-gone = 30.0      # for a node that is offline to come back
 """
 SERVER = '''\
@@ -101,7 +108,7 @@ The parts, each on its own machine (docs/deploy.md says what goes where):
     flower-superlink --ssl-ca-certfile {folder}/certificates/ca.crt \\
         --ssl-certfile {folder}/certificates/server.pem \\
         --ssl-keyfile {folder}/certificates/server.key --enable-supernode-auth --host {host} --port {port} \\
-        --disable-runtime-dependency-installation
+        --database {folder}/superlink.db --disable-runtime-dependency-installation
     flwr supernode register {folder}/keys/node-1.pub {connection}          # for each node, once
 
     # each node
@@ -121,6 +128,7 @@ COMPOSE = """\
 services:
   superlink:
     image: ${{UMBEL_IMAGE:-umbel}}
+    restart: unless-stopped
     command: >-
       flower-superlink --ssl-ca-certfile /certificates/ca.crt --ssl-certfile /certificates/server.pem
       --ssl-keyfile /certificates/server.key --enable-supernode-auth --host 0.0.0.0 --port {port}
@@ -147,6 +155,7 @@ SERVICE = """\
     image: ${{UMBEL_IMAGE:-umbel}}
     command: umbel deploy node /node/{name}.toml --superlink superlink:{port}
     environment: *quiet
+    restart: unless-stopped
     read_only: true
     tmpfs: [/tmp]
     volumes:
@@ -192,7 +201,12 @@ def init(
     (app / "server.py").write_text(SERVER, "utf-8")
     (app / "client.py").write_text(CLIENT, "utf-8")
     schedule = recipe.schedule
-    told = PYPROJECT.format(label=json.dumps(recipe.label), rounds=schedule.rounds, seed=schedule.seed)
+    told = PYPROJECT.format(
+        label=json.dumps(recipe.label),
+        rounds=schedule.rounds,
+        seed=schedule.seed,
+        quorum=float(schedule.faults.quorum),
+    )
     (folder / "app" / "pyproject.toml").write_text(told, "utf-8")
     write_certificates(
         folder / "certificates", list(dict.fromkeys([host, "localhost", "127.0.0.1", "superlink", *more_hosts]))
@@ -242,23 +256,61 @@ def deal(num_clients: int, num_nodes: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Trial:
-    """A deployment on this machine, while it is up."""
+    """A deployment on this machine, while it is up: its SuperLink and its nodes, by name."""
 
     folder: Path
     environment: dict[str, str]
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    stack: ExitStack  # which stops all of them
+    stock: bool = False  # with Flower's own SuperNodes
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
-    def flwr(self, *arguments: str) -> str:
-        """What a command of Flower's prints.
+    @property
+    def nodes(self) -> list[str]:
+        """The nodes' names."""
+        return sorted(path.stem for path in (self.folder / "nodes").glob("*.toml"))
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where the SuperLink listens."""
+        file = self.folder / "nodes" / f"{self.nodes[0]}.toml"
+        host, _, port = tomllib.loads(file.read_text("utf-8"))["superlink"].rpartition(":")
+        return host, int(port)
+
+    def start(self, name: str) -> None:
+        """Starts "superlink" or a node, for the first time or after it has ended.
 
         Raises:
-            DeployError: it failed.
+            DeployError: the SuperLink does not listen.
         """
-        command = [tool("flwr"), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=self.environment, check=False)
-        if done.returncode:
-            raise DeployError(f"flwr {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
-        return done.stdout
+        (host, port), log = self.address, self.folder / "logs" / f"{name}.log"
+        certificates = self.folder.absolute() / "certificates"
+        tls = ["--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key"]
+        tls = [word if word.startswith("--") else str(certificates / word) for word in tls]
+        node = self.folder / "nodes" / f"{name}.toml"
+        if name == "superlink":
+            command = [
+                tool("flower-superlink"),
+                *tls,
+                "--enable-supernode-auth",
+                "--host",
+                host,
+                "--port",
+                str(port),
+            ]
+            command += ["--database", str((self.folder / "superlink.db").absolute())]
+            command.append("--disable-runtime-dependency-installation")
+        elif self.stock:
+            command = [*stock_node(node), "--port", str(free_port(host)), *tls]
+        else:
+            command = [tool("umbel"), "deploy", "node", str(node)]
+        self.processes[name] = self.stack.enter_context(process(command, log, self.environment))
+        if name == "superlink":
+            wait_for(host, port, self.processes[name], log)
+
+    def kill(self, name: str) -> None:
+        """Ends a part by kill -9, with no time for last words."""
+        os.killpg(self.processes[name].pid, signal.SIGKILL)
+        self.processes[name].wait()
 
 
 def up(
@@ -286,77 +338,82 @@ def up(
     signal.signal(
         signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT)
     )  # as Ctrl-C: nothing is left behind
-    out = free_name(folder / "run")
+    out = unfinished(folder / "run") or free_name(folder / "run")
     with started(folder, said, stock) as trial:
-        said("the run begins")
+        said(f"the run in {out} goes on after round {last_round(out)}" if out.exists() else "the run begins")
         lead_run(trial, out, told, options)
     return out
 
 
+def unfinished(path: Path) -> Path | None:
+    """The newest of run, run-2, run-3 if it can be gone on with."""
+    found = None
+    for number in count(1):
+        name = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        if not name.exists():
+            return found
+        found = name if is_deployed(name) and is_unfinished(name) else None
+    raise AssertionError  # for there are more numbers than folders
+
+
 def lead_run(trial: Trial, out: Path, told: Callable[[dict[str, Any]], None], options: Sequence[str] = ()) -> None:
-    """Has the SuperLink do the run; its folder is `out`.
+    """Has the SuperLink do the run, or what is left of it; its folder is `out`.
 
     Raises:
         DeployError: it ends before its last round.
     """
-    config = " ".join([f"out='{out.absolute()}'", *options])
-    log = trial.folder / "logs" / "run.log"
-    command = [tool("flwr"), "run", str(trial.folder / "app"), CONNECTION, "--stream", "--run-config", config]
-    with process(command, log, trial.environment) as run:
-        shown, ended = 0, False
+    log, shown = trial.folder / "logs" / "run.log", last_round(out)
+    begin = log.stat().st_size if log.exists() else 0
+    with led(trial, out, options) as run:
+        ended = False
         while not ended:
             ended = run.poll() is not None
-            lines = read_lines(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
-            for figures in lines[shown:]:
-                told(figures)
-            shown = len(lines)
+            for figures in read_history(out):
+                if figures["round"] > shown:
+                    shown = figures["round"]
+                    told(figures)
             time.sleep(0.2)
     # Its exit code says nothing of how the run went.
-    status = json.loads(trial.flwr("list", CONNECTION, "--format", "json"))
-    ends = [run["status"] for run in status.get("runs", [])]
-    if not ends or not ends[0].startswith("finished:completed"):
-        errors = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-        raise DeployError(f"the run has ended as {', '.join(ends[:1]) or 'nothing'}:\n" + "\n".join(errors[-15:]))
+    if not (out / "run.json").is_file() or is_unfinished(out):
+        said = log.read_bytes()[begin:].decode("utf-8", "replace")
+        errors = [line for line in said.splitlines() if line.strip()]
+        raise DeployError(
+            f"the run has ended after round {last_round(out)}, before its last:\n" + "\n".join(errors[-15:])
+        )
+
+
+def led(trial: Trial, out: Path, options: Sequence[str] = ()) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """`flwr run`, which shows what the server says until the run is over."""
+    config = " ".join([f"out='{out.absolute()}'", *options])
+    command = [tool("flwr"), "run", str(trial.folder / "app"), CONNECTION, "--stream", "--run-config", config]
+    return process(command, trial.folder / "logs" / "run.log", trial.environment)
 
 
 @contextmanager
 def started(folder: Path, said: Callable[[str], None], stock: bool = False) -> Iterator[Trial]:
     """A SuperLink and the folder's nodes, until the block ends."""
-    import tomllib
-
-    nodes = sorted((folder / "nodes").glob("*.toml"))
-    if not nodes:
-        raise DeployError(f"{folder} has no nodes/*.toml; write them by `umbel deploy init {folder} …`")
-    host, _, port = tomllib.loads(nodes[0].read_text("utf-8"))["superlink"].rpartition(":")
-    if taken(host, int(port)):
-        raise DeployError(f"something listens on {host}:{port} already; stop it, or init with another --port")
-    (folder / "logs").mkdir(exist_ok=True)
     # Flower's programs look for each other in PATH.
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = os.environ | QUIET | {"FLWR_HOME": str((folder / "flwr").absolute()), "PATH": programs}
-    trial, certificates = Trial(folder, environment), folder.absolute() / "certificates"
-    tls = ["--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key"]
-    tls = [word if word.startswith("--") else str(certificates / word) for word in tls]
     with ExitStack() as stack:
-        link = [tool("flower-superlink"), *tls, "--enable-supernode-auth", "--host", host, "--port", port]
-        link.append("--disable-runtime-dependency-installation")
-        server = stack.enter_context(process(link, folder / "logs" / "superlink.log", environment))
-        trial.processes.append(server)
-        wait_for(host, int(port), server, folder / "logs" / "superlink.log")
+        trial = Trial(folder, environment, stack, stock)
+        if not trial.nodes:
+            raise DeployError(f"{folder} has no nodes/*.toml; write them by `umbel deploy init {folder} …`")
+        host, port = trial.address
+        if taken(host, port):
+            raise DeployError(f"something listens on {host}:{port} already; stop it, or init with another --port")
+        (folder / "logs").mkdir(exist_ok=True)
+        trial.start("superlink")
         said(f"the SuperLink is up at {host}:{port}, with TLS")
-        register(trial, [folder / "keys" / f"{path.stem}.pub" for path in nodes])
-        for path in nodes:
-            log = folder / "logs" / f"{path.stem}.log"
-            command = [tool("umbel"), "deploy", "node", str(path)]
-            if stock:
-                command = [*stock_node(path), "--port", str(free_port(host)), *tls]
-            trial.processes.append(stack.enter_context(process(command, log, environment)))
-        said(f"{len(nodes)} nodes are started")
+        register(trial, [folder / "keys" / f"{name}.pub" for name in trial.nodes])
+        for name in trial.nodes:
+            trial.start(name)
+        said(f"{len(trial.nodes)} nodes are started")
         yield trial
 
 
 def register(trial: Trial, keys: Sequence[Path]) -> None:
-    """Makes the SuperLink know the nodes' public keys.
+    """Makes the SuperLink know the nodes' public keys, if it does not yet.
 
     Raises:
         DeployError: it refuses one.
@@ -365,11 +422,14 @@ def register(trial: Trial, keys: Sequence[Path]) -> None:
     code = (
         "import sys\n"
         "from flwr.cli.app import app\n"
-        "for key in sys.argv[2:]: app(['supernode', 'register', key, sys.argv[1]], standalone_mode=False)\n"
+        "for key in sys.argv[2:]:\n"
+        "    try: app(['supernode', 'register', key, sys.argv[1]], standalone_mode=False)\n"
+        "    except Exception as error: print(error)\n"
     )
     command = [sys.executable, "-c", code, CONNECTION, *map(str, keys)]
     done = subprocess.run(command, capture_output=True, text=True, env=trial.environment, check=False)
-    if done.returncode or done.stdout.count("registered") < len(keys):
+    known = sum(done.stdout.count(told) + done.stderr.count(told) for told in ("registered", ALREADY))
+    if known < len(keys):
         raise DeployError(f"the SuperLink does not take the nodes' keys:\n{done.stdout}{done.stderr}")
 
 
@@ -389,7 +449,7 @@ def stock_node(path: Path) -> list[str]:
 @contextmanager
 def process(command: Sequence[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """A process with its children, all of which are stopped when the block ends."""
-    with log.open("wb") as file:
+    with log.open("ab") as file:
         # A session of its own: Ctrl-C comes to this program alone, which then stops the others in their order.
         started = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
     try:

@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 
 from umbel import tree
-from umbel.errors import WireError
+from umbel.errors import NotFiniteError, WireError
 from umbel.tree import Params
 from umbel.untrusted import plain, tensors_in
 
 S = TypeVar("S")
+
+Facts = dict[str, Any]
+"""What is said in words and numbers: anything that JSON knows."""
+Parts = dict[str, bytes]
+"""What is said in bytes, by part: tensors as `packed` made them, messages of a secure sum."""
 
 
 def packed(tensors: Params) -> bytes:
@@ -82,10 +87,10 @@ def difference(expected: Params, got: Params) -> str | None:
 
 
 def check_finite(tensors: Params, who: str) -> None:
-    """Raises WireError, naming the tensor and `who` sent it, if one holds NaN or infinity."""
+    """Raises NotFiniteError, naming the tensor and `who` sent it, if one holds NaN or infinity."""
     for name, leaf in tensors.items():
         if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
-            raise WireError(f"{who}: {name} holds NaN or infinity")
+            raise NotFiniteError(f"{who}: {name} holds NaN or infinity")
 
 
 def apart(state: Any) -> tuple[Params, Params]:

@@ -4,6 +4,8 @@
     train      the server's messages to clients → their uploads; what they keep stays on this node's disk
     evaluate   the server's messages to clients → the scores of their own models on their own test data
 
+Where clients or examples are protected, all but the first are answered in another way (protected.py).
+
 No code and no path comes from the network: a recipe's task may name code only if the node's owner named it too.
 """
 
@@ -24,26 +26,23 @@ from umbel import tree
 from umbel.clients import Examples
 from umbel.cohort import Cohort, Engine
 from umbel.errors import DataError, RecipeError, UmbelError, WireError
-from umbel.evaluate import scores
+from umbel.evaluate import Scores, scores
 from umbel.flower.facts import Figure, Hashes, Name, Number, Numbers, Text, fact
 from umbel.flower.fingerprint import Fingerprint, differences, fingerprint
 from umbel.flower.kept import Kept
-from umbel.flower.wire import by_client, filled, packed, unpacked
+from umbel.flower.protected import STEPS, Protection, check_protection, counts_are_told, is_protected
+from umbel.flower.vault import Vault
+from umbel.flower.wire import Facts, Parts, by_client, filled, packed, unpacked
 from umbel.folder import read_json, write
-from umbel.onboarding import read_client
+from umbel.onboarding import read_client, routed
 from umbel.recipe import Recipe, Table, load, read
-from umbel.rounds import start
+from umbel.rounds import participants, sampled, start
 from umbel.tasks import Task
 from umbel.tasks.own import function_of
 from umbel.tasks.pool import pooled
 from umbel.tasks.task import split
 from umbel.tree import Params
 from umbel.untrusted import plain
-
-Facts = dict[str, Any]
-"""What is said in words and numbers: anything that JSON knows."""
-Parts = dict[str, bytes]
-"""Tensors by part, each as `wire.packed` made it."""
 
 RUN = re.compile(r"[0-9a-f]{16}")
 SERVER = "the server"
@@ -119,6 +118,7 @@ class Work:
     task: Task
     shared: Any  # the method's first: the pattern of what comes, and what never changes
     kept: Kept
+    protection: Protection | None = None
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -150,6 +150,10 @@ class Site:
             work = self._work(kind, facts)
             if kind == "hello":
                 return hello(work, fact(facts, "fingerprint", Hashes, SERVER)), {}
+            if work.protection is not None:
+                return protected(work, work.protection, kind, facts, parts)
+            if kind in STEPS:
+                raise WireError("the server has begun a secure sum, and the recipe has none")
             return train(work, facts, parts) if kind == "train" else evaluate(work, facts, parts)
         except UmbelError as error:
             return {"refused": f"node {self.settings.name!r}: {error}"}, {}
@@ -189,7 +193,12 @@ def opened(settings: NodeSettings, table: Table, label: str, folder: Path) -> Wo
         task = with_data(task, settings, recipe.schedule.seed)
     engine = Engine(mode="looped", device=settings.device, threads=settings.threads)
     cohort, at = start(task, recipe.method, recipe.schedule, engine)
-    return Work(settings, recipe, cohort, task, at.shared, Kept(folder, at.store.fresh(1)))
+    cohort, protection = replace(cohort, secret=True), None
+    if is_protected(recipe.schedule):
+        check_protection(recipe.schedule)
+        last = recipe.schedule.rounds if cohort.ledger is None else cohort.ledger.last_round
+        protection = Protection(Vault(folder), recipe.method, recipe.schedule, last, task.num_clients)
+    return Work(settings, recipe, cohort, task, at.shared, Kept(folder, at.store.fresh(1)), protection)
 
 
 def check_allowed(settings: NodeSettings, recipe: Recipe) -> None:
@@ -225,21 +234,21 @@ def paths_of(recipe: Recipe) -> list[str]:
 
 
 def hello(work: Work, server: Fingerprint) -> Facts:
-    """Who is here. The number of examples decides how much an upload counts.
+    """Who is here. The number of examples decides how much an upload counts, and is told where it has to be.
 
     Raises:
-        WireError: the server has another base.
+        WireError: the server has another base, or a client has no examples.
     """
     if wrong := differences(server, work.fingerprint):
         raise WireError(f"its base is not the server's; {'; '.join(wrong)}")
     clients = work.settings.numbers
     train = work.task.train
-    facts: Facts = {
-        "name": work.settings.name,
-        "clients": clients.tolist(),
-        "examples": train.count[clients].tolist(),
-        "fingerprint": work.fingerprint,
-    }
+    if empty := clients[train.count[clients] < 1].tolist():
+        raise WireError(f"client {empty[0]} has no examples")
+    facts: Facts = {"name": work.settings.name, "clients": clients.tolist(), "fingerprint": work.fingerprint}
+    if not counts_are_told(work.recipe.schedule):
+        return facts
+    facts["examples"] = train.count[clients].tolist()
     if train.slots is not None:
         facts["slots"] = train.slots[clients].tolist()
     if work.cohort.weighting.rule == "feddisco":
@@ -251,42 +260,102 @@ def hello(work: Work, server: Fingerprint) -> Facts:
 def train(work: Work, facts: Facts, parts: Parts) -> tuple[Facts, Parts]:
     """The uploads of the round's clients; whoever's work is not finite sends nothing and keeps what it had."""
     begin = perf_counter()
-    round, weights = fact(facts, "round", Number, SERVER), fact(facts, "weights", dict[str, Figure], SERVER)
     sent: Params = {}
     dropped: list[int] = []
     for client, message in received(work, facts, parts):
-        before = work.kept.before(client, round)
-        weight = np.array([fact(weights, str(client), Figure, SERVER)])
-        upload, after = work.cohort.trained(message, before, np.array([client]), round, weight)
-        good = tree.finite_rows(upload)
-        if tree.tensors(after):
-            good &= tree.finite_rows(after)
-        if not bool(good.all()):
+        upload = trained(work, work.cohort, facts, client, message)
+        if upload is None:
             dropped.append(client)
             continue
-        if tree.tensors(after):
-            work.kept.put(client, round, before, after)
         sent |= {f"{client}/{name}": leaf for name, leaf in tree.tensors(upload).items()}
     return {"dropped": dropped, "seconds": perf_counter() - begin}, {"uploads": packed(sent)}
 
 
+def trained(work: Work, cohort: Cohort, facts: Facts, client: int, message: Any) -> Any | None:
+    """The client's upload (K = 1), with what it keeps on disk; None, and nothing kept, if it is not finite."""
+    round = fact(facts, "round", Number, SERVER)
+    if "weights" in facts or counts_are_told(work.recipe.schedule):
+        weights = fact(facts, "weights", dict[str, Figure], SERVER)
+        weight = np.array([fact(weights, str(client), Figure, SERVER)])
+    else:  # the server does not know how many examples the client has
+        weight = cohort.weighting.of(work.task.train, np.array([client]))
+    before = started(work, facts, client, message, work.kept.before(client, round))
+    upload, after = cohort.trained(message, before, np.array([client]), round, weight)
+    good = tree.finite_rows(upload)
+    if tree.tensors(after):
+        good &= tree.finite_rows(after)
+    if not bool(good.all()):
+        return None
+    if tree.tensors(after):
+        work.kept.put(client, round, before, after)
+    return upload
+
+
 def evaluate(work: Work, facts: Facts, parts: Parts) -> tuple[Facts, Parts]:
     """The scores of the clients' own models on their own tests."""
-    messages = dict(received(work, facts, parts))
-    tests = work.task.tests_of(np.array(sorted(messages)))
-    serves = None if work.task.serves is None else work.task.serves.cpu().numpy()
-
-    def serve(chunk: np.ndarray) -> tuple[Params, Tensor]:
-        client = int(chunk[0] if serves is None else serves[chunk][0])
-        return work.cohort.serving(messages[client], work.kept.latest(client), np.array([client]))
-
-    found = scores(work.cohort, serve, work.task.test.to(work.cohort.train.x.device), tests)
+    found = scored(work, facts, dict(received(work, facts, parts)))
     told = {"loss": torch.from_numpy(found.loss)}
     if found.accuracy is not None:
         told["accuracy"] = torch.from_numpy(found.accuracy)
     if work.settings.share_mixture:
         told["mixture"] = torch.from_numpy(found.mixture)
     return {}, {"scores": packed(told)}
+
+
+def scored(work: Work, facts: Facts, messages: dict[int, Any]) -> Scores:
+    """How well the models of clients that have received these messages (K = 1) do on their tests."""
+    tests = work.task.tests_of(np.array(sorted(messages)))
+    serves = None if work.task.serves is None else work.task.serves.cpu().numpy()
+
+    def serve(chunk: np.ndarray) -> tuple[Params, Tensor]:
+        client = int(chunk[0] if serves is None else serves[chunk][0])
+        own = started(work, facts, client, messages[client], work.kept.latest(client))
+        return work.cohort.serving(messages[client], own, np.array([client]))
+
+    return scores(work.cohort, serve, work.task.test.to(work.cohort.train.x.device), tests)
+
+
+def protected(work: Work, protection: Protection, kind: str, facts: Facts, parts: Parts) -> tuple[Facts, Parts]:
+    """The answer where clients or examples are protected."""
+    clients = fact(facts, "clients", Numbers, SERVER)
+    if strangers := [client for client in clients if client not in work.settings.numbers]:
+        raise WireError(f"the server has written to client {strangers[0]}, who is not here")
+    if kind in STEPS:
+        return protection.step(kind, facts, parts)
+    messages = received(work, facts, parts)
+    if kind == "evaluate":
+        return protection.evaluate(facts, parts, messages, lambda client, own: scored(work, facts, {client: own}))
+    cohort = _noisy(work, facts)
+    return protection.train(facts, parts, messages, lambda client, own: trained(work, cohort, facts, client, own))
+
+
+def _noisy(work: Work, facts: Facts) -> Cohort:
+    """The cohort with the noise that all nodes put on their steps, where examples are protected.
+
+    Raises:
+        WireError: it is less than what this node's own clients need, or a client is not among the round's.
+    """
+    cohort, schedule = work.cohort, work.recipe.schedule
+    if schedule.privacy.level != "example" or cohort.ledger is None:
+        return cohort
+    told, least = fact(facts, "noise_multiplier", Figure, SERVER), cohort.ledger.privacy.noise_multiplier
+    if told < least * (1 - 1e-6):
+        raise WireError(f"the server's noise multiplier is {told:g}, and this node's clients need {least:g}")
+    round = fact(facts, "round", Number, SERVER)
+    drawn = sampled(participants(work.task.num_clients, schedule), schedule, round)
+    if others := np.setdiff1d(facts["clients"], drawn).tolist():
+        raise WireError(f"client {others[0]} was not drawn for round {round}; its ε counts that")
+    privacy = replace(cohort.ledger.privacy, noise_multiplier=told)
+    return replace(cohort, ledger=replace(cohort.ledger, privacy=privacy))
+
+
+def started(work: Work, facts: Facts, client: int, message: Any, private: Any) -> Any:
+    """The client's private state; one that has come after the run began finds its routes before it trains."""
+    newcomers = fact(facts, "newcomers", Numbers, SERVER) if "newcomers" in facts else ()
+    if client not in newcomers or work.kept.knows(client):
+        return private
+    with torch.enable_grad():
+        return routed(work.cohort, message, private, np.array([client]))
 
 
 def received(work: Work, facts: Facts, parts: Parts) -> Iterator[tuple[int, Any]]:
@@ -312,7 +381,8 @@ def received(work: Work, facts: Facts, parts: Parts) -> Iterator[tuple[int, Any]
         tensors = {name: known[name] for name in same} | common | rows.get(str(client), {})
         message = filled(patterns, tensors, who)
         if beside:
-            message = work.cohort.method.with_beside(message, filled([work.shared], beside, who))  # type: ignore[attr-defined]
+            method: Any = work.cohort.method
+            message = method.with_beside(message, filled([method.told(work.shared)], beside, who))
         yield client, message
 
 

@@ -12,8 +12,9 @@ Clustering, Algorithms 1-3, https://arxiv.org/abs/2404.15384
 
 v is the adapter with what else the task trains (heads). Beyond the paper: two slots of one client are different
 tasks and never share a cluster (`cannot_link`); the last round's centres are one of K-means' starts
-(`warm_start`); slots that sit a round out stay with their centre, which counts in K-means for them; a slot that
-has never trained serves the cluster that is nearest to what one local round makes of v⁰.
+(`warm_start`); slots that sit a round out count in K-means as they were last sent (`staleness`), or as the centre
+that they stay with; a slot that has never trained serves the cluster that is nearest to what one local round
+makes of v⁰.
 """
 
 from collections.abc import Iterable
@@ -44,6 +45,7 @@ from umbel.errors import RecipeError
 from umbel.methods import lora
 from umbel.methods.protocol import Population
 from umbel.methods.settling import choose, stacked
+from umbel.methods.trusting import usable
 from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats
 from umbel.train import LocalTraining
@@ -61,6 +63,9 @@ class Adapter:
     stats: Params  # running statistics of BatchNorm layers
 
 
+NOBODY = Adapter({}, {}, {})
+
+
 @state
 class Shared:
     start: Adapter  # leading axis 1, v⁰
@@ -68,6 +73,11 @@ class Shared:
     cluster: Tensor  # (slots,) int64; −1 for slots that never trained
     owner: Tensor  # (slots,) int64
     places: Tensor  # (slots, 2) where this round's partition saw them, or the centres they stayed with
+    held: Adapter  # leading axis slots, what each sent last; NOBODY if `staleness` is 0
+    examples: Tensor  # (slots,) how many it has, as it last said
+    weight: Tensor  # (slots,) and what it counts in a mean
+    heard: Tensor  # (slots,) int64 the round of its last upload; 0: never
+    round: Tensor  # () int64 rounds done
     bank: Bank
     seed: int
 
@@ -89,11 +99,20 @@ class Shared:
         return {"clusters": float(self.used.sum())}
 
 
+@state
+class Centres:
+    """What a slot without a cluster is compared with."""
+
+    start: Adapter  # leading axis 1, v⁰
+    centres: Adapter  # leading axis C
+    used: Tensor  # (C,) bool
+
+
 @dataclass(frozen=True)
 class AtServer:
-    """What a slot without a cluster is compared with; no tensor state, for it stays where it is."""
+    """No tensor state, for it stays where it is until a slot asks for it."""
 
-    shared: Shared
+    told: Centres
 
 
 @state
@@ -120,14 +139,17 @@ class FLTAC:
     cannot_link: bool = True
     warm_start: bool = True
     min_examples: int = 2  # a slot with fewer joins a cluster, but does not shape the partition
+    staleness: int = 10  # for so many rounds an absent slot counts in K-means as it was sent; 0: as its centre
     adapter: AdapterPlan = field(default_factory=AdapterPlan)
     local: LocalTraining = field(default_factory=LocalTraining)
     freeze_base: bool = False
     no_sums: ClassVar[str] = "slots that share an adapter are found by clustering single uploads"
 
     def __post_init__(self) -> None:
-        if self.num_clusters < 0 or self.min_examples < 1:
-            raise RecipeError("fl_tac: num_clusters must not be negative, and min_examples at least 1")
+        if min(self.num_clusters, self.staleness) < 0 or self.min_examples < 1:
+            raise RecipeError(
+                "fl_tac: num_clusters and staleness must not be negative, and min_examples at least 1"
+            )
 
     def bank(self, module: nn.Module) -> Bank:
         """The plan of an adapter."""
@@ -146,21 +168,27 @@ class FLTAC:
         owner = torch.arange(slots) if population.owner is None else population.owner.cpu().long()
         unknown = torch.full((slots,), -1)
         nearest = torch.zeros(1, num_clusters, dtype=next(iter(adapter.values())).dtype)
-        places = torch.zeros(slots, 2)
-        return Shared(start, centres, unknown, owner, places, bank, population.seed), Private(nearest)
+        held = tree.rows(start, torch.zeros(slots, dtype=torch.long)) if self.staleness else NOBODY
+        never, rounds = torch.zeros(slots, dtype=torch.long), torch.zeros((), dtype=torch.long)
+        seen = torch.zeros(slots, 2), held, torch.zeros(slots), torch.zeros(slots).double(), never, rounds
+        return Shared(start, centres, unknown, owner, *seen, bank, population.seed), Private(nearest)
 
     def send(self, shared: Shared, clients: Tensor) -> Message:
         cluster = shared.cluster[clients]
         own = tree.rows(joined(shared.start, shared.centres), cluster + 1)
         route = F.one_hot(cluster + 1, len(shared.used) + 1)[:, 1:].to(next(iter(own.adapter.values())))
-        return Message(own.base, own.adapter, own.stats, shared.bank, route, AtServer(shared))
+        return Message(own.base, own.adapter, own.stats, shared.bank, route, AtServer(self.told(shared)))
 
-    def beside(self, message: Message) -> Shared | None:
+    def told(self, shared: Shared) -> Centres:
+        """What slots without a cluster are told of the server's state."""
+        return Centres(shared.start, shared.centres, shared.used)
+
+    def beside(self, message: Message) -> Centres | None:
         """What a slot without a cluster settles by, once there are clusters; it travels to such slots only."""
-        shared = message.server.shared
-        return shared if bool(shared.used.any()) and not bool(message.route.any(1).all()) else None
+        told = message.server.told
+        return told if bool(told.used.any()) and not bool(message.route.any(1).all()) else None
 
-    def with_beside(self, message: Message, beside: Shared) -> Message:
+    def with_beside(self, message: Message, beside: Centres) -> Message:
         """The message as it was where `beside` was taken from it."""
         return replace(message, server=AtServer(beside))
 
@@ -178,35 +206,54 @@ class FLTAC:
     def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
         every = joined(*uploads)
         every = tree.rows(every, every.client.argsort())
-        num_slots, num_clusters = len(every.client), len(shared.used)
-        slots = joined(Adapter(every.base, every.adapter, every.stats), shared.centres)  # (K + C, …)
-        waiting = shared.cluster.index_fill(0, every.client, -1)  # the clusters of those that sit out
+        here, sent = every.client, Adapter(every.base, every.adapter, every.stats)
+        shared = self._noted(shared, every, sent)
+        fresh = usable(shared.heard, int(shared.round), self.staleness).index_fill(0, here, False)
+        away = fresh.nonzero().squeeze(1)  # absent, and counted as they were sent
+        known, num_clusters = torch.cat([here, away]), len(shared.used)
+        slots = joined(sent, *([tree.rows(shared.held, away)] if len(away) else []), shared.centres)
+        waiting = shared.cluster.index_fill(0, known, -1)  # the clusters of those that count as their centre
         absent = F.one_hot(waiting + 1, num_clusters + 1).sum(0)[1:]
-        x = points(self.products(shared, slots))
-        label = self.partition(shared, x, every, absent)
-        cluster = torch.where(waiting >= 0, label[num_slots + waiting], -1)
+        x = points(self.products(shared.bank, shared.start, slots))
+        label = self.partition(shared, x, known, absent)
         member = F.one_hot(label, num_clusters)
-        weight = member * torch.cat([every.weight, absent.to(every.weight)]).unsqueeze(1)
-        moved = weight[:num_slots].sum(0) > 0
-        weight[num_slots:] *= ~moved  # an old centre counts where nobody of the cluster was here
+        mass = torch.cat([shared.weight[known].to(every.weight), absent.to(every.weight)])
+        weight = member * mass.unsqueeze(1)
+        moved = weight[: len(here)].sum(0) > 0
+        weight[len(here) :] *= ~moved  # who is not here counts where nobody of the cluster is
         centres = choose(weight.sum(0) > 0, mean_of(weight, slots), shared.centres)
         seen = torch.from_numpy(plane(x)).to(shared.places)
-        places = torch.where(waiting.unsqueeze(1) >= 0, seen[num_slots + waiting], shared.places)
-        places = places.index_copy(0, every.client, seen[:num_slots])
-        cluster = cluster.index_copy(0, every.client, label[:num_slots])
+        centre_of = len(known) + waiting
+        cluster = torch.where(waiting >= 0, label[centre_of], -1).index_copy(0, known, label[: len(known)])
+        places = torch.where(waiting.unsqueeze(1) >= 0, seen[centre_of], shared.places)
+        places = places.index_copy(0, known, seen[: len(known)])
         return replace(shared, centres=centres, cluster=cluster, places=places)
 
-    def partition(self, shared: Shared, x: np.ndarray, every: Upload, absent: Tensor) -> Tensor:
-        """(K + C,) the clusters of a round's slots, and of the centres for the slots that sit it out.
+    def _noted(self, shared: Shared, every: Upload, sent: Adapter) -> Shared:
+        """With who was heard in this round, and what they sent."""
+        here, now, held = every.client, shared.round + 1, shared.held
+        if self.staleness:
+            held = tree.map_tensors(lambda old, row: old.index_copy(0, here, row), held, sent)
+        return replace(
+            shared,
+            held=held,
+            examples=shared.examples.index_copy(0, here, every.examples.to(shared.examples)),
+            weight=shared.weight.index_copy(0, here, every.weight.to(shared.weight)),
+            heard=shared.heard.index_copy(0, here, now.expand(len(here))),
+            round=now,
+        )
+
+    def partition(self, shared: Shared, x: np.ndarray, known: Tensor, absent: Tensor) -> Tensor:
+        """(K + C,) the clusters of slots, and of the centres for the slots that count as these.
 
         Args:
             shared: with the centres as they were.
-            x: (K + C, d) features of uploads and centres.
-            every: the uploads.
+            x: (K + C, d) features of what slots sent, and of the centres.
+            known: (K,) which slots these are.
             absent: (C,) how many slots each centre stands for.
         """
-        num_slots, num_clusters = len(every.client), len(absent)
-        heavy = every.examples >= self.min_examples
+        num_slots, num_clusters = len(known), len(absent)
+        heavy = shared.examples[known] >= self.min_examples
         mass = torch.cat([heavy if heavy.any() else ~heavy, absent]).double().cpu().numpy()
         here = np.concatenate([np.ones(num_slots, dtype=bool), absent.cpu().numpy() > 0])
         label = np.zeros(len(mass), dtype=np.int64)
@@ -215,20 +262,19 @@ class FLTAC:
         elif num_clusters > 1:
             owner = np.full(len(mass), -1)
             if self.cannot_link:
-                owner[:num_slots] = shared.owner[every.client].cpu().numpy()
+                owner[:num_slots] = shared.owner[known].cpu().numpy()
             cloud = Cloud(x, mass, owner)
             number = min(self.num_clusters, int((mass > 0).sum())) or best_number(cloud, num_clusters, shared.seed)
             used = np.flatnonzero(shared.used.cpu().numpy())
             warm = self.warm_start and len(used) == number
             label = k_means(cloud, number, shared.seed, cloud.x[num_slots + used] if warm else None)
         names = torch.where(shared.used, torch.arange(num_clusters, device=absent.device), -1)
-        before = torch.cat([shared.cluster[every.client], names]).cpu().numpy()
+        before = torch.cat([shared.cluster[known], names]).cpu().numpy()
         return torch.from_numpy(renamed(label, before, num_clusters)).to(absent.device)
 
-    def products(self, shared: Shared, slots: Adapter) -> np.ndarray:
-        """(n, n) the inner products of the slots' features."""
-        start = shared.start.adapter | shared.start.base
-        return inner_products(shared.bank, start, slots.adapter, slots.base, self.features)
+    def products(self, bank: Bank, start: Adapter, slots: Adapter) -> np.ndarray:
+        """(n, n) the inner products of the slots' features, seen from v⁰."""
+        return inner_products(bank, start.adapter | start.base, slots.adapter, slots.base, self.features)
 
     def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
         return lora.changed(upload, message, change)
@@ -237,8 +283,8 @@ class FLTAC:
         return "it clusters single uploads, so there is no mean of all that another could stand in for"
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
-        shared = message.server.shared
-        used, new = (found.nonzero().squeeze(1) for found in (shared.used, ~message.route.any(1)))
+        told = message.server.told
+        used, new = (found.nonzero().squeeze(1) for found in (told.used, ~message.route.any(1)))
         if not len(used) or not len(new):
             return private
 
@@ -250,16 +296,17 @@ class FLTAC:
         if not len(sound):
             return private
         sent = tree.rows(sent, sound)
-        both = joined(Adapter(sent.base, sent.adapter, sent.stats), tree.rows(shared.centres, used))
-        near = torch.from_numpy(distances(self.products(shared, both))[: len(sound), len(sound) :].argmin(1))
-        route = F.one_hot(used[near.to(used.device)], len(shared.used)).to(private.nearest)
+        both = joined(Adapter(sent.base, sent.adapter, sent.stats), tree.rows(told.centres, used))
+        products = self.products(message.bank, told.start, both)
+        near = torch.from_numpy(distances(products)[: len(sound), len(sound) :].argmin(1))
+        route = F.one_hot(used[near.to(used.device)], len(told.used)).to(private.nearest)
         return Private(private.nearest.index_copy(0, new[sound], route))
 
     def personalize(self, message: Message, private: Private) -> Params:
         own = Adapter(message.base, message.adapter, message.stats)
         settled = private.nearest.any(1)
         if bool(settled.any()):
-            nearest = tree.rows(message.server.shared.centres, private.nearest.argmax(1))
+            nearest = tree.rows(message.server.told.centres, private.nearest.argmax(1))
             own = choose(settled, nearest, own)
         return lora.adapted(message.bank, own.base, own.adapter) | own.stats
 

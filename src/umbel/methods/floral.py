@@ -104,7 +104,7 @@ class FLoRAL:
     router: Router = field(default_factory=Router)
     local: LocalTraining = field(default_factory=LocalTraining)
     adapter_lr: float = 1.0  # times local.lr
-    init_std: float = 0.3  # of B at the start, times √rank; 0 (LoRA's own) leaves routers nothing to tell apart
+    init_std: float = -1.0  # of s B at the start, times √rank; −1: 0.3, or 0.1 with adapter.peft
     precondition: bool = False
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     guard: float = 0.01  # τ, the share of examples below which an adapter moves less; 0: no guard
@@ -123,8 +123,10 @@ class FLoRAL:
             raise RecipeError(
                 f"floral: num_adapters = {self.num_adapters}, but there must be at least one adapter"
             )
-        if self.adapter_lr <= 0 or self.init_std < 0 or not 0 <= self.guard <= 1:
-            raise RecipeError("floral: adapter_lr must be positive, init_std not negative and guard in [0, 1]")
+        if self.adapter_lr <= 0 or (self.init_std < 0 and self.init_std != -1) or not 0 <= self.guard <= 1:
+            raise RecipeError(
+                "floral: adapter_lr must be positive, init_std not negative (or −1) and guard in [0, 1]"
+            )
         if any(not 0 < share <= 1 for share in self.ranks):
             raise RecipeError(
                 f"floral: ranks are shares of the adapters' rank, above 0 and at most 1, got {self.ranks}"
@@ -156,6 +158,10 @@ class FLoRAL:
         plan = replace(self.adapter, realization="merged") if dense else self.adapter
         return plan.bank(module, self.local.batch_size, self.freeze_base)
 
+    def b_std(self, bank: Bank) -> float:
+        """Of s B at the start, times √rank: less with PEFT, for a large one spoils a pretrained model."""
+        return self.init_std if self.init_std >= 0 else (0.1 if bank.peft else 0.3)
+
     def adapt(self, module: nn.Module) -> nn.Module:
         return with_paths(module, self.bank(module))
 
@@ -163,7 +169,7 @@ class FLoRAL:
         bank = self.bank(module)
         base = {} if self.freeze_base else trained_params(module, needed=False)
         dtype = bank.dtype(module)
-        drawn = bank.init(self.num_adapters, generator(population.seed, "adapters"), self.init_std)
+        drawn = bank.init(self.num_adapters, generator(population.seed, "adapters"), self.b_std(bank))
         adapters = {name: leaf.to(dtype) for name, leaf in drawn.items()}
         remainder = {}
         if self.averaging == "delta":
@@ -422,12 +428,13 @@ class FLoRAL:
         routes = shared.routes
         heaviest = int(routes.share.argmax())
         draw = generator(int(routes.round), "restart")
-        fresh = shared.bank.drawn(self.num_adapters, draw, self.init_std)
+        std = self.b_std(shared.bank)
+        fresh = shared.bank.drawn(self.num_adapters, draw, std)
 
         def instead(leaf: Tensor, new: Tensor) -> Tensor:
             return torch.where(mixing.as_leading(dead, leaf), new, leaf)
 
-        near = {n: leaf[heaviest] + self.init_std * fresh[n].to(leaf) for n, leaf in shared.adapters.items()}
+        near = {n: leaf[heaviest] + std * fresh[n].to(leaf) for n, leaf in shared.adapters.items()}
         moments = shared.moments["adapters"]
         moments = tree.map_tensors(
             lambda leaf, start: instead(leaf, start) if leaf.dim() else leaf, moments, self.server.init(near)

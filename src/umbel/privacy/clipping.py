@@ -20,7 +20,7 @@ from torch import Tensor
 
 from umbel import tree
 from umbel.privacy.settings import Privacy
-from umbel.seeds import generator
+from umbel.seeds import generator, normal
 from umbel.tree import Params
 
 COUNTS = ("weight", "examples", "clients")  # sums that count clients; with the rule "one" each adds 1
@@ -97,7 +97,7 @@ def noised(
     sums: dict[str, Any],
     groups: Groups,
     clips: Params,
-    seed: int,
+    seed: int | None,
     round: int,
     slack: dict[str, float] | None = None,
 ) -> dict[str, Any]:
@@ -107,17 +107,18 @@ def noised(
         sums: over the round's clients.
         groups: their groups.
         clips: C_g of this round.
-        seed: of the run, from which the noise is drawn: in a simulation it is repeatable, and no secret.
+        seed: of the run, from which a simulation draws its noise, which repeats and is no secret; None: the noise
+            is the operating system's.
         round: this one.
         slack: by how much rounding may have lengthened one client's part, by group.
     """
     found = {}
     for name in groups.names:
-        draw = generator(seed, "privacy", round, name)
+        draw = None if seed is None else generator(seed, "privacy", round, name)
         spread = groups.noise(name) * (float(clips[name]) + (slack or {}).get(name, 0.0))
         found[name] = tree.map_tensors(lambda leaf: _with_noise(leaf, spread, draw), sums[name])  # noqa: B023
     if groups.within_noise:
-        draw = generator(seed, "privacy", round, WITHIN)
+        draw = None if seed is None else generator(seed, "privacy", round, WITHIN)
         spread = groups.within_noise * (1 + 2 * (slack or {}).get(WITHIN, 0.0))
         found[WITHIN] = _with_noise(sums[WITHIN], spread, draw)
     return found
@@ -131,13 +132,18 @@ def divided(sums: dict[str, Any], groups: Groups, like: dict[str, Any], expected
     return {**empty, **{name: sums[name] for name in groups.values}, **statistics, **counts}
 
 
-def next_clips(sums: dict[str, Any], groups: Groups, clips: Params, privacy: Privacy, expected: float) -> Params:
-    """C_g for the next round."""
+def next_clips(
+    sums: dict[str, Any], groups: Groups, clips: Params, privacy: Privacy, expected: float, run: float
+) -> Params:
+    """C_g for the next round, when this share of the run is over; from `clip_rise` on the model's only fall."""
     if not groups.within_noise:
         return clips
     share = 0.5 + sums[WITHIN].double() / expected
     steps = torch.exp(-privacy.clip_rate * (share - privacy.quantile))
-    return {name: clips[name] * steps[place] for place, name in enumerate(groups.names)}
+    following = {name: clips[name] * steps[place] for place, name in enumerate(groups.names)}
+    # What is counted and measured has units of its own and may take longer; noise does not make it larger.
+    falling = groups.values if run > privacy.clip_rise else ()
+    return following | {name: torch.minimum(following[name], clips[name]) for name in falling}
 
 
 def norm(part: Any) -> Tensor:
@@ -146,8 +152,8 @@ def norm(part: Any) -> Tensor:
     return torch.stack(squares).sum().sqrt()
 
 
-def _with_noise(leaf: Tensor, spread: float, draw: torch.Generator) -> Tensor:
-    noise = torch.randn(leaf.shape, generator=draw, dtype=torch.float64)
+def _with_noise(leaf: Tensor, spread: float, draw: torch.Generator | None) -> Tensor:
+    noise = normal(leaf.shape, draw, torch.float64)
     return (leaf.double() + spread * noise.to(leaf.device)).to(leaf.dtype)
 
 

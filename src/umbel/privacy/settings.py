@@ -22,6 +22,8 @@ class Privacy:
         clips: the same for single groups, by their names in the sums ("base", "adapters", "route_examples", …).
         clip_rate: clips of groups follow a quantile of lengths, by this much a round (Andrew et al. 2021); 0: no.
         quantile: the share of clients whose part is to be no longer than the clip.
+        clip_rise: the share of the run in which clips of the model's tensors may rise; from then on they only
+            fall. Noise makes steps longer, and clips that followed it would make noise larger.
         clip_share: of the budget (in 1 / z²) goes to finding the quantiles.
         statistics_share: of it goes to sums that are no tensors of the model: routes, losses by label.
     """
@@ -35,6 +37,7 @@ class Privacy:
     clips: dict[str, float] = field(default_factory=dict)
     clip_rate: float = 0.2
     quantile: float = 0.5
+    clip_rise: float = 0.2
     clip_share: float = 0.1
     statistics_share: float = 0.1
 
@@ -47,6 +50,8 @@ class Privacy:
             )
         if self.clip <= 0 or any(clip <= 0 for clip in self.clips.values()) or self.clip_rate < 0:
             raise RecipeError("privacy: clip and clips must be positive, and clip_rate at least 0")
+        if not 0 <= self.clip_rise <= 1:
+            raise RecipeError("privacy: clip_rise is a share of the run, from 0 to 1")
         if not all(0 < share < 1 for share in (self.quantile, self.clip_share, self.statistics_share)):
             raise RecipeError("privacy: quantile, clip_share and statistics_share must be in (0, 1)")
         if self.clip_share + self.statistics_share >= 1:
