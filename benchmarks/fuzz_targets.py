@@ -44,6 +44,7 @@ from umbel.rounds import start
 from umbel.runs import restored
 from umbel.schedule import Schedule
 from umbel.secure import messages as masks
+from umbel.secure.settings import Secure
 from umbel.tables import read_run
 from umbel.tasks import TASKS, Task
 from umbel.train import LocalTraining
@@ -180,15 +181,56 @@ def take_uploads(nodes: Nodes, facts: Facts, parts: Parts) -> object:
 
 def take_question(site: Site, kind: str, facts: Facts, parts: Parts) -> object:
     """As Site.answer, but for the training itself, which a spoilt message must not reach."""
-    if kind == "hello":
-        answer, _ = site.answer(kind, facts, parts)
-        if "refused" in answer:
-            raise WireError(str(answer["refused"]))
-        return answer
-    work = site._work(kind, facts)
-    fact(facts, "round", Number, "the server")
-    weights = fact(facts, "weights", dict[str, Figure], "the server")
-    return [fact(weights, str(client), Figure, "the server") for client, _ in received(work, facts, parts)]
+    if kind == "train":
+        try:
+            work = site._work(kind, facts)
+        except UmbelError as error:
+            raise WireError(str(error)) from None
+        fact(facts, "round", Number, "the server")
+        weights = fact(facts, "weights", dict[str, Figure], "the server")
+        return [fact(weights, str(client), Figure, "the server") for client, _ in received(work, facts, parts)]
+    answer, _ = site.answer(kind, facts, parts)
+    if why := answer.get("refused") or answer.get("failed"):
+        raise WireError(str(why))
+    return answer
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A node whose clients have advertised their keys in a secure sum."""
+
+    site: Site
+    pages: dict[Path, bytes]  # what its clients remember
+    letter: tuple[Facts, Parts]  # to share secrets
+
+    def take(self, facts: Facts, parts: Parts) -> object:
+        """The question, as the first after the keys."""
+        for path, page in self.pages.items():
+            path.write_bytes(page)
+        return take_question(self.site, "share", facts, parts)
+
+    def take_page(self, content: bytes) -> object:
+        """What a client remembers."""
+        path = next(iter(self.pages))
+        path.write_bytes(content)
+        return next(iter(self.site.works.values())).protection.vault.state(0)  # type: ignore[union-attr]
+
+
+def masked(pair: Both, folder: Path) -> Masked:
+    """A node in a run with masks."""
+    recipe = replace(pair.nodes.recipe, schedule=Schedule(rounds=3, secure=Secure("masks")))
+    table = {key: value for key, value in recipe.table().items() if key != "engine"}
+    site = Site(NodeSettings("ward", "0-2", str(folder / "masked")))
+    facts: Facts = {"recipe": table, "label": "floral", "fingerprint": pair.nodes.fingerprint, "run": RUN}
+    told, _ = site.answer("hello", facts, {})
+    if "refused" in told:
+        raise SystemExit(str(told["refused"]))
+    about: Facts = {"run": RUN, "clients": list(CLIENTS), "about": "train", "round": 1}
+    _, said = site.answer("advertise", about, {})
+    keys = {client: masks.unpacked(masks.Advertised, said[f"advertise/{client}"]) for client in CLIENTS}
+    parts = {f"share/{client}": masks.packed(masks.Roster(b"x" * 16, keys, 2)) for client in CLIENTS}
+    pages = {path: path.read_bytes() for path in sorted((folder / "masked" / RUN).glob("secret-*.msgpack"))}
+    return Masked(site, pages, (about, parts))
 
 
 # Ways to spoil.
@@ -368,7 +410,8 @@ def spoilt_message(kind: str) -> Callable[[bytes, Draw], bytes]:
         named = {name: part for name, part in parts.items() if part}
         if named and draw.random() < 0.6:
             name = draw.choice(list(named))
-            parts = parts | {name: spoilt_tensors(parts[name], draw)}
+            spoilt = spoilt_page if kind == "share" else spoilt_tensors
+            parts = parts | {name: spoilt(parts[name], draw)}
         else:
             told = spoilt_json(told, draw)
         return wrapped(objects_with(told, parts, kind))
@@ -426,6 +469,10 @@ def spoilt_pack(content: bytes, draw: Draw) -> bytes:
         return content[:1] + spoilt_bytes(content[1:], draw)
 
 
+def spoilt_page(content: bytes, draw: Draw) -> bytes:
+    return spoilt_pack(b"\0" + content, draw)[1:]
+
+
 # The targets.
 
 KINDS_OF_MASKS: tuple[type, ...] = (
@@ -461,7 +508,8 @@ def targets(folder: Path) -> list[Target]:
     """All of them; what they need on disk lies in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     pair = both(folder)
-    nodes, site = pair.nodes, pair.site
+    nodes, site, hidden = pair.nodes, pair.site, masked(pair, folder)
+    other = Site(replace(site.settings, state=str(folder / "other")))  # whose recipe is spoilt, and kept
 
     def in_file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
         path = folder / name
@@ -486,7 +534,9 @@ def targets(folder: Path) -> list[Target]:
         message("uploads", pair.uploads, "train", lambda f, p: take_uploads(nodes, f, p)),
         message("scores", pair.scores, "evaluate", lambda _, p: _scores_in(p, 3, True, "node 'ward'")),
         message("question: train", pair.letter, "train", lambda f, p: take_question(site, "train", f, p)),
-        message("question: hello", pair.hello, "hello", lambda f, p: take_question(site, "hello", f, p)),
+        message("question: hello", pair.hello, "hello", lambda f, p: take_question(other, "hello", f, p)),
+        message("question: share", hidden.letter, "share", hidden.take),
+        Target("secrets kept", tuple(hidden.pages.values()), hidden.take_page, (WireError,), spoilt_page),
         Target(
             "Flower's objects",
             (wrapped(large), wrapped(objects_of(*pair.uploads, "train"))),
