@@ -30,7 +30,7 @@ from umbel.tables import losses
 
 METHODS, ROUNDS, CLIENTS, NODES, SEED = ("floral", "fedavg"), 20, 12, 3, 0
 DOWN = 20.0  # seconds, for which a node is away, at most
-OPTIONS = ("deadline=30.0", "wait-gone=10.0")
+OPTIONS = ("deadline=60.0", "wait-gone=15.0")
 LONGEST = 3600.0  # seconds of one run
 
 

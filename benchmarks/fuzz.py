@@ -262,6 +262,7 @@ def main(chosen: argparse.Namespace) -> dict[str, Any]:
         "guided_by_atheris": not chosen.blind and not chosen.malformed and has_atheris(),
         "seed": chosen.seed,
         "seconds": round(time.monotonic() - begin, 1),
+        "processor_seconds": round(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]), 1),
         "inputs": whole.inputs.total(),
         "taken": whole.taken.total(),
         "refused": whole.refused.total(),

@@ -44,6 +44,7 @@ from umbel.rounds import start
 from umbel.runs import restored
 from umbel.schedule import Schedule
 from umbel.secure import messages as masks
+from umbel.secure.settings import Secure
 from umbel.tables import read_run
 from umbel.tasks import TASKS, Task
 from umbel.train import LocalTraining
@@ -180,15 +181,56 @@ def take_uploads(nodes: Nodes, facts: Facts, parts: Parts) -> object:
 
 def take_question(site: Site, kind: str, facts: Facts, parts: Parts) -> object:
     """As Site.answer, but for the training itself, which a spoilt message must not reach."""
-    if kind == "hello":
-        answer, _ = site.answer(kind, facts, parts)
-        if "refused" in answer:
-            raise WireError(str(answer["refused"]))
-        return answer
-    work = site._work(kind, facts)
-    fact(facts, "round", Number, "the server")
-    weights = fact(facts, "weights", dict[str, Figure], "the server")
-    return [fact(weights, str(client), Figure, "the server") for client, _ in received(work, facts, parts)]
+    if kind == "train":
+        try:
+            work = site._work(kind, facts)
+        except UmbelError as error:
+            raise WireError(str(error)) from None
+        fact(facts, "round", Number, "the server")
+        weights = fact(facts, "weights", dict[str, Figure], "the server")
+        return [fact(weights, str(client), Figure, "the server") for client, _ in received(work, facts, parts)]
+    answer, _ = site.answer(kind, facts, parts)
+    if why := answer.get("refused") or answer.get("failed"):
+        raise WireError(str(why))
+    return answer
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A node whose clients have advertised their keys in a secure sum."""
+
+    site: Site
+    pages: dict[Path, bytes]  # what its clients remember
+    letter: tuple[Facts, Parts]  # to share secrets
+
+    def take(self, facts: Facts, parts: Parts) -> object:
+        """The question, as the first after the keys."""
+        for path, page in self.pages.items():
+            path.write_bytes(page)
+        return take_question(self.site, "share", facts, parts)
+
+    def take_page(self, content: bytes) -> object:
+        """What a client remembers."""
+        path = next(iter(self.pages))
+        path.write_bytes(content)
+        return next(iter(self.site.works.values())).protection.vault.state(0)  # type: ignore[union-attr]
+
+
+def masked(pair: Both, folder: Path) -> Masked:
+    """A node in a run with masks."""
+    recipe = replace(pair.nodes.recipe, schedule=Schedule(rounds=3, secure=Secure("masks")))
+    table = {key: value for key, value in recipe.table().items() if key != "engine"}
+    site = Site(NodeSettings("ward", "0-2", str(folder / "masked")))
+    facts: Facts = {"recipe": table, "label": "floral", "fingerprint": pair.nodes.fingerprint, "run": RUN}
+    told, _ = site.answer("hello", facts, {})
+    if "refused" in told:
+        raise SystemExit(str(told["refused"]))
+    about: Facts = {"run": RUN, "clients": list(CLIENTS), "about": "train", "round": 1}
+    _, said = site.answer("advertise", about, {})
+    keys = {client: masks.unpacked(masks.Advertised, said[f"advertise/{client}"]) for client in CLIENTS}
+    parts = {f"share/{client}": masks.packed(masks.Roster(b"x" * 16, keys, 2)) for client in CLIENTS}
+    pages = {path: path.read_bytes() for path in sorted((folder / "masked" / RUN).glob("secret-*.msgpack"))}
+    return Masked(site, pages, (about, parts))
 
 
 # Ways to spoil.
@@ -368,7 +410,8 @@ def spoilt_message(kind: str) -> Callable[[bytes, Draw], bytes]:
         named = {name: part for name, part in parts.items() if part}
         if named and draw.random() < 0.6:
             name = draw.choice(list(named))
-            parts = parts | {name: spoilt_tensors(parts[name], draw)}
+            spoilt = spoilt_page if kind == "share" else spoilt_tensors
+            parts = parts | {name: spoilt(parts[name], draw)}
         else:
             told = spoilt_json(told, draw)
         return wrapped(objects_with(told, parts, kind))
@@ -426,6 +469,10 @@ def spoilt_pack(content: bytes, draw: Draw) -> bytes:
         return content[:1] + spoilt_bytes(content[1:], draw)
 
 
+def spoilt_page(content: bytes, draw: Draw) -> bytes:
+    return spoilt_pack(b"\0" + content, draw)[1:]
+
+
 # The targets.
 
 KINDS_OF_MASKS: tuple[type, ...] = (
@@ -461,7 +508,8 @@ def targets(folder: Path) -> list[Target]:
     """All of them; what they need on disk lies in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     pair = both(folder)
-    nodes, site = pair.nodes, pair.site
+    nodes, site, hidden = pair.nodes, pair.site, masked(pair, folder)
+    other = Site(replace(site.settings, state=str(folder / "other")))  # whose recipe is spoilt, and kept
 
     def in_file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
         path = folder / name
@@ -486,7 +534,9 @@ def targets(folder: Path) -> list[Target]:
         message("uploads", pair.uploads, "train", lambda f, p: take_uploads(nodes, f, p)),
         message("scores", pair.scores, "evaluate", lambda _, p: _scores_in(p, 3, True, "node 'ward'")),
         message("question: train", pair.letter, "train", lambda f, p: take_question(site, "train", f, p)),
-        message("question: hello", pair.hello, "hello", lambda f, p: take_question(site, "hello", f, p)),
+        message("question: hello", pair.hello, "hello", lambda f, p: take_question(other, "hello", f, p)),
+        message("question: share", hidden.letter, "share", hidden.take),
+        Target("secrets kept", tuple(hidden.pages.values()), hidden.take_page, (WireError,), spoilt_page),
         Target(
             "Flower's objects",
             (wrapped(large), wrapped(objects_of(*pair.uploads, "train"))),
@@ -608,6 +658,8 @@ def malformed(target: Target, draw: Draw) -> tuple[str, bytes]:
     facts, parts = _valid(content)
     part = draw.choice([name for name, own in parts.items() if own] or [""])
     how = draw.choice(OF_OBJECTS + (OF_TENSORS if part else ()) + OF_FACTS)
+    if how == "facts too many" and draw.random() < 0.9:  # it takes its time
+        how = "no JSON"
     if how in OF_OBJECTS:
         return how, wrapped(_without(unwrapped(content), how, draw))
     told = json.dumps(facts)
@@ -660,15 +712,20 @@ def _without(objects: list[tuple[str, bytes]], how: str, draw: Draw) -> list[tup
         case "object's head spoilt":
             objects[at] = name, draw.choice((head + b" 1", head.replace(b" ", b""), b"\xff" + head)) + b"\0" + body
         case "bomb of chunks":
-            chunk = _object("ArrayChunk", [], draw.randbytes(1 << 16))
-            times = draw.choice((10_000, 100_000, 300_000))
-            told = {"dtype": "uint8", "shape": [1], "stype": "safetensors", "arraychunk_ids": [0] * times}
-            array = _object("Array", [chunk[0]], json.dumps(told).encode())
-            arrays = _object("ArrayRecord", [array[0]], json.dumps({"uploads": array[0]}).encode())
-            record = _object("RecordDict", [arrays[0]], json.dumps({"tensors": arrays[0]}).encode())
             _, _, body = objects[-1][1].partition(b"\0")
-            return [chunk, array, arrays, record, _object("Message", [record[0]], body)]
+            held = _bomb(draw.choice((2_000, 10_000, 16_000, 300_000)))
+            return [*held, _object("Message", [held[-1][0]], body)]
     return objects
+
+
+@cache
+def _bomb(times: int) -> tuple[tuple[str, bytes], ...]:
+    """A record with an array of so many times the same 64 KiB."""
+    chunk = _object("ArrayChunk", [], Random(times).randbytes(1 << 16))
+    told = {"dtype": "uint8", "shape": [1], "stype": "safetensors", "arraychunk_ids": [0] * times}
+    array = _object("Array", [chunk[0]], json.dumps(told).encode())
+    arrays = _object("ArrayRecord", [array[0]], json.dumps({"uploads": array[0]}).encode())
+    return chunk, array, arrays, _object("RecordDict", [arrays[0]], json.dumps({"tensors": arrays[0]}).encode())
 
 
 def _object(kind: str, children: list[str], body: bytes) -> tuple[str, bytes]:
@@ -730,6 +787,7 @@ def _claiming(content: bytes, how: str, draw: Draw) -> bytes:
     return struct.pack("<Q", len(header)) + header + body
 
 
+TOO_MANY = '{"a":[' + ",".join(["[]"] * 270_000) + "]}"
 NEEDED = {
     "uploads": ("seconds",),
     "question: train": ("run", "round", "weights", "clients", "unchanged"),
@@ -745,9 +803,10 @@ def _told(facts: Facts, name: str, how: str, draw: Draw) -> str:
         case "facts no table":
             return draw.choice(("[]", "1", '"a"', "null", "NaN", json.dumps([facts])))
         case "facts too deep":
-            return '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"
+            depth = draw.choice((1_100, 5_000, 100_000) if draw.random() < 0.1 else (1_100, 5_000))
+            return '{"a":' + "[" * depth + "]" * depth + "}"
         case "facts too many":
-            return '{"a":[' + ",".join(["[]"] * 300_000) + "]}"
+            return TOO_MANY
     needed = draw.choice(NEEDED.get(name, ("",)))
     if not needed:
         return "{"  # scores say nothing in words

@@ -231,5 +231,10 @@ def test_what_was_stopped_is_told_from_what_is_over(tmp_path):
     assert trial.unfinished(tmp_path / "run") == tmp_path / "run-2"
     run("run-3", 3, 1, 2, 3)
     assert trial.unfinished(tmp_path / "run") is None
-    (tmp_path / "run-4").mkdir()
+    run("run-4", 9, 3)
+    assert trial.unfinished(tmp_path / "run") == tmp_path / "run-4"
+    facts = {"absent": [], "schedule": {"rounds": 9}, "last_round": 3}
+    (tmp_path / "run-4" / "run.json").write_text(json.dumps(facts))
+    assert trial.unfinished(tmp_path / "run") is None
+    (tmp_path / "run-5").mkdir()
     assert trial.unfinished(tmp_path / "run") is None

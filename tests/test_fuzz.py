@@ -19,12 +19,21 @@ from safetensors.torch import save
 pytest.importorskip("flwr", reason="flwr is not installed")
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+from flwr.app import Metadata
+from flwr.common.serde_utils import metadata_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
+from flwr.proto.runtime_pb2 import PullAppMessagesResponse
+from flwr.supercore.run import Run
+from flwr.superlink.grid.http_grid import HttpGrid
+
 import fuzz_targets
 from fuzz_targets import both, malformed, objects_of, spoilt_bytes, targets, unwrapped, wrapped
 from umbel.errors import DataError, RecipeError, RunFolderError, UmbelError, WireError
-from umbel.flower.arriving import put_together
+from umbel.flower.arriving import messages, put_together
 from umbel.flower.facts import facts_of_node
 from umbel.flower.lead import _scores_in
+from umbel.flower.post import opened
 from umbel.flower.wire import packed, unpacked
 from umbel.flower.work import NodeSettings, check_allowed
 from umbel.folder import read_json
@@ -215,6 +224,22 @@ def test_recipes_that_would_take_more_than_they_are_long(text, tmp_path):
         load(tmp_path / "recipe.toml")
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"task": {"name": {}}, "method": {"fedavg": {}}},
+        {"task": {"name": "digits"}, "method": {"fedavg": {"name": [1]}}},
+        {"task": {"name": "digits"}, "method": {"fedavg": {"like": {}}}},
+        {"task": {"name": "digits"}, "method": {"fedavg": {}, "other": True}},
+        {"seed": 1 << 63, "task": {"name": "digits"}, "method": {"fedavg": {}}},
+        {"task": {"name": "digits"}, "method": {"fedavg": {"local": {"steps": -(10**5000)}}}},
+    ],
+)
+def test_names_and_numbers_in_recipes_that_are_none(table):
+    with pytest.raises(RecipeError, match=r"method|task|64 are the most"):
+        read(table, "fedavg")
+
+
 def test_recipes_that_are_too_deep():
     table = {}
     for _ in range(500):
@@ -319,6 +344,53 @@ def test_objects_that_are_no_message():
             taken(wrong)
     with pytest.raises(WireError, match="16384 are taken at most"):
         put_together(map(str, range(20_000)), str.encode, 1)
+
+
+class FakeLink:
+    """A SuperLink with one answer."""
+
+    def __init__(self, objects, metadata, there=True):
+        self.objects, self.metadata, self.there, self.confirmed = objects, metadata, there, []
+
+    def PullMessages(self, request):
+        names = [name for name, _ in self.objects]
+        tree = ObjectTree(object_id=names[-1], children=[ObjectTree(object_id=name) for name in names[:-1]])
+        message = ProtoMessage(metadata=metadata_to_proto(self.metadata))
+        return PullAppMessagesResponse(messages_list=[message], message_object_trees=[tree])
+
+    def PullObject(self, request):
+        content = dict(self.objects)[request.object_id]
+        return PullObjectResponse(object_found=True, object_available=self.there, object_content=content)
+
+    def ConfirmMessageReceived(self, request):
+        self.confirmed.append(request.message_object_id)
+
+
+def answer_through(objects, most=1 << 20, there=True, asked="asked"):
+    """What the server has of an answer to "asked", by the words of the SuperLink."""
+    made = Metadata(1, objects[-1][0], 5, 1, asked, "", 1.0, 60.0, "train")
+    grid = HttpGrid(token="token")
+    grid.set_run(Run.create_empty(1))
+    grid._client = FakeLink(objects, made, there)
+    (found,) = messages(grid, ["asked"], most)
+    assert grid._client.confirmed == [objects[-1][0]]
+    return found
+
+
+def test_answers_come_through_the_superlink_by_its_own_word(every, monkeypatch):
+    objects = objects_of({"seconds": 1.0}, {"uploads": b"abc"}, "train")
+    asked = taken(objects).metadata.reply_to_message_id
+    assert opened(answer_through(objects, asked=asked).content, "") == ({"seconds": 1.0}, {"uploads": b"abc"})
+    monkeypatch.setattr("umbel.flower.arriving.STALLED", -1.0)
+    for wrong, told in (
+        (answer_through(objects, 10, asked=asked), "has more than 10 bytes"),
+        (answer_through(objects[1:], asked=asked), "a part of it is missing"),
+        (answer_through(objects, asked="another"), "answers another message"),
+        (answer_through(objects, there=False, asked=asked), "nothing more of it has come"),
+    ):
+        assert wrong.has_error()
+        assert told in wrong.error.reason
+        assert wrong.metadata.reply_to_message_id in (asked, "another")
 
 
 def test_wrapping_changes_nothing():

@@ -127,8 +127,7 @@ def read(table: Table, label: str) -> Recipe:
     Raises:
         RecipeError: naming the key that is unknown, missing or of the wrong type, and the nearest known one.
     """
-    if _too_deep(table):
-        raise RecipeError(f"there are tables in one another more than {DEEPEST} deep; no recipe needs that")
+    _check_size(table)
     schedule_keys = {f.name for f in fields(Schedule)}
     _no_strangers(table, schedule_keys | {"task", "engine", "method", "local", "paper"}, "")
     for key in ("task", "method", "local", "engine", *ARRANGED, "paper"):
@@ -192,16 +191,16 @@ def build(cls: type[T], table: Any, path: str) -> T:
         raise RecipeError(f"{path}: {error}" if path else str(error)) from None
 
 
-def _too_deep(table: Any) -> bool:
-    level = [table]
+def _check_size(table: Table) -> None:
+    """Raises RecipeError if tables are too deep in one another, or a whole number has more than 64 bits."""
+    level: list[Any] = [table]
     for _ in range(DEEPEST):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
-        ]
-    return bool(level)
+        inner = [own for outer in level for own in (outer.values() if isinstance(outer, dict) else outer)]
+        if huge := [own for own in inner if isinstance(own, int) and not -(1 << 63) <= own < 1 << 63]:
+            raise RecipeError(f"a whole number of {huge[0].bit_length()} bits is in it, and 64 are the most")
+        level = [own for own in inner if isinstance(own, dict | list)]
+    if level:
+        raise RecipeError(f"there are tables in one another more than {DEEPEST} deep; no recipe needs that")
 
 
 def _method_table(table: Table, label: str) -> Table:
@@ -220,8 +219,10 @@ def _method_table(table: Table, label: str) -> Table:
             above = dict(methods.get(above, {})).get("like")
         if above is not None:
             raise RecipeError(f"method.{label}.like: {' → '.join([*chain, str(above)])} goes round in a circle")
-        if like == label or (like not in methods and like not in METHODS):
-            raise RecipeError(f"method.{label}.like: there is no other method {like!r}{_nearest(like, methods)}")
+        if not isinstance(like, str) or like == label or (like not in methods and like not in METHODS):
+            raise RecipeError(
+                f"method.{label}.like: there is no other method {like!r}{_nearest(str(like), methods)}"
+            )
         return _merged({"name": like} | _method_table(table, like), own)
     return _merged({"local": table.get("local", {})}, own)
 
@@ -237,7 +238,7 @@ def _merged(below: Table, above: Table) -> Table:
 
 def _named(table: Table, registry: Mapping[str, type[T]], path: str, default: str | None) -> T:
     name = table.pop("name", default)
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         raise RecipeError(f"{path}.name: there is no {name!r}{_nearest(str(name), registry)}")
     return build(registry[name], table, path)
 

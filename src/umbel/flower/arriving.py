@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from threading import Lock
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from umbel.errors import WireError
@@ -34,6 +35,8 @@ INSIDE = {
 }
 """What an object is made of."""
 SLACK = 32 * MEBIBYTE  # for facts and whatever is small
+STALLED = 60.0  # seconds without another object
+LONGEST = 900.0  # seconds that a message may take
 
 Pull = Callable[[str], bytes]
 
@@ -111,6 +114,7 @@ def put_together(names: Iterable[str], pull: Pull, most: int) -> "Message":
     """
     from flwr.supercore.inflatable.inflatable_utils import (
         ObjectPullError,
+        ObjectUnavailableError,
         inflate_object_from_contents,
         pull_objects,
     )
@@ -118,19 +122,24 @@ def put_together(names: Iterable[str], pull: Pull, most: int) -> "Message":
     wanted = list(dict.fromkeys(islice(names, MOST_OBJECTS + 1)))
     if not 0 < len(wanted) <= MOST_OBJECTS:
         raise WireError(f"it has {len(wanted)} objects or more, and {MOST_OBJECTS} are taken at most")
-    taken, lock = 0, Lock()
+    taken, last, lock = 0, monotonic(), Lock()
 
     def counted(name: str) -> bytes:
-        nonlocal taken
-        content = pull(name)
+        nonlocal taken, last
+        try:
+            content = pull(name)
+        except ObjectUnavailableError:  # its sender has announced it, and may never send it
+            if monotonic() - last > STALLED:
+                raise WireError(f"nothing more of it has come for {STALLED:.0f} s") from None
+            raise
         with lock:
-            taken += len(content)
+            taken, last = taken + len(content), monotonic()
         if taken > most:
             raise WireError(f"it has more than {most} bytes")
         return content
 
     try:
-        contents = pull_objects(wanted, counted)
+        contents = pull_objects(wanted, counted, max_time=LONGEST)
     except ObjectPullError as error:
         raise WireError(plain(error)) from None
     check_objects(wanted[-1], contents, most)
@@ -179,6 +188,8 @@ def _records(own: Object) -> list[str]:
 def _places(own: Object) -> list[int]:
     told = _told(own)
     places, shape, last = told.get("arraychunk_ids"), told.get("shape"), len(own.parts)
+    if isinstance(places, list) and len(places) > MOST_OBJECTS:
+        raise WireError(f"an Array has {len(places)} chunks, and {MOST_OBJECTS} are put together at most")
     if not isinstance(places, list) or not all(type(place) is int and 0 <= place < last for place in places):
         raise WireError("an Array names chunks that it does not hold")
     if not isinstance(shape, list) or not all(isinstance(told.get(name), str) for name in ("dtype", "stype")):

@@ -125,7 +125,8 @@ def is_deployed(path: Path) -> bool:
 
 def is_unfinished(path: Path) -> bool:
     """Whether a run folder lacks the checkpoint of its last round."""
-    return last_round(path) < int(read_json(path / "run.json")["schedule"]["rounds"])
+    facts = read_json(path / "run.json")
+    return last_round(path) < int(facts.get("last_round", facts["schedule"]["rounds"]))  # or where its budget ends
 
 
 def last_round(path: Path) -> int:

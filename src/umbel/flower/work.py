@@ -166,13 +166,14 @@ class Site:
         if kind == "hello":
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             table, label = fact(facts, "recipe", dict[str, Any], SERVER), fact(facts, "label", Name, SERVER)
-            write(folder / "recipe.json", json.dumps({"table": table, "label": label}).encode())
             self.works = {run: opened(self.settings, table, label, folder)}
+            write(folder / "recipe.json", json.dumps({"table": table, "label": label}).encode())
         elif run not in self.works:  # this process is younger than the run
             if not (folder / "recipe.json").is_file():
                 raise WireError(f"run {run} is not known here; begin a new run")
-            told = read_json(folder / "recipe.json")
-            self.works = {run: opened(self.settings, told["table"], told["label"], folder)}
+            told, path = read_json(folder / "recipe.json"), f"{folder / 'recipe.json'}"
+            table, label = fact(told, "table", dict[str, Any], path), fact(told, "label", Name, path)
+            self.works = {run: opened(self.settings, table, label, folder)}
         return self.works[run]
 
 
