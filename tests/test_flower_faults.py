@@ -212,9 +212,9 @@ def test_answers_that_come_twice_count_once(tmp_path):
 class Vanishing(FakeGrid):
     """A grid on which a node is away from one round's question on, for so many looks."""
 
-    def __init__(self, sites, node, round, looks):
+    def __init__(self, sites, node, round, looks, code=5):
         super().__init__(sites)
-        self.node, self.round, self.looks, self.lost = node, round, looks, {}
+        self.node, self.round, self.looks, self.lost, self.code = node, round, looks, {}, code
 
     @property
     def away(self):
@@ -232,15 +232,16 @@ class Vanishing(FakeGrid):
         for message, name in zip(messages, names, strict=True):
             if message.metadata.dst_node_id == self.node and self.away:
                 del self.answers[name]
-                self.lost[name] = Message(Error(code=5, reason="node unavailable"), reply_to=message)
+                self.lost[name] = Message(Error(code=self.code, reason="not there"), reply_to=message)
         return names
 
     def pull_messages(self, names):
         return [self.lost.pop(name) for name in names if name in self.lost] or super().pull_messages(names)
 
 
-def test_a_node_that_comes_back_in_time_is_asked_again(tmp_path):
-    grid = Vanishing(sites(tmp_path, "0-2", "3-4"), 2, 2, looks=3)
+@pytest.mark.parametrize("code", [3, 4, 5])  # of Flower's: the question, its answer, or the node is not there
+def test_a_node_that_comes_back_in_time_is_asked_again(code, tmp_path):
+    grid = Vanishing(sites(tmp_path, "0-2", "3-4"), 2, 2, looks=3, code=code)
     away = lead(grid, floral(), patience=replace(QUICK, gone=30.0))
     assert grid.looks == 0
     assert same(away.progress.shared, here(floral())[0].shared)

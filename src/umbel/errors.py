@@ -29,6 +29,10 @@ class WireError(UmbelError, ValueError):
     """A message between server and nodes that is not what its receiver expects."""
 
 
+class LostError(WireError):
+    """A message of which a part does not come: who has sent it has died meanwhile."""
+
+
 class NotFiniteError(WireError):
     """A message that holds NaN or infinity."""
 

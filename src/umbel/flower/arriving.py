@@ -15,7 +15,7 @@ from threading import Lock
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from umbel.errors import WireError
+from umbel.errors import LostError, WireError
 from umbel.untrusted import MEBIBYTE, plain, table_in
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def messages(grid: "Grid", names: Sequence[str], most: int) -> Iterable["Message
     """
     from flwr.app import Error
     from flwr.app.message import make_message
+    from flwr.common.constant import ErrorCode
     from flwr.common.serde_utils import metadata_from_proto
     from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
     from flwr.proto.runtime_pb2 import PullAppMessagesRequest
@@ -94,7 +95,8 @@ def messages(grid: "Grid", names: Sequence[str], most: int) -> Iterable["Message
             if whole.metadata.reply_to_message_id != metadata.reply_to_message_id:
                 raise WireError("it says that it answers another message than it does")
         except WireError as error:
-            whole = make_message(metadata, error=Error(code=0, reason=f"its message was refused: {error}"))
+            code = ErrorCode.REPLY_MESSAGE_UNAVAILABLE if isinstance(error, LostError) else ErrorCode.UNKNOWN
+            whole = make_message(metadata, error=Error(code, reason=f"its message was refused: {error}"))
         link.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=grid.node, run_id=run, message_object_id=metadata.message_id)
         )
@@ -110,7 +112,8 @@ def put_together(names: Iterable[str], pull: Pull, most: int) -> "Message":
         most: bytes of all together.
 
     Raises:
-        WireError: they are too many, too long, missing, or no message of Flower's.
+        WireError: they are too many, too long, or no message of Flower's.
+        LostError: one is missing.
     """
     from flwr.supercore.inflatable.inflatable_utils import (
         ObjectPullError,
@@ -141,7 +144,7 @@ def put_together(names: Iterable[str], pull: Pull, most: int) -> "Message":
     try:
         contents = pull_objects(wanted, counted, max_time=LONGEST)
     except ObjectPullError as error:
-        raise WireError(plain(error)) from None
+        raise LostError(plain(error)) from None
     check_objects(wanted[-1], contents, most)
     try:
         whole: Any = inflate_object_from_contents(wanted[-1], contents)
