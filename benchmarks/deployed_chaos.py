@@ -1,6 +1,6 @@
 """A deployed run whose nodes, server and SuperLink are killed (-9) at random, beside the same run without faults.
 
-python benchmarks/deployed_chaos.py --out benchmarks/results/deployed_chaos.json
+python benchmarks/deployed_chaos.py --methods floral --out benchmarks/results/deployed_chaos_floral.json
 
 After every kill what was killed is started again: a node after up to DOWN seconds, so that it may miss a deadline; the
 SuperLink, which takes the server with it, at once; `flwr run` whenever it has ended before the last round. When and
@@ -8,6 +8,7 @@ what is killed is drawn by the seed; what had been done by then is up to the mac
 simulator's, whose bits are those of a deployed run (tests/test_deploy.py).
 """
 
+import argparse
 import os
 import signal
 import subprocess
@@ -160,7 +161,7 @@ def beside(
     }
 
 
-def main() -> dict[str, Any]:
+def main(methods: list[str]) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "rounds": ROUNDS,
         "clients": CLIENTS,
@@ -169,7 +170,7 @@ def main() -> dict[str, Any]:
         "options": OPTIONS,
         "methods": {},
     }
-    for method in METHODS:
+    for method in methods:
         table = load(find("digits"), [f"task.num_clients={CLIENTS}", f"rounds={ROUNDS}", f"seed={SEED}"])
         with tempfile.TemporaryDirectory() as folder:
             names = [f"node-{number + 1}" for number in range(NODES)]
@@ -181,5 +182,9 @@ def main() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    chosen = measure.arguments(__doc__ or "")
-    measure.report(main(), chosen)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    chosen = parser.parse_args()
+    chosen.threads = 1
+    measure.report(main(chosen.methods), chosen)

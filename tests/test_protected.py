@@ -124,7 +124,7 @@ def test_what_the_server_is_sent_under_masks_is_the_four_steps_and_nothing_else(
             assert facts.keys() == {"name", "clients", "fingerprint"}
             assert parts == {}
             continue
-        assert facts.keys() <= {"failed", "seconds"}
+        assert facts.keys() <= {"failed", "dropped", "seconds"}
         assert facts["failed"] == {}
         assert all(re.fullmatch(rf"{kind.removeprefix('query.')}/[0-4]", name) for name in parts)
         if kind in values:
@@ -367,7 +367,7 @@ def test_of_protected_clients_the_server_is_sent_cut_parts_and_no_figures(secure
         if message.metadata.message_type == "query.hello":
             assert facts.keys() == {"name", "clients", "fingerprint"}
         else:
-            assert facts.keys() <= {"failed", "seconds"}
+            assert facts.keys() <= {"failed", "dropped", "seconds"}
         if message.metadata.message_type == "evaluate":
             assert parts == {}
     trained = [pair for pair in grid.pairs if pair[0].metadata.message_type == "train"]

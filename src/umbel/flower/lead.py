@@ -76,7 +76,7 @@ class Nodes:
     # Who is there.
 
     def gather(self, share: float) -> None:
-        """Waits until every client that takes part is on a node.
+        """Waits until every client that takes part is on a node, but for those that no node had at the start.
 
         Args:
             share: of the clients, with which the run goes on when the time is up.
@@ -84,7 +84,7 @@ class Nodes:
         Raises:
             DeployError: there are fewer; it names the missing ones and the nodes that were refused.
         """
-        wanted = self._members.tolist()
+        wanted = [client for client in self._members.tolist() if client not in self.newcomers]
         begin, told = time.monotonic(), ""
         while True:
             self.greet(self.exchange.online())

@@ -108,7 +108,7 @@ class Protection:
             work: gives a client's upload (K = 1), None where its work is not finite.
         """
         begin, round = perf_counter(), self._round(facts)
-        letters = dict(received)
+        letters, unsound = dict(received), list[int]()
 
         def answer(client: int) -> bytes:
             if self.masked:
@@ -126,11 +126,12 @@ class Protection:
         def trained(client: int) -> Any:
             upload = work(client, letters[client])
             if upload is None:
+                unsound.append(client)
                 raise RoundError(f"client {client}: its work is not finite, and stays with it")
             return upload
 
         told, answers = _each("train", facts, answer)
-        return told | {"seconds": perf_counter() - begin}, answers
+        return told | {"dropped": unsound, "seconds": perf_counter() - begin}, answers
 
     def evaluate(
         self, facts: Facts, parts: Parts, received: Iterable[tuple[int, Any]], score: Callable[[int, Any], Scores]
