@@ -29,10 +29,11 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 import fuzz_targets
 from fuzz_targets import both, malformed, objects_of, spoilt_bytes, targets, unwrapped, wrapped
-from umbel.errors import DataError, RecipeError, RunFolderError, UmbelError, WireError
+from umbel.errors import DataError, DeployError, RecipeError, RunFolderError, UmbelError, WireError
 from umbel.flower.arriving import messages, put_together
 from umbel.flower.facts import facts_of_node
 from umbel.flower.lead import _scores_in
+from umbel.flower.node import node_of
 from umbel.flower.post import opened
 from umbel.flower.wire import packed, unpacked
 from umbel.flower.work import NodeSettings, check_allowed
@@ -201,6 +202,7 @@ def test_tensors_come_in_the_order_of_the_header():
         ('{"a":[' + "[]," * 300_000 + "1]}", "lists and tables"),
         ('{"a":[' + "1," * 3_000_000 + "1]}", "values"),
         ('{"a":1e999}', "1e999 is no number"),
+        ('{"a":' * 200 + "1" + "}" * 200, "too deep"),
         ('{"a":' + "9" * 5000 + "}", "4300"),
         (b'{"a":"\xff"}', "utf-8"),
         ("[1]", "no JSON object"),
@@ -238,6 +240,12 @@ def test_recipes_that_would_take_more_than_they_are_long(text, tmp_path):
 def test_names_and_numbers_in_recipes_that_are_none(table):
     with pytest.raises(RecipeError, match=r"method|task|64 are the most"):
         read(table, "fedavg")
+
+
+def test_settings_that_are_too_deep_to_be_shown(tmp_path):
+    (tmp_path / "node.toml").write_text('superlink = "here:1"\n' + ".".join("a" * 1500) + " = 1")
+    with pytest.raises(DeployError, match="too deep"):
+        node_of(tmp_path / "node.toml")
 
 
 def test_recipes_that_are_too_deep():

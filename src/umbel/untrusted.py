@@ -31,6 +31,7 @@ TOML_BYTES = MEBIBYTE  # of a TOML document, whose parser takes its time
 MOST_POINTS = 2048  # in a TOML document
 MOST_VALUES = 1 << 21  # in a JSON document
 MOST_TABLES = 1 << 18  # lists and objects in a JSON document
+MOST_DEPTH = 100  # lists and tables in one another
 UNPACKED = 200  # how many times as long as an .npz file its arrays may be; real ones stay below 100
 UNPACKED_BYTES = 256 * MEBIBYTE  # what is let through whatever the file's size
 
@@ -177,7 +178,7 @@ def table_in(text: bytes | str, finite: bool = True) -> dict[str, Any]:
         raise ValueError("its lists and tables are too deep in one another") from None
     if not isinstance(found, dict):
         raise ValueError("it holds no JSON object")
-    return found
+    return _shallow(found)
 
 
 def table_of(path: Path, finite: bool = True) -> dict[str, Any]:
@@ -203,7 +204,7 @@ def toml_in(text: str) -> dict[str, Any]:
     if (points := text.count(".")) > MOST_POINTS:
         raise ValueError(f"it has {points} points, and {MOST_POINTS} are read at most")
     try:
-        return tomllib.loads(text)
+        return _shallow(tomllib.loads(text))
     except RecursionError:
         raise ValueError("its lists and tables are too deep in one another") from None
 
@@ -277,6 +278,17 @@ def _array(file: BinaryIO, name: str, size: int) -> np.ndarray:
 def _check_length(text: bytes | str, most: int) -> None:
     if len(text) > most:
         raise ValueError(f"it has {len(text)} bytes, and {most} are read at most")
+
+
+def _shallow(table: dict[str, Any]) -> dict[str, Any]:
+    """The table; ValueError if Python could not even show what is in it."""
+    level: list[Any] = [table]
+    for _ in range(MOST_DEPTH):
+        inner = (own for outer in level for own in (outer.values() if isinstance(outer, dict) else outer))
+        level = [own for own in inner if isinstance(own, dict | list)]
+        if not level:
+            return table
+    raise ValueError("its lists and tables are too deep in one another")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
