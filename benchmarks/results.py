@@ -48,7 +48,7 @@ LANGUAGES = [
 ]
 
 GLUE = ("SST-2", "MRPC", "RTE", "CoLA", "QNLI")
-MAJORITY = (50.9, 68.4, 52.7, 69.1, 52.1)  # of what is tested on; of QNLI's part for seed 0
+MAJORITY = (50.9, 68.4, 52.7, 69.1, 52.0)  # of what is tested on; of QNLI's parts the mean over seeds
 HOLDERS = 10
 
 FL_TAC = [
@@ -59,12 +59,15 @@ FL_TAC = [
     "| Ping et al. 2024 | here | what the published code does |",
     "|---|---|---|",
     "| FL-TAC beats FedIT on GLUE: .787 to .670 (QNLI), .874 to .652 (SST-2), .532 to .524 (RTE), .673 to .520 (MRPC); one seed, no "
-    "deviations | so it is at equal steps (`fedit`), but for RTE, and at equal bytes (`fedit-bytes`, 1 % more) on every task; one seed | its FedIT takes 1 / (number of tasks) of the steps, task after task in alphabetical order |",
+    "deviations | so it is at equal steps (`fedit`) and at equal bytes (`fedit-bytes`, 1 % more): over all tasks on every seed, and by task on all but RTE | its FedIT takes 1 / (number of tasks) of the steps, task after task in alphabetical order |",
     "| with half to a third of FedIT's parameters: rank 1 for each of n tasks against rank 16 | at equal rank FL-TAC sends as many "
     "times more as a holder has slots | ranks are 4 and 4, not the paper's |",
     "| adapters form a cluster for every task by the last rounds (a UMAP plot, no figure for agreement) | Right, ARI and NMI above | "
     "raw factors with heads, as `fl_tac-paper`; one holder's score stands for all of a task, which hides wrong clusters |",
     "| MRPC .673 and RTE .532 | the majority classes are in the first row | .684 and .527 are what the majority class gives |",
+    "",
+    "Short of what was wanted: on seed 1 a fifth of the slots is in a wrong cluster (right .81 after round 3; .97 and .95 on the",
+    "others), and CoLA's mean is its majority class. RTE is hardly learned by anyone from these vectors.",
     "",
     "What was adapted is one layer on vectors of a frozen all-MiniLM-L6-v2 (`task.embedded`), not BERT's attention: there was no GPU.",
     "That base was tuned to embed sentences, on pairs that include NLI and questions with answers, but not on GLUE's labels.",
