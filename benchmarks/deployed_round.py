@@ -33,7 +33,7 @@ from umbel.folder import read_lines
 from umbel.recipe import Recipe, find, load, read
 
 CLIENTS, NODES, LEFT_OUT = 6, 3, 1
-ROUNDS, STOCK_ROUNDS = 10, 4  # with umbel's nodes; with Flower's, which take longer
+ROUNDS, STOCK_ROUNDS = 10, 3  # with umbel's nodes; with Flower's, which take longer
 PLAIN = Path(__file__).parent / "flower_app"
 
 
