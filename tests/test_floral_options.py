@@ -567,7 +567,7 @@ def dying(method, num_rounds=1, dead=2):
 
 def test_adapters_of_a_pretrained_model_start_close_to_it():
     # √rank · s · the standard deviation of B: 0.3 where the base is trained too, a third of it with PEFT.
-    module = nn.Sequential(nn.Linear(96, 160), nn.Linear(160, 8))
+    module = nn.Sequential(nn.Linear(96, 160), nn.Linear(160, 8)).requires_grad_(False)
     for plan, expected in (
         (AdapterPlan(8, scale=2.0), 0.3),
         (AdapterPlan(peft={"r": 8, "lora_alpha": 32, "target_modules": ["0"]}), 0.1),
@@ -575,7 +575,7 @@ def test_adapters_of_a_pretrained_model_start_close_to_it():
         method = FLoRAL(8, plan)
         shared, _ = method.init(module, Population(2, 0))
         scale = 2.0 if expected == 0.3 else 4.0
-        b = next(leaf for name, leaf in shared.adapters.items() if name.endswith("lora_B"))
+        b = next(leaf for name, leaf in shared.adapters.items() if "lora_B" in name)
         assert float(b.std()) * 8**0.5 * scale == pytest.approx(expected, rel=0.05), plan
         asked = replace(method, init_std=0.6)
         assert asked.b_std(shared.bank) == 0.6

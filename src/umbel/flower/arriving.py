@@ -37,6 +37,7 @@ INSIDE = {
 SLACK = 32 * MEBIBYTE  # for facts and whatever is small
 STALLED = 60.0  # seconds without another object
 LONGEST = 900.0  # seconds that a message may take
+SOON, LATER = 0.05, 1.0  # seconds until an object that has yet to come is asked for again, at first and in the end
 
 Pull = Callable[[str], bytes]
 
@@ -142,7 +143,9 @@ def put_together(names: Iterable[str], pull: Pull, most: int) -> "Message":
         return content
 
     try:
-        contents = pull_objects(wanted, counted, max_time=LONGEST)
+        contents = pull_objects(
+            wanted, counted, max_time=LONGEST, max_tries_per_object=None, initial_backoff=SOON, backoff_cap=LATER
+        )
     except ObjectPullError as error:
         raise LostError(plain(error)) from None
     check_objects(wanted[-1], contents, most)
