@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import measure
+from on_digits import METHODS, run_on_digits
 from umbel.errors import RecipeError, RoundError
-from umbel.recipe import Table, read
-from umbel.runs import run_recipe
+from umbel.recipe import Table
 
 ROUNDS, SHARE, SEED = 40, 0.2, 0
 LOCAL = {"lr": 0.2, "batch_size": 8}
@@ -23,32 +23,14 @@ RULES: dict[str, Table] = {
     "geometric_median": {"rule": "geometric_median"},
     "multi_krum": {"rule": "multi_krum", "hostile": 0.4},
 }
-METHODS: dict[str, Table] = {
-    "fedavg": {},
-    "ifca": {"num_models": 4},
-    "floral": {"num_adapters": 4, "adapter": {"rank": 4}},
-    "local": {},
-    "trust": {"scheme": "weights", "adapter": {"rank": 4}},
-    "fl_tac": {"num_clusters": 4, "adapter": {"rank": 4}},
-}
 
 
 def figures_of(method: str, attack: str, rule: Table, seed: int, rounds: int, local: Table) -> dict[str, Any]:
     """The last round's figures; {"failed": why} where it could not be run to its end."""
-    table = {
-        "rounds": rounds,
-        "seed": seed,
-        "evaluate_every": rounds,
-        "task": {"name": "digits"},
-        "engine": {"mode": "stacked", "threads": 1},
-        "local": local,
-        # A step times one is honest, so that the same clients are evaluated without attack as with one.
-        "attack": {"kind": attack.replace("none", "scale"), "share": SHARE, "strength": ATTACKS[attack]},
-        "robust": rule,
-        "method": {method: METHODS[method]},
-    }
+    # A step times one is honest, so that the same clients are evaluated without attack as with one.
+    hostile = {"kind": attack.replace("none", "scale"), "share": SHARE, "strength": ATTACKS[attack]}
     try:
-        last = run_recipe(read(table, method)).figures
+        last = run_on_digits(method, seed, rounds, local, attack=hostile, robust=rule).figures
     except RoundError:
         return {"failed": "diverged"}
     except RecipeError as error:

@@ -9,20 +9,15 @@ from time import perf_counter
 from typing import Any
 
 import measure
-from umbel.recipe import Table, read
-from umbel.runs import run_recipe
+from on_digits import METHODS, run_on_digits
+from umbel.recipe import Table
 from umbel.tables import losses
 
 ROUNDS, SEEDS = 200, (0, 1)
 FAULTS = {"drop_out": 0.3, "straggle": 0.1, "corrupt": 0.05}
 HEARD = 24  # of 40
 LOCAL = {"lr": 0.1, "batch_size": 8, "epochs": 5}  # enough for FL-TAC and trust to tell clients apart
-METHODS: dict[str, Table] = {
-    "fedavg": {},
-    "floral": {"num_adapters": 4, "adapter": {"rank": 4}},
-    "trust": {"scheme": "weights", "adapter": {"rank": 4}},
-    "fl_tac": {"num_clusters": 4, "adapter": {"rank": 4}},
-}
+SHOWN = ("fedavg", "floral", "trust", "fl_tac")
 
 
 def accuracy(method: str, seed: int, faults: Table, drawn: int = 0) -> tuple[float, dict[str, int], int]:
@@ -30,18 +25,7 @@ def accuracy(method: str, seed: int, faults: Table, drawn: int = 0) -> tuple[flo
 
     `drawn` are the clients of a round, 0: all.
     """
-    table = {
-        "rounds": ROUNDS,
-        "seed": seed,
-        "evaluate_every": ROUNDS,
-        "clients_per_round": drawn,
-        "task": {"name": "digits"},
-        "engine": {"mode": "stacked", "threads": 1},
-        "local": LOCAL,
-        "faults": faults,
-        "method": {method: METHODS[method]},
-    }
-    result = run_recipe(read(table, method))
+    result = run_on_digits(method, seed, ROUNDS, LOCAL, clients_per_round=drawn, faults=faults)
     return result.figures["accuracy"], losses(result.history), sum("no_quorum" in line for line in result.history)
 
 
@@ -51,10 +35,10 @@ def main() -> dict[str, Any]:
         "heard": HEARD,
         "faults": FAULTS,
         "local": LOCAL,
-        "settings": METHODS,
+        "settings": {name: METHODS[name] for name in SHOWN},
         "methods": {},
     }
-    for method in METHODS:
+    for method in SHOWN:
         rows = []
         for seed in SEEDS:
             begin = perf_counter()
