@@ -191,9 +191,8 @@ def _opened(path: Path, task: Task | None, method: Method | None) -> tuple[RunFo
         raise RunFolderError(f"{path}: run.json says chunk = {chunk!r}, where a number of clients is wanted")
     cohort, at = start(task, method, schedule, replace(engine, mode="stacked", chunk=chunk))
     cohort = replace(cohort, chunk=chunk)
-    cost = (
-        build(Cost, facts["cost"], "cost") if "cost" in facts else None
-    )  # None: the folder is older than that figure
+    # Folders may be older than that figure.
+    cost = build(Cost, facts["cost"], "cost") if "cost" in facts else None
     if checkpoint is not None:
         at = restored(at, checkpoint, path)
     history = [line for line in read_history(path) if line["round"] <= at.round]
@@ -263,7 +262,6 @@ def restored(at: Progress, checkpoint: Checkpoint, path: Path) -> Progress:
 
 
 def _restored(at: Progress, checkpoint: Checkpoint) -> Progress:
-
     def part(name: str) -> dict[str, Any]:
         return {k.removeprefix(name): v for k, v in checkpoint.tensors.items() if k.startswith(name)}
 

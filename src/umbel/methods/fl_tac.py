@@ -174,10 +174,10 @@ class FLTAC:
         return Shared(start, centres, unknown, owner, *seen, bank, population.seed), Private(nearest)
 
     def send(self, shared: Shared, clients: Tensor) -> Message:
-        cluster = shared.cluster[clients]
+        cluster, told = shared.cluster[clients], self.told(shared)
         own = tree.rows(joined(shared.start, shared.centres), cluster + 1)
-        route = F.one_hot(cluster + 1, len(shared.used) + 1)[:, 1:].to(next(iter(own.adapter.values())))
-        return Message(own.base, own.adapter, own.stats, shared.bank, route, AtServer(self.told(shared)))
+        route = F.one_hot(cluster + 1, len(told.used) + 1)[:, 1:].to(next(iter(own.adapter.values())))
+        return Message(own.base, own.adapter, own.stats, shared.bank, route, AtServer(told))
 
     def told(self, shared: Shared) -> Centres:
         """What slots without a cluster are told of the server's state."""
