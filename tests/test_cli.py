@@ -56,6 +56,7 @@ def test_help_says_what_there_is_without_loading_anything_heavy():
 def test_every_command_has_an_example(command):
     assert f"Example: umbel {command}" in umbel(command, "--help").stdout
     assert umbel(command, "-h").stdout == umbel(command, "--help").stdout
+    assert "\\" not in umbel(command, "-h").stdout
 
 
 def test_version():

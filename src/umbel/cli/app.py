@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import typer.core
 
 from umbel.cli.deploying import deploy
 from umbel.cli.jobs import resumed, trained
@@ -23,6 +24,9 @@ from umbel.cli.options import (
 from umbel.cli.said import listing, told
 from umbel.cli.show import show_run
 from umbel.errors import RecipeError
+
+# Typer before 0.21, which Flower wants, writes "[required]" as Rich would have it even in plain help.
+typer.core.HAS_RICH = False
 
 app = typer.Typer(
     add_completion=False,
