@@ -1,11 +1,11 @@
 """A deployment's folder, and a real one: SuperLink, nodes, TLS and keys on this machine."""
 
 import json
-import os
 import re
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 pytest.importorskip("flwr", reason="flwr is not installed")
 
 from test_flower import without_times
+from test_leash import soon
 from umbel import tree
 from umbel.cli import app
 from umbel.cohort import Engine
@@ -159,6 +160,35 @@ def test_the_compose_file_is_one_that_compose_takes(folder):
         assert wrong_in(compose.replace(there, instead, 1), folder) == told
 
 
+def processes_of(folder):
+    """The processes of a deployment, whoever has started them."""
+    home, found = f"FLWR_HOME={(folder / 'flwr').absolute()}\0".encode(), []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if home in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.slow
+def test_a_deployment_ends_with_whoever_started_it(folder):
+    starter = "import sys, time\nfrom pathlib import Path\nfrom umbel.flower import trial\n"
+    starter += "with trial.started(Path(sys.argv[1]), lambda text: print(text, flush=True)) as running:\n"
+    starter += "    trial.lead_run(running, Path(sys.argv[1]) / 'run', lambda told: print(told, flush=True))\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", starter, str(folder)], stdout=subprocess.PIPE, text=True
+    ) as begun:
+        lines = iter(begun.stdout)
+        assert "the SuperLink is up" in next(lines)
+        assert "3 nodes are started" in next(lines)
+        assert "'round': 1" in next(lines)
+        # SuperLink, its two helpers, three nodes and `flwr run`; five of them are on leashes.
+        assert len(processes_of(folder)) >= 10
+        begun.kill()
+    # The SuperLink's helpers end once it has; its server first tries to reach it for a while.
+    soon(lambda: not processes_of(folder), 60.0)
+
+
 @pytest.mark.slow
 def test_nodes_over_tls_with_keys_are_as_one_machine(folder):
     stranger = tomllib.loads((folder / "nodes" / "node-1.toml").read_text()) | {"name": "stranger"}
@@ -172,10 +202,8 @@ def test_nodes_over_tls_with_keys_are_as_one_machine(folder):
         assert refused.returncode != 0
         assert "Failed to activate" in refused.stdout + refused.stderr
         trial.lead_run(running, folder / "run", told.append)
-        processes = [started.pid for started in running.processes.values()]
-    for pid in processes:
-        with pytest.raises(ProcessLookupError):
-            os.killpg(pid, 0)
+        assert len(processes_of(folder)) >= 4
+    soon(lambda: not processes_of(folder), 60.0)
     here = run_recipe(replace(digits(), engine=Engine(mode="looped")))
     np.testing.assert_equal(without_times(told), without_times(json.loads(json.dumps(here.history))))
     tensors = load_file(folder / "run" / "checkpoints" / "000002.safetensors")

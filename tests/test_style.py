@@ -63,7 +63,7 @@ INSIDE = {
     "fedavg local floral ensemble fedsa_lora flexlora fedit feddpa fl_tac threshold_clustering trust \n"
     "ffa_lora fedem ifca fedprox finetune apfl partial local_adapter knnper \n"
     "ditto pfedme fedper fedbn \n fedrep",
-    "flower": "wire fingerprint credentials arriving facts \n kept \n vault \n protected \n work \n post \n"
+    "flower": "wire fingerprint credentials leash arriving facts \n kept \n vault \n protected \n work \n post \n"
     "exchange roster resume summed \n lead \n apps \n node \n trial",
     "model": "copies dropout nets pretrained \n stacked \n loss recompute",
     "tasks": "augment corpora partition task \n bases grouped pool texts slots \n"

@@ -28,6 +28,7 @@ from typing import Any
 
 from umbel.errors import DeployError
 from umbel.flower.credentials import write_certificates, write_keys
+from umbel.flower.leash import kill, process
 from umbel.flower.resume import is_deployed, is_unfinished, last_round
 from umbel.recipe import Recipe
 from umbel.runs import read_history
@@ -309,8 +310,7 @@ class Trial:
 
     def kill(self, name: str) -> None:
         """Ends a part by kill -9, with no time for last words."""
-        os.killpg(self.processes[name].pid, signal.SIGKILL)
-        self.processes[name].wait()
+        kill(self.processes[name])
 
 
 def up(
@@ -444,41 +444,6 @@ def stock_node(path: Path) -> list[str]:
     command = [tool("flower-supernode"), "--root-certificates", str(certificate), "--superlink", link.superlink]
     command += ["--auth-supernode-private-key", str(link.key), "--host", "127.0.0.1", "--node-config", told]
     return command
-
-
-@contextmanager
-def process(command: Sequence[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process with its children, all of which are stopped when the block ends."""
-    with log.open("ab") as file:
-        # A session of its own: Ctrl-C comes to this program alone, which then stops the others in their order.
-        started = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
-    try:
-        yield started
-    finally:
-        stop(started)
-
-
-def stop(started: subprocess.Popen[bytes], patience: float = 10.0) -> None:
-    """Ends a process and what it has started: first asked, then made to."""
-    for number, wait in ((signal.SIGINT, patience), (signal.SIGKILL, 5.0)):
-        try:
-            os.killpg(started.pid, number)
-        except ProcessLookupError:
-            break
-        end = time.monotonic() + wait
-        while time.monotonic() < end and _alive(started):
-            time.sleep(0.05)
-    started.wait()
-
-
-def _alive(started: subprocess.Popen[bytes]) -> bool:
-    """Whether any process of the group is left."""
-    started.poll()
-    try:
-        os.killpg(started.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def wait_for(host: str, port: int, server: subprocess.Popen[bytes], log: Path, seconds: float = 60.0) -> None:
