@@ -12,7 +12,8 @@ from umbel.flower.leash import kill, process
 
 # A program with a child, which says who they are; what it does when it is asked to end is the test's.
 PROGRAM = "import os, signal, subprocess, time; {on_signal}; child = subprocess.Popen(['sleep', '1000']); "
-PROGRAM += "print(os.getpid(), child.pid, flush=True); time.sleep(1000)"
+PROGRAM += "other = subprocess.Popen(['sleep', '1000'], start_new_session=True); "  # in a group of its own
+PROGRAM += "print(os.getpid(), child.pid, other.pid, flush=True); time.sleep(1000)"
 DEAF = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
 STARTER = (
     "import os, sys, time\n"
@@ -58,7 +59,7 @@ def test_who_was_started_ends_with_its_starter_however_that_died(on_signal, numb
         [*background, sys.executable, "-c", STARTER, PROGRAM.format(on_signal=on_signal), str(log)]
     )
     pids = soon(lambda: pids_in(log))
-    assert len(pids) == 2
+    assert len(pids) == 3
     assert all(map(is_there, pids))
     starter.send_signal(number)
     assert starter.wait() == -number
@@ -67,7 +68,7 @@ def test_who_was_started_ends_with_its_starter_however_that_died(on_signal, numb
 
 def test_a_process_ends_with_its_block_and_by_kill(tmp_path):
     command = [sys.executable, "-c", PROGRAM.format(on_signal="pass")]
-    with process(command, tmp_path / "log", os.environ) as started:
+    with process(command, tmp_path / "log", os.environ, 0.5) as started:
         pids = soon(lambda: pids_in(tmp_path / "log"))
         assert started.poll() is None
     assert none_of(pids)

@@ -3,12 +3,14 @@
     starter ──pipe──▶ leash ──▶ command, a process group of its own
 
 The starter alone holds the pipe's other end, which closes when the starter lets go or is no more, of kill -9 too.
-Then the command and all of its group are asked to end (SIGINT), and made to if they do not. The leash is a process
-that runs this file: it needs nothing but the standard library, so as to be there in milliseconds.
+Then the command and all of its group are asked to end (SIGINT), and made to if they do not; on Linux, so are those
+that they have started in groups of their own. The leash is a process that runs this file: it needs nothing but the
+standard library, so as to be there in milliseconds.
 
     python leash.py SECONDS COMMAND …
 """
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -22,6 +24,7 @@ from select import select
 KILL = b"k"  # in the pipe: kill -9, at once
 LOOK = 0.1  # seconds between two looks whether the command has ended
 GONE = 5.0  # seconds until who is killed is gone
+SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux's prctl
 
 
 @contextmanager
@@ -62,23 +65,60 @@ def held(command: Sequence[str], patience: float) -> int:
     """The exit code of a command that runs until it ends, or until the pipe that is the standard input says so."""
     # Who was started in the background ignores SIGINT, and so would the command; a handler is not handed on.
     signal.signal(signal.SIGINT, lambda *_: None)
+    _adopt()
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     told = b""
     while child.poll() is None:
         if select([0], [], [], LOOK)[0]:
             told = os.read(0, 1)
             break
-    asked = () if told == KILL else ((signal.SIGINT, patience),)
-    for number, wait in (*asked, (signal.SIGKILL, GONE)):
-        end = time.monotonic() + wait
-        with suppress(ProcessLookupError):  # none is left of the group
-            os.killpg(child.pid, number)
-            while time.monotonic() < end:
-                child.poll()
-                os.killpg(child.pid, 0)
-                time.sleep(0.02)
+    if told != KILL:
+        _tell(child, signal.SIGINT, patience)
+    _tell(child, signal.SIGKILL, GONE)
     code = child.poll()
     return 1 if code is None else code if code >= 0 else 128 - code
+
+
+def _tell(child: subprocess.Popen[bytes], number: int, seconds: float) -> None:
+    """Sends a signal to the command's group, and waits until all that it has started are gone."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, number)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        child.poll()
+        orphans = [pid for pid in _children() if pid != child.pid]
+        for pid in orphans:
+            if os.waitpid(pid, os.WNOHANG) == (0, 0) and number == signal.SIGKILL:
+                os.kill(pid, number)
+        if not orphans and not _is_there(child.pid):
+            return
+        time.sleep(0.02)
+
+
+def _is_there(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _adopt() -> None:
+    """Has who loses its parent become this process's child, where Linux is asked for it.
+
+    A part may start others in groups of their own, as a SuperLink does, and they may outlive it: a ServerApp whose
+    SuperLink is gone looks for it for minutes.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+
+
+def _children() -> list[int]:
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
+            return [int(word) for word in file.read().split()]
+    except OSError:
+        return []
 
 
 if __name__ == "__main__":
