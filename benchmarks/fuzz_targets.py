@@ -28,12 +28,14 @@ from umbel.adapters import AdapterPlan
 from umbel.adapters.lora_folders import _read as read_adapter
 from umbel.clients import Examples
 from umbel.errors import DataError, DeployError, RecipeError, RunFolderError, UmbelError, WireError
+from umbel.flower.answers import Uploads, scores_in
 from umbel.flower.arriving import most_bytes, put_together
-from umbel.flower.exchange import Exchange, Patience
 from umbel.flower.facts import Figure, Number, fact, facts_of_node
-from umbel.flower.lead import Nodes, _scores_in
+from umbel.flower.fingerprint import fingerprint
+from umbel.flower.letters import letters
 from umbel.flower.node import Inbox, node_of
 from umbel.flower.post import KINDS, content_of, opened
+from umbel.flower.roster import Roster
 from umbel.flower.wire import Facts, Parts, packed, unpacked
 from umbel.flower.work import NodeSettings, Site, received
 from umbel.folder import Checkpoint, RunFolder, read_lines
@@ -48,6 +50,7 @@ from umbel.secure.settings import Secure
 from umbel.tables import read_run
 from umbel.tasks import TASKS, Task
 from umbel.train import LocalTraining
+from umbel.weighting import Weighting
 
 RUN = "0123456789abcdef"
 CLIENTS = (0, 1, 2)
@@ -80,15 +83,13 @@ class Tiny:
         return Task("tiny", module, "cross_entropy", Examples.of(clients), Examples.of(clients))
 
 
-class NoGrid:
-    """Stands for Flower's, which the targets do not ask."""
-
-
 @dataclass(frozen=True)
 class Both:
     """A server and a node in the middle of a run, and what they have told each other."""
 
-    nodes: Nodes
+    recipe: Recipe
+    task: Task
+    forms: Uploads
     site: Site
     hello: tuple[Facts, Parts]
     letter: tuple[Facts, Parts]  # to train
@@ -104,23 +105,20 @@ def both(folder: Path) -> Both:
     recipe = Recipe("floral", Tiny(), method, Schedule(rounds=3))
     task = recipe.task.load(0)
     cohort, at = start(task, method, recipe.schedule, replace(recipe.engine, mode="looped"))
-    grid: Any = NoGrid()
-    exchange = Exchange(grid, RUN, Patience())
-    nodes = Nodes(exchange, recipe, task, cohort, at.shared, at.store.fresh(1))
-    nodes.roster.homes |= dict.fromkeys(CLIENTS, 1)
-    nodes.roster.names[1] = "ward"
+    forms = Uploads(cohort, at.shared, at.store.fresh(1))
     site = Site(NodeSettings("ward", "0-2", str(folder / "state")))
     table = {key: value for key, value in recipe.table().items() if key != "engine"}
-    hello: Facts = {"recipe": table, "label": "floral", "fingerprint": nodes.fingerprint, "run": RUN}
+    hello: Facts = {"recipe": table, "label": "floral", "fingerprint": fingerprint(recipe.task, task, at.shared)}
+    hello["run"] = RUN
     introduced = site.answer("hello", hello, {})
     moved = tree.map_tensors(lambda leaf: leaf + 1 if leaf.is_floating_point() else leaf, at.shared)
-    ((_, _, facts, parts),) = nodes._letters(moved, np.array(CLIENTS))
+    ((_, _, facts, parts),) = letters(cohort, at.shared, moved, dict.fromkeys(CLIENTS, 1), np.array(CLIENTS), ())
     letter = facts | {"run": RUN, "round": 1, "weights": {str(client): 6.0 for client in CLIENTS}}, parts
     uploads, scores = site.answer("train", *letter), site.answer("evaluate", *letter)
     for answer in (introduced, uploads, scores):
         if "refused" in answer[0]:
             raise SystemExit(str(answer[0]["refused"]))
-    return Both(nodes, site, (hello, {}), letter, introduced, uploads, scores)
+    return Both(recipe, task, forms, site, (hello, {}), letter, introduced, uploads, scores)
 
 
 # Messages as Flower's objects, in a container of ours: MessagePack of [name, content], the message's own last.
@@ -162,21 +160,21 @@ def as_message(content: bytes, who: str) -> tuple[Facts, Parts]:
 # What the server does with answers, and the node with questions.
 
 
-def take_introduction(nodes: Nodes, facts: Facts) -> object:
+def take_introduction(rule: Weighting, facts: Facts) -> object:
     told = facts_of_node(facts, "node 'ward'", len(CLIENTS))
-    empty = replace(nodes.roster, names={}, homes={}, examples={}, slots={}, labels={})
-    if why := empty.entered(1, told, [1]):
+    roster = Roster()
+    if why := roster.entered(1, told, [1]):
         raise WireError(why)
-    return replace(nodes, roster=empty)._weights(np.array(told["clients"], dtype=np.int64))
+    return roster.weights(rule, np.array(told["clients"], dtype=np.int64))
 
 
-def take_uploads(nodes: Nodes, facts: Facts, parts: Parts) -> object:
+def take_uploads(forms: Uploads, facts: Facts, parts: Parts) -> object:
     fact(facts, "seconds", Figure, "node 'ward'")
-    found, wrong = nodes._opened_uploads(1, CLIENTS, nodes.first, 1, parts, dict.fromkeys(CLIENTS, 6.0))
+    found, wrong = forms.opened("node 'ward'", CLIENTS, forms.first, 1, parts, dict.fromkeys(CLIENTS, 6.0))
     if wrong:
         raise WireError(str(next(iter(wrong.values()))))
     # What is taken must be of use: its sums are those of the round.
-    return [nodes.cohort.method.contribution(upload) for upload in found.values()]
+    return [forms.cohort.method.contribution(upload) for upload in found.values()]
 
 
 def take_question(site: Site, kind: str, facts: Facts, parts: Parts) -> object:
@@ -218,10 +216,10 @@ class Masked:
 
 def masked(pair: Both, folder: Path) -> Masked:
     """A node in a run with masks."""
-    recipe = replace(pair.nodes.recipe, schedule=Schedule(rounds=3, secure=Secure("masks")))
+    recipe = replace(pair.recipe, schedule=Schedule(rounds=3, secure=Secure("masks")))
     table = {key: value for key, value in recipe.table().items() if key != "engine"}
     site = Site(NodeSettings("ward", "0-2", str(folder / "masked")))
-    facts: Facts = {"recipe": table, "label": "floral", "fingerprint": pair.nodes.fingerprint, "run": RUN}
+    facts: Facts = {"recipe": table, "label": "floral", "fingerprint": pair.hello[0]["fingerprint"], "run": RUN}
     told, _ = site.answer("hello", facts, {})
     if "refused" in told:
         raise SystemExit(str(told["refused"]))
@@ -508,7 +506,7 @@ def targets(folder: Path) -> list[Target]:
     """All of them; what they need on disk lies in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     pair = both(folder)
-    nodes, site, hidden = pair.nodes, pair.site, masked(pair, folder)
+    forms, site, hidden = pair.forms, pair.site, masked(pair, folder)
     other = Site(replace(site.settings, state=str(folder / "other")))  # whose recipe is spoilt, and kept
 
     def in_file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
@@ -530,9 +528,9 @@ def targets(folder: Path) -> list[Target]:
     large = objects_of({"seconds": 1.0}, {"uploads": bytes(1 << 21)}, "train")
 
     found = [
-        message("answer to hello", pair.introduced, "hello", lambda f, _: take_introduction(nodes, f)),
-        message("uploads", pair.uploads, "train", lambda f, p: take_uploads(nodes, f, p)),
-        message("scores", pair.scores, "evaluate", lambda _, p: _scores_in(p, 3, True, "node 'ward'")),
+        message("answer to hello", pair.introduced, "hello", lambda f, _: take_introduction(forms.cohort.weighting, f)),
+        message("uploads", pair.uploads, "train", lambda f, p: take_uploads(forms, f, p)),
+        message("scores", pair.scores, "evaluate", lambda _, p: scores_in(p, 3, True, "node 'ward'")),
         message("question: train", pair.letter, "train", lambda f, p: take_question(site, "train", f, p)),
         message("question: hello", pair.hello, "hello", lambda f, p: take_question(other, "hello", f, p)),
         message("question: share", hidden.letter, "share", hidden.take),
@@ -560,10 +558,10 @@ def targets(folder: Path) -> list[Target]:
     def take_state(_path: Path) -> object:
         return replace(fresh, rows={}).latest(0)
 
-    cohort_start = start(pair.nodes.task, nodes.cohort.method, nodes.recipe.schedule, nodes.recipe.engine)
-    seen = {"seen": torch.arange(2)} | {f"shared/{n}": leaf for n, leaf in tree.tensors(nodes.first).items()}
+    cohort_start = start(pair.task, pair.recipe.method, pair.recipe.schedule, pair.recipe.engine)
+    seen = {"seen": torch.arange(2)} | {f"shared/{n}": leaf for n, leaf in tree.tensors(forms.first).items()}
     seen |= {
-        f"private/{n}": leaf.repeat(2, *[1] * (leaf.dim() - 1)) for n, leaf in tree.tensors(nodes.fresh).items()
+        f"private/{n}": leaf.repeat(2, *[1] * (leaf.dim() - 1)) for n, leaf in tree.tensors(forms.fresh).items()
     }
 
     def take_checkpoint(path: Path) -> object:
@@ -583,7 +581,7 @@ def targets(folder: Path) -> list[Target]:
 
     run = folder / "run"
     run.mkdir(exist_ok=True)
-    table = nodes.recipe.table()
+    table = pair.recipe.table()
     facts = {"identity": "it", "task": "tiny", "num_clients": 3, "chunk": 1, "schedule": table | {}}
     lines = [{"round": r, "loss": 0.5, "accuracy": 50.0, "seconds": 0.1} for r in (1, 2, 3)]
     texts = {

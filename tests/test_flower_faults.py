@@ -1,7 +1,6 @@
 """A deployed run goes on whatever dies, is late, comes twice or comes at last, and says what it has lost."""
 
 import json
-import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,8 +15,7 @@ from test_battery import CASES
 from test_flower import FakeGrid, Small, floral, here, same, sites, small_task, without_times  # noqa: F401
 from umbel import tree
 from umbel.errors import DeployError, RunFolderError
-from umbel.flower import exchange, resume
-from umbel.flower import lead as server
+from umbel.flower import attendance, exchange, resume
 from umbel.flower.exchange import Patience
 from umbel.flower.lead import lead
 from umbel.flower.post import kind_of, opened
@@ -34,7 +32,6 @@ class Clock:
     """A clock that goes on while somebody sleeps, and never else."""
 
     now = 0.0
-    perf_counter = staticmethod(time.perf_counter)
 
     def monotonic(self):
         return self.now
@@ -46,7 +43,7 @@ class Clock:
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
     of_all = Clock()
-    for module in (exchange, server):
+    for module in (exchange, attendance):
         monkeypatch.setattr(module, "time", of_all)
     monkeypatch.setattr(exchange, "LOOK", 0.15)
 

@@ -30,9 +30,9 @@ from flwr.superlink.grid.http_grid import HttpGrid
 import fuzz_targets
 from fuzz_targets import both, malformed, objects_of, spoilt_bytes, targets, unwrapped, wrapped
 from umbel.errors import DataError, DeployError, RecipeError, RunFolderError, UmbelError, WireError
+from umbel.flower.answers import scores_in
 from umbel.flower.arriving import messages, put_together
 from umbel.flower.facts import facts_of_node
-from umbel.flower.lead import _scores_in
 from umbel.flower.node import node_of
 from umbel.flower.post import opened
 from umbel.flower.wire import packed, unpacked
@@ -423,10 +423,12 @@ def test_wrapping_changes_nothing():
 def test_claims_are_held_against_what_the_server_knows(name, change, told, pair):
     tensors = unpacked(pair.uploads[1]["uploads"], "")
     tensors = {own: leaf for own, leaf in tensors.items() if own.startswith("0/")}
-    found, wrong = pair.nodes._opened_uploads(1, [0], pair.nodes.first, 1, {"uploads": packed(tensors)}, {0: 6.0})
+    found, wrong = pair.forms.opened(
+        "node 'ward'", [0], pair.forms.first, 1, {"uploads": packed(tensors)}, {0: 6.0}
+    )
     assert (list(found), wrong) == ([0], {})
     spoilt = {"uploads": packed(tensors | {f"0/{name}": change(tensors[f"0/{name}"])})}
-    found, wrong = pair.nodes._opened_uploads(1, [0], pair.nodes.first, 1, spoilt, {0: 6.0})
+    found, wrong = pair.forms.opened("node 'ward'", [0], pair.forms.first, 1, spoilt, {0: 6.0})
     assert found == {}
     assert wrong[0].reason == "malformed"
     assert re.search(told, str(wrong[0]))
@@ -444,7 +446,7 @@ def test_claims_are_held_against_what_the_server_knows(name, change, told, pair)
 def test_scores_that_are_none(change, told, pair):
     tensors = unpacked(pair.scores[1]["scores"], "")
     with pytest.raises(WireError, match=told):
-        _scores_in({"scores": packed(change(tensors))}, 3, True, "node 'ward'")
+        scores_in({"scores": packed(change(tensors))}, 3, True, "node 'ward'")
 
 
 @pytest.mark.parametrize(
@@ -470,7 +472,7 @@ def test_introductions_that_make_no_sense(told, why):
 
 
 def test_a_recipe_from_the_network_names_no_path(pair):
-    recipe = pair.nodes.recipe
+    recipe = pair.recipe
     check_allowed(NodeSettings(), recipe)
     for base in ("/etc/models", "~/models", "../models", "a/../../b"):
         wrong = Recipe("floral", replace(recipe.task, base=base), recipe.method, recipe.schedule)

@@ -64,7 +64,7 @@ INSIDE = {
     "ffa_lora fedem ifca fedprox finetune apfl partial local_adapter knnper \n"
     "ditto pfedme fedper fedbn \n fedrep",
     "flower": "wire fingerprint credentials leash arriving facts \n kept \n vault \n protected \n work \n post \n"
-    "exchange roster resume summed \n lead \n apps \n node \n trial",
+    "exchange roster resume summed letters \n attendance answers \n fleet \n lead \n apps \n node \n trial",
     "model": "copies dropout nets pretrained \n stacked \n loss recompute",
     "tasks": "augment corpora partition task \n bases grouped pool texts slots \n"
     "tokens cifar digits femnist mnist shakespeare synthetic own \n vectors language cifar_vit \n"

@@ -1,9 +1,11 @@
 """The same methods across machines, with Flower as the transport.
 
     server (a Flower ServerApp)                     node (an `umbel node`, or a Flower SuperNode)
-    lead.py     the rounds, one exchange each       work.py    a run's clients: data, model, what they keep
-    post.py     questions and answers               node.py    a long-lived SuperNode in one process
-                                                    kept.py    private states on the node's own disk
+    lead.py     the whole run                       work.py    a run's clients: data, model, what they keep
+    fleet.py    a round, one exchange each          node.py    a long-lived SuperNode in one process
+    attendance.py  who is there;  roster.py         kept.py    private states on the node's own disk
+    letters.py  what is sent;  answers.py  what comes back, checked
+    exchange.py, post.py    questions and answers
     both:  wire.py  states as bytes, checked before they are used;  fingerprint.py  whether both have one base
     trial.py    folders, certificates, keys and processes of a deployment
 

@@ -4,7 +4,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from umbel.flower.wire import Facts
+from umbel.weighting import Weighting, discrepancy_of
 
 
 @dataclass
@@ -48,6 +51,17 @@ class Roster:
     def of(self, node: int, clients: Collection[int]) -> list[int]:
         """Those of the clients that are on the node."""
         return [client for client in clients if self.homes.get(client) == node]
+
+    def weights(self, rule: Weighting, clients: np.ndarray) -> np.ndarray:
+        """(K,) how much each of a round's clients counts, by what nodes have told of it."""
+        counts = np.array([self.examples[client] for client in clients.tolist()], dtype=float)
+        return rule.of_counts(counts, lambda: self._discrepancies(clients))
+
+    def _discrepancies(self, clients: np.ndarray) -> np.ndarray:
+        """(K,) in nats, of each client's label counts; see weighting.label_discrepancy."""
+        width = max((len(own) for own in self.labels.values()), default=0)
+        labels = [self.labels.get(client, []) for client in clients.tolist()]
+        return np.array([discrepancy_of(np.array([*own, *[0] * (width - len(own))])) for own in labels])
 
 
 def listed(items: Any) -> str:
