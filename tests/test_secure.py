@@ -89,6 +89,12 @@ def test_what_cannot_be_opened_is_not_opened():
         secure_sum(range(9), few, MASKS)
     with pytest.raises(RoundError, match="2 clients have sent keys; a sum over fewer than three"):
         secure_sum(range(2), {0: contributions[0], 1: contributions[1]}, MASKS)
+    three = {client: contributions[client] for client in range(3)}
+    assert secure_sum(range(4), three, MASKS).num_clients == 3
+    for lost in (2, 1):  # enough of the three could open it, and yet it is a sum of two
+        two = {client: own for client, own in three.items() if client != lost}
+        with pytest.raises(RoundError, match="2 contributions have arrived; a sum over fewer than three"):
+            secure_sum(range(3), two, MASKS)
     with pytest.raises(RoundError, match="nothing to add up"):
         secure_sum(range(9), {}, MASKS)
 

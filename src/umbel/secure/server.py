@@ -15,6 +15,8 @@ from umbel.secure.client import own_mask, pair_mask
 from umbel.secure.messages import Advertised, Delivery, Masked, Question, Roster, Sealed, Share, Shown
 from umbel.secure.settings import Secure
 
+FEWEST = 3  # clients in a sum: of two, each knows the other's part
+
 
 def rosters(secure: Secure, session: bytes, advertised: Sequence[Advertised]) -> dict[int, Roster]:
     """Who shares with whom, of those who have advertised.
@@ -29,7 +31,7 @@ def rosters(secure: Secure, session: bytes, advertised: Sequence[Advertised]) ->
         if secrets.usable(one.sealing_key) and secrets.usable(one.masking_key)
     }
     clients = sorted(by_client)
-    if len(clients) < 3:
+    if len(clients) < FEWEST:
         raise RoundError(
             f"secure aggregation: {len(clients)} clients have sent keys; a sum over fewer than three hides "
             "nobody, so take more clients_per_round"
@@ -64,8 +66,16 @@ def questions(delivered: Mapping[int, Delivery], arrived: Collection[int]) -> di
     """What each of those whose masked contribution has arrived is asked for.
 
     The answer to a question is final: a contribution that comes later must not be looked at.
+
+    Raises:
+        RoundError: so few have arrived that their sum hides nobody.
     """
     there = set(arrived) & delivered.keys()
+    if len(there) < FEWEST:
+        raise RoundError(
+            f"secure aggregation: {len(there)} contributions have arrived; a sum over fewer than three hides "
+            "nobody and is not opened, so take more clients_per_round"
+        )
     return {
         client: Question(
             tuple(sorted({client, *delivered[client].boxes} & there)),
