@@ -434,6 +434,14 @@ def test_claims_are_held_against_what_the_server_knows(name, change, told, pair)
     assert re.search(told, str(wrong[0]))
 
 
+def test_an_upload_that_is_not_finite_is_no_reason_for_a_trial(pair):
+    before, tensors = pair.forms.pattern, unpacked(pair.uploads[1]["uploads"], "")
+    own = {name: leaf * torch.nan if leaf.is_floating_point() else leaf for name, leaf in tensors.items()}
+    found, wrong = pair.forms.opened("node 'ward'", [0, 1, 2], pair.forms.first, 1, {"uploads": packed(own)}, {})
+    assert (found, {trouble.reason for trouble in wrong.values()}) == ({}, {"not finite"})
+    assert pair.forms.pattern is before
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

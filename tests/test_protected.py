@@ -2,7 +2,8 @@
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from scipy.stats import chisquare
 
 pytest.importorskip("flwr", reason="flwr is not installed")
+
+from flwr.app import Context, RecordDict
 
 from test_battery import CASES, every
 from test_flower import (
@@ -26,12 +29,13 @@ from test_flower import (
 )
 from umbel import tree
 from umbel.cohort import Engine, Tally
-from umbel.errors import RecipeError, RunFolderError
+from umbel.errors import DeployError, RecipeError, RunFolderError, WireError
+from umbel.flower import apps
 from umbel.flower.lead import lead
 from umbel.flower.post import opened
 from umbel.flower.vault import Page
 from umbel.flower.wire import packed, unpacked
-from umbel.flower.work import NodeSettings, Site
+from umbel.flower.work import NodeSettings, Site, received, trained
 from umbel.privacy.settings import Privacy
 from umbel.recipe import Recipe
 from umbel.report import write_report
@@ -235,6 +239,53 @@ def rounds_without(recipe, lost):
         clients = np.setdiff1d(np.arange(5), missing)
         shared = recipe.method.server_update(shared, cohort.uploads(shared, at.store, clients, round, Tally()))
     return shared
+
+
+@pytest.mark.parametrize("more", [{}, {"privacy": Privacy("example", delta=1e-3, noise_multiplier=1.0)}])
+def test_no_server_has_one_client_count_alone_under_masks(more, tmp_path):
+    _, grid = led(floral(rounds=1, secure=MASKS, **more), tmp_path, "0-4")
+    (work,) = grid.sites[1].works.values()
+    question = next(m for m in grid.asked if m.metadata.message_type == "train")
+    facts, parts = opened(question.content, "")
+    ((client, message), *_) = received(work, facts, parts)
+    assert trained(work, work.cohort, facts, client, message) is not None
+    alone = facts | {"weights": {str(k): float(k == client) for k in range(5)}}
+    with pytest.raises(WireError, match="would have client 0 count 1, where it counts 5"):
+        trained(work, work.cohort, alone, client, message)
+
+
+def test_a_run_that_was_let_in_with_masks_is_not_gone_on_with_without(tmp_path):
+    _, masked = led(floral(rounds=1, secure=MASKS), tmp_path / "masked", "0-4")
+    _, plain = led(floral(rounds=1), tmp_path / "plain", "0-4")
+    site, (run,) = masked.sites[1], masked.sites[1].works
+    for grid, why in ((plain, f"run {run} was let in with another recipe"), (masked, "")):
+        hello = next(m for m in grid.asked if m.metadata.message_type == "query.hello")
+        answer, _ = site.answer("hello", opened(hello.content, "")[0] | {"run": run}, {})
+        assert why in answer.get("refused", "")
+        assert ("refused" in answer) == bool(why)
+    question = next(m for m in plain.asked if m.metadata.message_type == "train")
+    facts, parts = opened(question.content, "")
+    assert site.answer("train", facts | {"run": run}, parts)[1] == {}
+
+
+class Stock(FakeGrid):
+    """Nodes under Flower's own SuperNodes: a new process for each message, which the ClientApp answers."""
+
+    def push_messages(self, messages):
+        names = []
+        for message in reversed(list(messages)):
+            message.metadata.__dict__["_message_id"] = uuid4().hex
+            names.append(message.metadata.message_id)
+            config = asdict(self.sites[message.metadata.dst_node_id])
+            apps._site.cache_clear()
+            self.answers[names[-1]] = apps.client_app()(message, Context(1, 1, config, RecordDict(), {}))
+        return names[::-1]
+
+
+def test_masks_go_under_flowers_own_supernodes(tmp_path):
+    nodes = [NodeSettings(own, own, str(tmp_path / own)) for own in ("0-2", "3-4")]
+    recipe = floral(secure=MASKS)
+    assert same(lead(Stock(nodes), recipe, patience=QUICK).progress.shared, here(recipe)[0].shared)
 
 
 # What a client remembers.
@@ -512,6 +563,26 @@ def test_noisy_steps_of_a_round_are_sent_once(tmp_path):
 def test_what_would_tell_too_much_is_refused_before_any_work(recipe, words, tmp_path):
     with pytest.raises(RecipeError, match=words):
         lead(FakeGrid(sites(tmp_path, "0-4")), recipe, patience=QUICK)
+
+
+def test_a_run_that_counts_examples_privacy_begins_with_all_clients(tmp_path):
+    recipe = private_examples(noise_multiplier=1.0)
+    for share in (0.5, 1.5):
+        with pytest.raises(
+            RecipeError, match=r"begin = .*: it is a share of the clients, from 0 to 1, and 1 with"
+        ):
+            lead(FakeGrid(sites(tmp_path, "0-4")), recipe, patience=QUICK, share=share)
+    nodes, out = sites(tmp_path, "0-2", "3-4"), tmp_path / "out"
+    grid = FakeGrid(nodes)
+
+    def leave(progress):
+        grid.sites = {}
+
+    with pytest.raises(DeployError, match="0 clients are there"):
+        lead(grid, recipe, out, QUICK, leave)
+    with pytest.raises(DeployError, match="no node with clients 3, 4"):  # nor does it go on without
+        lead(FakeGrid(nodes[:1]), recipe, out, QUICK)
+    assert lead(FakeGrid(nodes), recipe, out, QUICK).figures["round"] == 2
 
 
 def test_clips_that_make_no_sense_are_refused_by_the_node(tmp_path):

@@ -66,6 +66,8 @@ class Uploads:
             raise WireError(f"{who}: an upload is of one client, and these tensors have other lengths")
         try:
             return filled([self.pattern], tensors, who)
+        except NotFiniteError:
+            raise
         except WireError:  # what is uploaded may change with what is sent
             message = self.cohort.method.send(shared, torch.tensor([client], device=self.cohort.train.x.device))
             self.pattern = self.like(message, client, round)

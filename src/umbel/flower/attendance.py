@@ -123,7 +123,7 @@ class Attendance:
                 continue
             self.exchange.names[node] = self.roster.names[node]
             self._count(told["clients"])
-            LOG.info("node %r is there, with clients %s", told["name"], listed(told["clients"]))
+            LOG.info("%s is there, with clients %s", self.exchange.name(node), listed(told["clients"]))
         self.greeted = {name: own for name, own in self.greeted.items() if name in waiting}
         for node, trouble in troubles.items():
             self.roster.refused[node] = str(trouble)

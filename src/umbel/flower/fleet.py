@@ -72,12 +72,13 @@ class Nodes:
             asked, who = roster.of(node, waiting), self.exchange.name(node)
             try:
                 slowest = max(slowest, fact(told, "seconds", Figure, who))
-                unsound = [client for client in fact(told, "dropped", Numbers, who) if client in asked]
+                dropped = fact(told, "dropped", Numbers, who)
                 found, wrong = self.forms.opened(who, asked, shared, round, parts, weights)
             except WireError as error:
                 troubles[node] = Trouble("malformed", str(error))
                 continue
             ready |= found
+            unsound = [client for client in asked if client in dropped and client not in found]
             seen.dropped.extend(unsound)
             nothing = Trouble("malformed", f"{who} has sent nothing for a client of its own")
             lost |= {client: wrong.get(client, nothing) for client in asked if client not in {*found, *unsound}}

@@ -55,6 +55,13 @@ def lead(
     """
     refuse_simulated(recipe.schedule)
     check_protection(recipe.schedule)
+    # What a round spends depends on how many examples each client has, which its node tells.
+    by_example = recipe.schedule.privacy.level == "example"
+    if not 0 <= share <= 1 or (by_example and share < 1):
+        raise RecipeError(
+            f"begin = {share}: it is a share of the clients, from 0 to 1, and 1 with privacy.level = 'example', "
+            "whose ε cannot be told before all of them have said how many examples they have"
+        )
     with ExitStack() as stack:
         before = None if folder is None else stopped(folder, recipe, stack)
         task = recipe.task.load(recipe.schedule.seed)
@@ -67,8 +74,8 @@ def lead(
         exchange = Exchange(grid, begun.run, patience or Patience(), _most(forms, task.num_clients))
         base = fingerprint(recipe.task, counted, first.shared)
         attendance = Attendance(exchange, recipe, counted, base, begun.absent)
-        attendance.gather(share if before is None else recipe.schedule.faults.quorum)
-        if recipe.schedule.privacy.level == "example":
+        attendance.gather(share if before is None or by_example else recipe.schedule.faults.quorum)
+        if by_example:
             cohort = replace(cohort, ledger=_spent(counted, recipe, members, begun.noise_multiplier))
         if before is None:
             attendance.newcomers = frozenset({*members.tolist()} - attendance.roster.homes.keys())

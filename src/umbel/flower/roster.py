@@ -32,7 +32,9 @@ class Roster:
             self.blocked[node] = {self.homes[client] for client in taken}
             other = self.names[self.homes[taken[0]]]
             return f"node {name!r}: client {taken[0]} is on node {other!r} already"
-        self.names[node] = name
+        # Two of one name could not be told from each other in a log.
+        others = {own for other, own in self.names.items() if other != node}
+        self.names[node] = f"{name} ({node})" if name in others else name
         self.homes |= dict.fromkeys(clients, node)
         self.examples |= dict(zip(clients, counts, strict=True))
         self.slots |= dict(zip(clients, facts.get("slots", ()), strict=False))

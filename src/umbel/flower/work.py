@@ -163,18 +163,27 @@ class Site:
         if not RUN.fullmatch(run):
             raise WireError(f"the server calls its run {plain(run)!r}, which is no run's name")
         folder = Path(self.settings.state).expanduser() / run
+        known = folder / "recipe.json"
         if kind == "hello":
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             table, label = fact(facts, "recipe", dict[str, Any], SERVER), fact(facts, "label", Name, SERVER)
-            self.works = {run: opened(self.settings, table, label, folder)}
-            write(folder / "recipe.json", json.dumps({"table": table, "label": label}).encode())
+            work = opened(self.settings, table, label, folder)
+            # What clients keep was made under the recipe that was let in: masks, clips and noise are its settings.
+            if known.is_file() and read(*_let_in(known)).identity() != work.recipe.identity():
+                raise WireError(f"run {run} was let in with another recipe; begin a new run")
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write(known, json.dumps({"table": table, "label": label}).encode(), secret=True)
+            self.works = {run: work}
         elif run not in self.works:  # this process is younger than the run
-            if not (folder / "recipe.json").is_file():
+            if not known.is_file():
                 raise WireError(f"run {run} is not known here; begin a new run")
-            told, path = read_json(folder / "recipe.json"), f"{folder / 'recipe.json'}"
-            table, label = fact(told, "table", dict[str, Any], path), fact(told, "label", Name, path)
-            self.works = {run: opened(self.settings, table, label, folder)}
+            self.works = {run: opened(self.settings, *_let_in(known), folder)}
         return self.works[run]
+
+
+def _let_in(path: Path) -> tuple[Table, str]:
+    """The recipe's table of a run that was let in, and its method."""
+    told = read_json(path)
+    return fact(told, "table", dict[str, Any], str(path)), fact(told, "label", Name, str(path))
 
 
 def opened(settings: NodeSettings, table: Table, label: str, folder: Path) -> Work:
@@ -275,11 +284,7 @@ def train(work: Work, facts: Facts, parts: Parts) -> tuple[Facts, Parts]:
 def trained(work: Work, cohort: Cohort, facts: Facts, client: int, message: Any) -> Any | None:
     """The client's upload (K = 1), with what it keeps on disk; None, and nothing kept, if it is not finite."""
     round = fact(facts, "round", Number, SERVER)
-    if "weights" in facts or counts_are_told(work.recipe.schedule):
-        weights = fact(facts, "weights", dict[str, Figure], SERVER)
-        weight = np.array([fact(weights, str(client), Figure, SERVER)])
-    else:  # the server does not know how many examples the client has
-        weight = cohort.weighting.of(work.task.train, np.array([client]))
+    weight = np.array([_weight(work, facts, client)])
     before = started(work, facts, client, message, work.kept.before(client, round))
     upload, after = cohort.trained(message, before, np.array([client]), round, weight)
     good = tree.finite_rows(upload)
@@ -290,6 +295,25 @@ def trained(work: Work, cohort: Cohort, facts: Facts, client: int, message: Any)
     if tree.tensors(after):
         work.kept.put(client, round, before, after)
     return upload
+
+
+def _weight(work: Work, facts: Facts, client: int) -> float:
+    """How much the client counts: what the server says; under masks, or where it cannot know, what the client has.
+
+    Raises:
+        WireError: the server would have it count otherwise: with all others at 0 a masked sum is one client's.
+    """
+    schedule, said = work.recipe.schedule, None
+    if counts_are_told(schedule) or "weights" in facts:
+        weights = fact(facts, "weights", dict[str, Figure], SERVER)
+        said = float(fact(weights, str(client), Figure, SERVER))
+    masked, uniform = schedule.secure.aggregation == "masks", schedule.weighting.rule == "uniform"
+    if said is not None and counts_are_told(schedule) and (uniform or not masked):
+        return said
+    own = float(work.cohort.weighting.of(work.task.train, np.array([client]))[0])
+    if said is not None and said != own:
+        raise WireError(f"the server would have client {client} count {said:g}, where it counts {own:g}")
+    return own
 
 
 def evaluate(work: Work, facts: Facts, parts: Parts) -> tuple[Facts, Parts]:
