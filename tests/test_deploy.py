@@ -1,11 +1,12 @@
 """A deployment's folder, and a real one: SuperLink, nodes, TLS and keys on this machine."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tomllib
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from umbel.cohort import Engine
 from umbel.errors import DeployError
 from umbel.flower import trial
 from umbel.flower.node import node_of
+from umbel.flower.work import settings_of
 from umbel.recipe import find, load, read
 from umbel.runs import run_recipe
 
@@ -82,6 +84,57 @@ def test_a_nodes_file_is_checked(tmp_path):
     (tmp_path / "node.toml").write_text('superlink = "fl:1"\nkey = "keys/ward"\n')
     with pytest.raises(DeployError, match=r"key = 'keys/ward', but there is no file .*keys/ward"):
         node_of(tmp_path / "node.toml")
+
+
+def test_a_node_says_nothing_in_the_clear_to_another_machine(tmp_path):
+    def node(text):
+        (tmp_path / "node.toml").write_text(text)
+        return node_of(tmp_path / "node.toml")[1]
+
+    for host in ("fl.example.org", "10.0.0.7", "localhost.example.org"):
+        with pytest.raises(DeployError, match=f"names no root_certificates: whoever is on the way to {host}:9300"):
+            node(f'superlink = "{host}:9300"')
+        assert node(f'superlink = "{host}:9300"\ninsecure = true').root_certificates is None
+    for host in ("localhost", "127.0.0.1", "[::1]"):
+        assert node(f'superlink = "{host}:9300"').root_certificates is None
+    (tmp_path / "ca.crt").write_text("a certificate")
+    assert node('superlink = "fl.example.org:9300"\nroot_certificates = "ca.crt"').root_certificates
+
+
+def test_a_host_that_is_none_leaves_nothing_behind(tmp_path):
+    for host in ("fl.exämple.org", "a b", "https://fl.example.org", "", "-a", "a" * 64):
+        with pytest.raises(DeployError, match="is no host; write a name such as"):
+            trial.init(tmp_path / "trial", digits(), 3, host=host)
+    assert list(tmp_path.iterdir()) == []
+    trial.init(tmp_path / "trial", digits(), 3, host=".".join(["a" * 40] * 4))
+    assert [path.name for path in tmp_path.iterdir()] == ["trial"]
+    assert (tmp_path / "trial").stat().st_mode & 0o777 == 0o700  # of what it will hold some is others' business
+
+
+def test_flowers_own_supernodes_are_given_all_settings(folder):
+    import tomli_w
+    from flwr.common.config import parse_config_args
+
+    path = folder / "nodes" / "node-2.toml"
+    own = {"recipe": "agreed.toml", "share_mixture": False, "data": "wards:patients", "most_megabytes": 7}
+    path.write_text(tomli_w.dumps(tomllib.loads(path.read_text()) | own | {"name": "Gießen, ward 2"}))
+    command = trial.stock_node(path)
+    told = parse_config_args([command[command.index("--node-config") + 1]])
+    assert settings_of(told) == node_of(path)[0]
+    assert told["recipe"] == str(folder / "nodes" / "agreed.toml")
+
+
+def test_a_key_that_is_not_taken_is_told(folder):
+    # In place of Flower's command line, one that says what Flower's says where a key is refused.
+    (folder / "flwr" / "cli").mkdir(parents=True)
+    refuse = 'def app(*arguments, **more):\n    raise RuntimeError("SuperNode couldn\'t be registered.")\n'
+    (folder / "flwr" / "cli" / "app.py").write_text(refuse)
+    for package in ("flwr", "flwr/cli"):
+        (folder / package / "__init__.py").touch()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    running = trial.Trial(folder, environment | {"PYTHONPATH": str(folder)}, ExitStack())
+    with pytest.raises(DeployError, match="does not take the nodes' keys:\nSuperNode couldn't be registered"):
+        trial.register(running, [folder / "keys" / "node-1.pub"])
 
 
 def test_the_command_line_writes_the_folder(tmp_path):
@@ -211,11 +264,12 @@ def test_nodes_over_tls_with_keys_are_as_one_machine(folder):
 
 
 @pytest.mark.slow
-def test_masks_over_tls_are_those_of_one_machine(tmp_path):
+@pytest.mark.parametrize("stock", [False, True], ids=["umbel's nodes", "Flower's nodes"])
+def test_masks_over_tls_are_those_of_one_machine(stock, tmp_path):
     masks, folder = digits("floral", "secure.aggregation=masks"), tmp_path / "trial"
     trial.init(folder, masks, 3, port=trial.free_port("127.0.0.1"))
     told = []
-    with trial.started(folder, print) as running:
+    with trial.started(folder, print, stock) as running:
         trial.lead_run(running, folder / "run", told.append)
     here = run_recipe(replace(masks, engine=Engine(mode="looped")))
     assert [line["tested"] for line in told] == [6, 6]

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("flwr", reason="flwr is not installed")
 
-from flwr.app import Array
+from flwr.app import Array, Message
 from flwr.app.message import remove_content_from_message
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
@@ -31,6 +31,7 @@ from umbel.flower.exchange import Patience
 from umbel.flower.lead import lead, refuse_simulated
 from umbel.flower.node import Link, serve
 from umbel.flower.post import content_of, opened
+from umbel.flower.roster import Roster
 from umbel.flower.trial import deal
 from umbel.flower.wire import equal, packed, unpacked
 from umbel.flower.work import NodeSettings, Site, settings_of
@@ -174,6 +175,7 @@ def test_a_node_that_is_started_anew_goes_on_from_its_disk(tmp_path):
     assert same(away.progress.shared, here(floral())[0].shared)
     (run,) = tmp_path.iterdir()
     assert (run.stat().st_mode & 0o777) == 0o700
+    assert {path.stat().st_mode & 0o777 for path in run.iterdir()} == {0o600}
     assert {path.name for path in run.iterdir()} == {"recipe.json"} | {
         f"client-{k:06d}.safetensors" for k in range(5)
     }
@@ -323,6 +325,30 @@ def test_an_upload_that_does_not_fit_is_dropped_by_name(change, lost, told, tmp_
     assert any("ward" in line.message and re.search(told, line.message) for line in caplog.records)
 
 
+@dataclass
+class TwoTongued(Site):
+    """A node that uploads for a client and says that its work was not finite."""
+
+    def answer(self, kind, facts, parts):
+        told, answer = super().answer(kind, facts, parts)
+        return told | ({"dropped": [4, 4, 4]} if kind == "train" else {}), answer
+
+
+def test_a_client_whose_upload_counts_is_not_dropped_too(tmp_path):
+    ward = TwoTongued(NodeSettings("ward", "3-4", str(tmp_path / "ward")))
+    result = lead(FakeGrid([*sites(tmp_path, "0-2"), ward]), floral(), patience=QUICK)
+    assert same(result.progress.shared, here(floral())[0].shared)
+    assert not any("dropped" in line for line in result.history)
+
+
+def test_nodes_of_one_name_are_told_from_each_other():
+    roster = Roster()
+    for node, client in ((7, 0), (8, 1), (7, 0)):
+        facts = {"name": "ward", "clients": [client], "examples": [5]}
+        assert roster.entered(node, facts, [7, 8]) == ""
+    assert roster.names == {7: "ward", 8: "ward (8)"}
+
+
 @pytest.mark.parametrize("name", ["0/weight", "04/weight", "x/weight"])
 def test_a_node_that_uploads_for_somebody_else_is_dropped_whole(name, tmp_path, caplog):
     change = lambda own: own | {name: torch.zeros(1)}  # noqa: E731
@@ -469,8 +495,22 @@ def test_a_node_answers_and_one_that_was_killed_answers_when_it_is_back(tmp_path
             with pytest.raises(KeyboardInterrupt):
                 served(link, settings, monkeypatch)
     assert len(link.answers) == 1
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "state").glob("inbox*")} == {0o600}
     served(link, settings, monkeypatch)
     assert link.opened()[1] == expected
+    assert not list((tmp_path / "state").glob("inbox*"))
+
+
+def test_a_message_whose_parts_are_not_known_any_more_is_left_out(tmp_path, monkeypatch):
+    settings, link = NodeSettings("a", "0-4", str(tmp_path / "state")), Link1()
+    link.ask(Message(content_of({"run": "0" * 16}, {}), 1, "query.hello"))
+    with monkeypatch.context() as patched:
+        patched.setattr("umbel.flower.node._whole", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            served(link, settings, monkeypatch)
+    (tmp_path / "state" / "inbox.objects").unlink()
+    served(link, settings, monkeypatch)
+    assert link.answers == []
     assert not list((tmp_path / "state").glob("inbox*"))
 
 

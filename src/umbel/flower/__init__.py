@@ -7,7 +7,7 @@
     letters.py  what is sent;  answers.py  what comes back, checked
     exchange.py, post.py    questions and answers
     both:  wire.py  states as bytes, checked before they are used;  fingerprint.py  whether both have one base
-    trial.py    folders, certificates, keys and processes of a deployment
+    trial.py    folders, keys and processes of a deployment;  leash.py    which end with whoever started them
 
 Nothing here is a method, and no method knows of it: send, client_update, server_update, settle and personalize
 are those that the rounds on one machine call.

@@ -2,11 +2,15 @@
 
 import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from umbel.errors import DeployError
+
 DAYS = 365
+HOST = re.compile(r"(?!-)[\w-]{1,63}(\.[\w-]{1,63})*", re.ASCII)
 
 
 def write_certificates(folder: Path, hosts: Sequence[str]) -> None:
@@ -14,6 +18,9 @@ def write_certificates(folder: Path, hosts: Sequence[str]) -> None:
 
     The authority's own key is thrown away: nothing else can ever be signed with it, so that a lost folder harms
     one server only.
+
+    Raises:
+        DeployError: a host is neither a name nor an address.
     """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
@@ -23,7 +30,8 @@ def write_certificates(folder: Path, hosts: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     authority, server = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
     issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "umbel deployment")])
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0])])
+    # Who it is for is in the alternative names; this one may not be longer than 64 letters.
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "umbel server")])
     now = datetime.now(UTC)
 
     def signed(
@@ -98,4 +106,8 @@ def _name(host: str):  # type: ignore[no-untyped-def]
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
+        if not HOST.fullmatch(host) or len(host) > 253:
+            raise DeployError(
+                f"{host!r} is no host; write a name such as fl.example.org (in ASCII), or an address"
+            ) from None
         return x509.DNSName(host)

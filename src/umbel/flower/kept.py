@@ -67,7 +67,7 @@ class Kept:
         self.rows[client] = Row(round, before, after)
         tensors = {f"before/{name}": leaf for name, leaf in tree.tensors(before).items()}
         tensors |= {f"after/{name}": leaf for name, leaf in tree.tensors(after).items()}
-        write(self._path(client), _file(tensors, round))
+        write(self._path(client), _file(tensors, round), secret=True)
         settle_folder(self.folder)
 
     def _row(self, client: int) -> Row | None:

@@ -10,6 +10,7 @@ started again does at once what it had left undone.
 """
 
 import fcntl
+import ipaddress
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 BUSY, IDLE = 0.1, 2.0  # seconds between two looks, in a run and long after one
 AGAIN = 1.0  # seconds until a connection that broke is made again
 EASE = 4.0  # how many times longer a pause is than the look before it took: a slow server is left in peace
-LINK = {"superlink", "root_certificates", "key"}  # of a node's file; the rest are NodeSettings
+LINK = {"superlink", "root_certificates", "key", "insecure"}  # of a node's file; the rest are NodeSettings
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Link:
     """How a node reaches the SuperLink."""
 
     superlink: str  # host:port
-    root_certificates: bytes | None  # PEM; None: no TLS, for trials on one machine
+    root_certificates: bytes | None  # PEM; None: no TLS
     key: Path | None  # the node's private key, an OpenSSH file
 
 
@@ -48,7 +49,7 @@ def node_of(path: Path, superlink: str = "") -> tuple[NodeSettings, Link]:
     """What a node's file says; paths in it are seen from its folder. `superlink` goes before the file's.
 
     Raises:
-        DeployError: there is none, or it names files that are not there.
+        DeployError: there is none, it names files that are not there, or a server elsewhere and no certificates.
     """
     try:
         table = {name.replace("-", "_"): value for name, value in toml_of(path).items()}
@@ -63,6 +64,15 @@ def node_of(path: Path, superlink: str = "") -> tuple[NodeSettings, Link]:
         files[name] = path.parent / value if value else None
         if value and not (path.parent / value).is_file():
             raise DeployError(f"{path}: {name} = {value!r}, but there is no file {path.parent / value}")
+    if (
+        files["root_certificates"] is None
+        and table.get("insecure") is not True
+        and not _is_here(table["superlink"])
+    ):
+        raise DeployError(
+            f"{path} names no root_certificates: whoever is on the way to {table['superlink']} could read and "
+            "change all that is said; name the server's ca.crt, or, where that is meant, write insecure = true"
+        )
     own: dict[str, Any] = {name: value for name, value in table.items() if name not in LINK}
     for name in ("state", "recipe"):
         if own.get(name):
@@ -72,6 +82,15 @@ def node_of(path: Path, superlink: str = "") -> tuple[NodeSettings, Link]:
     certificates = files["root_certificates"]
     link = Link(str(table["superlink"]), certificates.read_bytes() if certificates else None, files["key"])
     return settings_of(own), link
+
+
+def _is_here(superlink: object) -> bool:
+    """Whether host:port is on this machine."""
+    host = str(superlink).rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def serve(settings: NodeSettings, link: Link, ended: Callable[[], bool] = lambda: False) -> None:
@@ -197,8 +216,8 @@ class Inbox:
         from flwr.common.serde import message_to_proto
 
         if objects is not None:
-            write(self.path.with_suffix(".objects"), objects.SerializeToString())
-        write(self.path, message_to_proto(message).SerializeToString())
+            write(self.path.with_suffix(".objects"), objects.SerializeToString(), secret=True)
+        write(self.path, message_to_proto(message).SerializeToString(), secret=True)
 
     def objects(self) -> Any:
         """What is in a message that came without its content."""
@@ -215,6 +234,8 @@ class Inbox:
             return None
         try:
             message: Any = message_from_proto(Encoded.FromString(self.path.read_bytes()))
+            if not list(message.content):
+                self.objects()
         except Exception as error:  # of protobuf and of Flower; the server asks again
             LOG.error("%s is damaged and left out (%s)", self.path, error)
             return None

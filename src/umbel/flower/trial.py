@@ -21,7 +21,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,10 @@ QUIET = {
 }
 """Flower calls nobody, and installs nothing at run time."""
 CONNECTION = "deployment"
-ALREADY = "already in use"  # what Flower says of a key that it knows
+REGISTERED, ALREADY = (
+    "registered successfully",
+    "already in use",
+)  # what Flower says of a key that it takes, and knows
 
 PYPROJECT = """\
 [build-system]
@@ -187,14 +190,30 @@ def init(
         more_hosts: other names that the certificate shall hold for.
 
     Raises:
-        DeployError: something is there already, or there are more nodes than clients.
+        DeployError: something is there already, there are more nodes than clients, or a host is none.
     """
-    import tomli_w
-
     if folder.exists():
         raise DeployError(f"{folder} exists and is left as it is; name another folder, or remove it")
     dealt = deal(recipe.task.load(recipe.schedule.seed).num_clients, num_nodes)
-    app = folder / "app" / "umbel_run"
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    aside.mkdir(mode=0o700)  # keys, uploads on their way, clients' scores
+    try:
+        hosts = list(dict.fromkeys([host, "localhost", "127.0.0.1", "superlink", *more_hosts]))
+        write_certificates(aside / "certificates", hosts)
+        _write_app(aside / "app", recipe)
+        _write_nodes(aside, folder, dealt, host, port)
+        aside.rename(folder)
+    except BaseException:
+        shutil.rmtree(aside)
+        raise
+
+
+def _write_app(folder: Path, recipe: Recipe) -> None:
+    """The Flower app: the recipe, and how its parts are called."""
+    import tomli_w
+
+    app = folder / "umbel_run"
     app.mkdir(parents=True)
     table = {key: value for key, value in recipe.table().items() if key != "engine"}
     (app / "recipe.toml").write_text(tomli_w.dumps(table), "utf-8")
@@ -208,14 +227,17 @@ def init(
         seed=schedule.seed,
         quorum=float(schedule.faults.quorum),
     )
-    (folder / "app" / "pyproject.toml").write_text(told, "utf-8")
-    write_certificates(
-        folder / "certificates", list(dict.fromkeys([host, "localhost", "127.0.0.1", "superlink", *more_hosts]))
-    )
-    (folder / "nodes").mkdir()
-    names = [f"node-{number}" for number in range(1, num_nodes + 1)]
+    (folder / "pyproject.toml").write_text(told, "utf-8")
+
+
+def _write_nodes(aside: Path, folder: Path, dealt: Sequence[str], host: str, port: int) -> None:
+    """Nodes with these clients, the commands, how `flwr` finds the SuperLink; `aside` will be called `folder`."""
+    import tomli_w
+
+    (aside / "nodes").mkdir()
+    names = [f"node-{number}" for number in range(1, len(dealt) + 1)]
     for name, clients in zip(names, dealt, strict=True):
-        write_keys(folder / "keys", name)
+        write_keys(aside / "keys", name)
         node = {
             "name": name,
             "superlink": f"{host}:{port}",
@@ -225,22 +247,22 @@ def init(
             "state": f"../state/{name}",
             "threads": 1,  # as many as its machine has cores, on one of its own
         }
-        (folder / "nodes" / f"{name}.toml").write_text(tomli_w.dumps(node), "utf-8")
-    (folder / "flwr").mkdir()
+        (aside / "nodes" / f"{name}.toml").write_text(tomli_w.dumps(node), "utf-8")
+    (aside / "flwr").mkdir()
     certificate = (folder / "certificates" / "ca.crt").absolute()
     connection = {"address": f"{host}:{port}", "root-certificates": str(certificate)}
     inside_network = {"address": f"superlink:{port}", "root-certificates": "/certificates/ca.crt"}
     document = {"superlink": {"default": CONNECTION, CONNECTION: connection, "containers": inside_network}}
-    (folder / "flwr" / "config.toml").write_text(tomli_w.dumps(document), "utf-8")
+    (aside / "flwr" / "config.toml").write_text(tomli_w.dumps(document), "utf-8")
     exported = "\n    ".join(f"export {name}={value}" for name, value in QUIET.items())
     said = README.format(folder=folder, environment=exported, host=host, port=port, connection=CONNECTION)
-    (folder / "README.md").write_text(said, "utf-8")
+    (aside / "README.md").write_text(said, "utf-8")
     inside = "\n".join(f'      {name}: "{value}"' for name, value in QUIET.items())
     services = "".join(SERVICE.format(name=name, port=port) for name in names)
     public = "".join(f', "./keys/{name}.pub:/keys/{name}.pub:ro"' for name in names)
     volumes = "\n".join(f"  {name}:" for name in names)
     compose = COMPOSE.format(port=port, environment=inside, services=services, volumes=volumes, public=public)
-    (folder / "compose.yaml").write_text(compose, "utf-8")
+    (aside / "compose.yaml").write_text(compose, "utf-8")
 
 
 def deal(num_clients: int, num_nodes: int) -> list[str]:
@@ -428,7 +450,7 @@ def register(trial: Trial, keys: Sequence[Path]) -> None:
     )
     command = [sys.executable, "-c", code, CONNECTION, *map(str, keys)]
     done = subprocess.run(command, capture_output=True, text=True, env=trial.environment, check=False)
-    known = sum(done.stdout.count(told) + done.stderr.count(told) for told in ("registered", ALREADY))
+    known = sum((done.stdout + done.stderr).count(told) for told in (REGISTERED, ALREADY))
     if known < len(keys):
         raise DeployError(f"the SuperLink does not take the nodes' keys:\n{done.stdout}{done.stderr}")
 
@@ -438,8 +460,11 @@ def stock_node(path: Path) -> list[str]:
     from umbel.flower.node import node_of
 
     settings, link = node_of(path)
-    config = {"name": settings.name, "clients": settings.clients, "state": str(Path(settings.state).absolute())}
-    told = " ".join(f"{name}={json.dumps(value)}" for name, value in config.items())
+    config = asdict(settings)
+    for name in ("state", "recipe", "data"):  # seen from wherever Flower's processes are
+        if config[name] and not (name == "data" and ":" in config[name]):
+            config[name] = str(Path(config[name]).absolute())
+    told = " ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in config.items())
     certificate = path.parent.absolute().parent / "certificates" / "ca.crt"
     command = [tool("flower-supernode"), "--root-certificates", str(certificate), "--superlink", link.superlink]
     command += ["--auth-supernode-private-key", str(link.key), "--host", "127.0.0.1", "--node-config", told]

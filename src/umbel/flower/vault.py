@@ -9,12 +9,12 @@ part of: it gives it once, for two sums with other companions would tell it by t
 """
 
 import hashlib
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from umbel.errors import WireError
 from umbel.flower.kept import settle_folder
+from umbel.folder import write
 from umbel.secure.messages import packed, unpacked
 
 BEFORE = {"share": "advertise", "mask": "share", "show": "mask"}
@@ -83,7 +83,8 @@ class Vault:
         if kind in ("mask", "tell"):
             given = given | {about: round}
         step = Step(kind, about, round, _hash(question), answer, state)
-        self._write(client, Page(given, None if kind == "show" else step))
+        write(self._path(client), packed(Page(given, None if kind == "show" else step)), secret=True)
+        settle_folder(self.folder)
 
     def _page(self, client: int) -> Page:
         path = self._path(client)
@@ -93,17 +94,6 @@ class Vault:
             return unpacked(Page, path.read_bytes())
         except ValueError as error:
             raise WireError(f"{path}: {error}; the client takes no part until it is removed") from None
-
-    def _write(self, client: int, page: Page) -> None:
-        path = self._path(client)
-        aside = path.with_name(path.name + ".tmp")
-        aside.unlink(missing_ok=True)
-        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(packed(page))
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        settle_folder(self.folder)
 
     def _path(self, client: int) -> Path:
         return self.folder / f"secret-{client:06d}.msgpack"
