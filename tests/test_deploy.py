@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -122,6 +123,19 @@ def test_flowers_own_supernodes_are_given_all_settings(folder):
     told = parse_config_args([command[command.index("--node-config") + 1]])
     assert settings_of(told) == node_of(path)[0]
     assert told["recipe"] == str(folder / "nodes" / "agreed.toml")
+
+
+def test_up_can_be_terminated_in_a_shells_background_too(tmp_path):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as it is there
+    try:
+        with pytest.raises(DeployError, match="has no nodes"):
+            trial.up(tmp_path, print, print)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_key_that_is_not_taken_is_told(folder):

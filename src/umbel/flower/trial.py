@@ -358,8 +358,8 @@ def up(
         DeployError: a part does not start, or the run ends before its last round.
     """
     signal.signal(
-        signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT)
-    )  # as Ctrl-C: nothing is left behind
+        signal.SIGTERM, signal.default_int_handler
+    )  # as Ctrl-C: what was started is stopped in its order
     out = unfinished(folder / "run") or free_name(folder / "run")
     with started(folder, said, stock) as trial:
         said(f"the run in {out} goes on after round {last_round(out)}" if out.exists() else "the run begins")
@@ -471,7 +471,7 @@ def stock_node(path: Path) -> list[str]:
     return command
 
 
-def wait_for(host: str, port: int, server: subprocess.Popen[bytes], log: Path, seconds: float = 60.0) -> None:
+def wait_for(host: str, port: int, server: subprocess.Popen[bytes], log: Path, seconds: float = 180.0) -> None:
     """Waits until the server listens.
 
     Raises:
