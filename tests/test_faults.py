@@ -105,6 +105,10 @@ def test_shares_of_fates_are_those_asked_for():
     assert (fates(Faults(0.3, 0.1, 0.05), 7, 4, clients) != fate).any()
 
 
+def test_of_nobody_nothing_goes_wrong():
+    assert len(fates(Faults(drop_out=0.5), 0, 1, np.array([], dtype=np.int64))) == 0
+
+
 def test_a_round_without_a_quorum_leaves_the_server_as_it_was():
     schedule = Schedule(rounds=8, faults=Faults(drop_out=0.5, quorum=0.6))
     method, before = FedAvg(LocalTraining(batch_size=4)), None

@@ -33,7 +33,7 @@ WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a nu
 
 def fates(faults: Faults, seed: int, round: int, clients: np.ndarray) -> np.ndarray:
     """(K,) what happens to each client in this round."""
-    if not faults.any:
+    if not faults.any or not len(clients):  # with Poisson draws a round may have none
         return np.full(len(clients), FINE)
     draws = torch.stack([torch.rand(3, generator=generator(seed, "fate", round, int(k))) for k in clients]).numpy()
     rates = np.array([faults.drop_out, faults.straggle, faults.corrupt])

@@ -188,8 +188,9 @@ def write(path: Path, content: bytes, secret: bool = False) -> None:
     """Writes a file aside and renames it into place; a secret one can be read by its owner only."""
     aside = path.with_name(path.name + ".tmp")
     with _told(path):
-        aside.unlink(missing_ok=True)  # whoever may read what is left of an earlier one
-        handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o666)
+        if secret:
+            aside.unlink(missing_ok=True)  # whoever may read what is left of an earlier one
+        handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if secret else 0o666)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
         _settle(aside, path)
