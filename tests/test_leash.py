@@ -81,6 +81,21 @@ def test_a_process_ends_with_its_block_and_by_kill(tmp_path):
     assert started.returncode == 128 + signal.SIGKILL
 
 
+def test_who_follows_ends_with_its_parent_whatever_it_waits_for(tmp_path):
+    waits = "import os, threading; from umbel.flower.leash import follow; follow(); "
+    waits += "print(os.getpid(), flush=True); threading.Event().wait()"
+    parent = (
+        "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(1000)"
+    )
+    with (tmp_path / "log").open("wb") as log:
+        started = subprocess.Popen([sys.executable, "-c", parent, waits], stdout=log, stderr=subprocess.DEVNULL)
+    pids = soon(lambda: pids_in(tmp_path / "log"))
+    assert all(map(is_there, pids))
+    started.kill()
+    started.wait()
+    soon(lambda: none_of(pids))
+
+
 def test_the_exit_code_is_the_commands_and_its_children_end_with_it(tmp_path):
     program = PROGRAM.format(on_signal="pass").replace("time.sleep(1000)", "os._exit(7)")
     with process([sys.executable, "-c", program], tmp_path / "log", os.environ, 0.5) as started:

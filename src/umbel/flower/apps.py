@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from umbel.errors import RecipeError
 from umbel.flower.exchange import LOG, Patience
 from umbel.flower.lead import lead
+from umbel.flower.leash import follow
 from umbel.flower.post import content_of, kind_of, opened
 from umbel.flower.protected import STEPS
 from umbel.flower.work import NodeSettings, Site, settings_of
@@ -45,6 +46,7 @@ def server_app(folder: Path) -> "ServerApp":
 
     @app.main()
     def main(grid: "Grid", context: "Context") -> None:
+        follow()
         config = dict(context.run_config)
         run(grid, folder / RECIPE, config)
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from select import select
+from threading import Thread
 
 KILL = b"k"  # in the pipe: kill -9, at once
 LOOK = 0.1  # seconds between two looks whether the command has ended
@@ -59,6 +60,22 @@ def kill(started: subprocess.Popen[bytes]) -> None:
     with suppress(BrokenPipeError):  # it has ended
         os.write(started.stdin.fileno(), KILL)
     started.wait()
+
+
+def follow() -> None:
+    """Has this process interrupted (SIGINT) once whoever has started it is no more.
+
+    A signal that is sent to the process wakes its main thread, whatever that waits for. Flower's own watch raises
+    it in a thread, so that a ServerApp that waits for an answer outlives its SuperLink.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def held(command: Sequence[str], patience: float) -> int:
@@ -106,8 +123,7 @@ def _is_there(group: int) -> bool:
 def _adopt() -> None:
     """Has who loses its parent become this process's child, where Linux is asked for it.
 
-    A part may start others in groups of their own, as a SuperLink does, and they may outlive it: a ServerApp whose
-    SuperLink is gone looks for it for minutes.
+    A part may start others in groups of their own, as a SuperLink does, and they may outlive it.
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)

@@ -41,10 +41,8 @@ QUIET = {
 }
 """Flower calls nobody, and installs nothing at run time."""
 CONNECTION = "deployment"
-REGISTERED, ALREADY = (
-    "registered successfully",
-    "already in use",
-)  # what Flower says of a key that it takes, and knows
+# What Flower says of a key that it takes, and of one that it knows.
+REGISTERED, ALREADY = "registered successfully", "already in use"
 
 PYPROJECT = """\
 [build-system]
