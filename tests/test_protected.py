@@ -461,6 +461,22 @@ def test_a_part_that_is_longer_than_its_clip_is_left_out(tmp_path, caplog):
     assert any("longer than its clip" in line.message for line in caplog.records)
 
 
+def test_one_who_counts_a_thousandfold_for_the_clips_is_left_out(tmp_path, caplog):
+    @dataclass
+    class Loud(Site):
+        def answer(self, kind, facts, parts):
+            answer, own = super().answer(kind, facts, parts)
+            if kind == "train":
+                tensors = unpacked(own["train/4"], "")
+                own["train/4"] = packed(tensors | {"within": -1000 * tensors["within"].abs()})
+            return answer, own
+
+    grid = FakeGrid([*sites(tmp_path, "0-3"), Loud(NodeSettings("ward", "4", str(tmp_path / "ward")))])
+    found = lead(grid, floral(weighting=ONE, privacy=NOISE), patience=QUICK)
+    assert [line["dropped"] for line in found.history] == [[4], [4]]
+    assert any("neither that it was within its clip" in line.message for line in caplog.records)
+
+
 def test_noise_and_who_takes_part_are_the_operating_systems(tmp_path):
     recipe = floral(weighting=ONE, privacy=NOISE)
     one, other = (led(recipe, tmp_path / name)[0].progress.shared for name in "ab")

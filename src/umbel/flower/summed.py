@@ -202,6 +202,8 @@ def cut_parts(asking: Asking, clients: list[int], like: dict[str, Any], cut: Cut
                 for name in cut.groups.names:
                     if clipping.norm(own[name]) > float(cut.clips[name]) * (1 + ROUNDING):
                         raise WireError(f"its part of {name} is longer than its clip")
+                if clipping.WITHIN in own and bool((own[clipping.WITHIN].abs() != 0.5).any()):  # clips follow it
+                    raise WireError("it says of a part neither that it was within its clip nor that it was longer")
                 found[client] = own
             except WireError as error:
                 asking.troubles[who] = str(error)
