@@ -621,7 +621,9 @@ def targets(folder: Path) -> list[Target]:
     archive = io.BytesIO()
     np.savez_compressed(archive, **data)  # type: ignore[arg-type]
     recipe = tomli_w.dumps({key: value for key, value in table.items() if key != "engine"}).encode()
-    settings = b'name = "ward"\nsuperlink = "here:1"\nclients = "0-2"\nstate = "state"\nthreads = 1\n'
+    settings = (
+        b'name = "ward"\nsuperlink = "here:1"\nclients = "0-2"\nstate = "state"\nthreads = 1\ninsecure = true\n'
+    )
 
     from flwr.common.serde import message_to_proto
 

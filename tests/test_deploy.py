@@ -257,7 +257,8 @@ def test_a_deployment_ends_with_whoever_started_it(folder):
 
 @pytest.mark.slow
 def test_nodes_over_tls_with_keys_are_as_one_machine(folder):
-    stranger = tomllib.loads((folder / "nodes" / "node-1.toml").read_text()) | {"name": "stranger"}
+    stranger = tomllib.loads((folder / "nodes" / "node-1.toml").read_text())
+    stranger |= {"name": "stranger", "state": "state/stranger"}
     trial.write_keys(folder / "keys", "stranger")
     said, told = [], []
     with trial.started(folder, said.append) as running:
