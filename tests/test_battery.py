@@ -46,7 +46,6 @@ from umbel.methods import (
 from umbel.methods.routing import Router
 from umbel.methods.server import ServerOptimizer
 from umbel.model.loss import Loss
-from umbel.privacy import clipping
 from umbel.rounds import rounds, start
 from umbel.schedule import Schedule
 from umbel.seeds import seeded
@@ -303,7 +302,7 @@ def test_a_server_takes_the_sum_of_single_contributions_or_says_why_not(method):
     assert equal(updated, tree.tensors(method.server_update(shared, iter([upload]))))
     if not hasattr(method, "absolute") or getattr(method, "no_moves", ""):
         return
-    absolute = method.absolute(shared, method.contribution(clipping.moved(upload, message)))
+    absolute = method.absolute(shared, method.contribution(method.changed(upload, message, mixing.moved)))
     assert_close(tree.tensors(absolute), tree.tensors(sums), atol=1e-4, rtol=1e-4)
 
 

@@ -304,7 +304,7 @@ def contributed(
 ) -> dict[str, Any]:
     """(K, …) what each of an upload's clients adds to the sums: cut, or as it is, and its training loss."""
     if cut is not None:
-        return single(method, clipping.moved(upload, message), cut.of)
+        return single(method, method.changed(upload, message, mixing.moved), cut.of)
     return single(method, upload) | ({LOSS: upload.loss} if with_loss else {})
 
 
