@@ -17,6 +17,7 @@ from umbel.cohort import Engine
 from umbel.errors import RecipeError
 from umbel.hazards import Asynchronous, Faults
 from umbel.methods import FedAvg
+from umbel.methods.protocol import why_not
 from umbel.recipe import read
 from umbel.rounds import rounds, start
 from umbel.runs import resume, run
@@ -24,8 +25,8 @@ from umbel.schedule import Schedule
 from umbel.tasks import Task
 from umbel.train import LocalTraining
 
-SUMS = {name: dict([case]) for name, own in CASES.items() if not (case := next(iter(own.items())))[1].refuses()}
-REFUSING = {name: {label: m for label, m in own.items() if m.refuses()} for name, own in CASES.items()}
+SUMS = {n: dict([case]) for n, own in CASES.items() if not why_not((case := next(iter(own.items())))[1], "mean")}
+REFUSING = {name: {label: m for label, m in own.items() if why_not(m, "mean")} for name, own in CASES.items()}
 
 
 def progress(method, schedule, chunk=3):

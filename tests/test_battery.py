@@ -43,6 +43,7 @@ from umbel.methods import (
     ThresholdClustering,
     Trust,
 )
+from umbel.methods.protocol import why_not
 from umbel.methods.routing import Router
 from umbel.methods.server import ServerOptimizer
 from umbel.model.loss import Loss
@@ -293,14 +294,14 @@ def test_a_server_takes_the_sum_of_single_contributions_or_says_why_not(method):
     upload, _ = method.client_update(loss, message, private, data)
     if not hasattr(method, "summed_update"):
         assert method.contribution(upload) == {}
-        assert method.no_sums
+        assert method.refuses["sum"]
         return
     sums = method.contribution(upload)
     total = mixing.total(method.contribution(tree.rows(upload, torch.tensor([k]))) for k in range(5))
     assert_close(tree.tensors(total), tree.tensors(sums))
     updated = tree.tensors(method.summed_update(shared, sums))
     assert equal(updated, tree.tensors(method.server_update(shared, iter([upload]))))
-    if not hasattr(method, "absolute") or getattr(method, "no_moves", ""):
+    if why_not(method, "moves"):
         return
     absolute = method.absolute(shared, method.contribution(method.changed(upload, message, mixing.moved)))
     assert_close(tree.tensors(absolute), tree.tensors(sums), atol=1e-4, rtol=1e-4)

@@ -13,7 +13,7 @@ trains one adapter an owner, on batches mixed from all of its slots (tasks/pool.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from umbel.adapters import AdapterPlan, Bank, with_paths
 from umbel.clients import ClientData
 from umbel.methods import lora
 from umbel.methods.lora import Message, Shared, Upload
-from umbel.methods.protocol import Population, nothing_mixed
+from umbel.methods.protocol import Population, Refusals, nothing_mixed
 from umbel.methods.server import ServerOptimizer
 from umbel.mixing import Change
 from umbel.model.loss import Loss
@@ -41,6 +41,7 @@ class FedIT:
     local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     freeze_base: bool = False
+    refuses: ClassVar[Refusals] = {"steps": ""}
 
     def bank(self, module: nn.Module) -> Bank:
         """The plan of the adapter."""
@@ -77,9 +78,6 @@ class FedIT:
 
     def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
         return lora.changed(upload, message, change)
-
-    def refuses(self) -> str:
-        return ""
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         return private

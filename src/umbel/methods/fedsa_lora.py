@@ -14,7 +14,7 @@ tasks that start from nothing.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from umbel.adapters import AdapterPlan, Bank, with_paths
 from umbel.clients import ClientData
 from umbel.methods import lora
 from umbel.methods.lora import Message, Shared, Upload
-from umbel.methods.protocol import Population, nothing_mixed
+from umbel.methods.protocol import Population, Refusals, nothing_mixed
 from umbel.methods.server import ServerOptimizer
 from umbel.methods.settling import settled
 from umbel.mixing import Change
@@ -45,6 +45,7 @@ class FedSALoRA:
     local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     freeze_base: bool = False
+    refuses: ClassVar[Refusals] = {}
 
     def bank(self, module: nn.Module) -> Bank:
         """The plan of the adapter."""
@@ -83,9 +84,6 @@ class FedSALoRA:
 
     def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
         return lora.changed(upload, message, change)
-
-    def refuses(self) -> str:
-        return ""
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Any:
         return settled(self, loss, message, private, data)
