@@ -50,7 +50,7 @@ class FedIT:
     def adapt(self, module: nn.Module) -> nn.Module:
         return with_paths(module, self.bank(module))
 
-    def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
+    def init(self, module: nn.Module, population: Population) -> tuple[Shared, Any]:
         bank = self.bank(module)
         base, adapter = lora.start(module, bank, self.freeze_base, population)
         return lora.shared_of(module, bank, base, adapter, self.server), Private()
@@ -58,9 +58,7 @@ class FedIT:
     def send(self, shared: Shared, clients: Tensor) -> Message:
         return lora.send(shared, len(clients))
 
-    def client_update(
-        self, loss: Loss, message: Message, private: Private, data: ClientData
-    ) -> tuple[Upload, Private]:
+    def client_update(self, loss: Loss, message: Message, private: Any, data: ClientData) -> tuple[Upload, Any]:
         _, upload = lora.train(loss, message, {}, data, self.local)
         return upload, private
 
@@ -79,11 +77,11 @@ class FedIT:
     def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
         return lora.changed(upload, message, change)
 
-    def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
+    def settle(self, loss: Loss, message: Message, private: Any, data: ClientData) -> Any:
         return private
 
-    def personalize(self, message: Message, private: Private) -> Params:
+    def personalize(self, message: Message, private: Any) -> Params:
         return lora.adapted(message.bank, message.base, message.adapter) | message.stats
 
-    def mixture(self, message: Message, private: Private) -> Tensor:
+    def mixture(self, message: Message, private: Any) -> Tensor:
         return nothing_mixed(len(next(iter(message.adapter.values()))))
