@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from simulate import StoppedError, stop_after
+from simulate import FREE, StoppedError, stop_after
 from test_battery import CASES, equal, every, labelled, net, task
 from umbel import tree
 from umbel.clients import Examples
@@ -32,7 +32,7 @@ REFUSING = {name: {label: m for label, m in own.items() if why_not(m, "mean")} f
 def progress(method, schedule, chunk=3):
     given = task(labelled(), net()[0])
     cohort, at = start(given, method, schedule, Engine(mode="stacked", chunk=chunk))
-    return list(rounds(cohort, at, given, schedule))
+    return list(rounds(cohort, at, given, schedule, FREE))
 
 
 def first_steps(settings, members=12, at_once=6, count=20, seed=0):

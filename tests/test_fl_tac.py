@@ -466,7 +466,7 @@ def toy_run(method, seed, rounds, own_starts=False):
 
 def mean_run(rounds, own_starts=False, **settings):
     method = FLTAC(**{"num_clusters": 5} | settings, adapter=LINEAR, local=TOY)
-    return np.mean([toy_run(method, seed, rounds, own_starts) for seed in range(5)], 0)
+    return np.mean([toy_run(method, seed, rounds, own_starts) for seed in range(3)], 0)
 
 
 def test_tasks_are_found_by_the_third_round():

@@ -282,7 +282,7 @@ def ran(method, schedule, task=None):
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("secure", [Secure(), Secure("masks")], ids=["plain", "masks"])
 def test_with_hardly_any_noise_and_wide_clips_training_is_what_it_is_without(method, secure):
-    plan = Schedule(3, weighting=ONE)
+    plan = Schedule(2, weighting=ONE)
     plain = ran(method, plan)
     privacy = Privacy("client", noise_multiplier=SLIGHT, clip=1e3, clip_rate=0.0)
     private = ran(method, replace(plan, privacy=privacy, secure=secure))
@@ -294,7 +294,7 @@ def test_with_hardly_any_noise_and_wide_clips_training_is_what_it_is_without(met
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_masks_alone_change_nothing_beyond_rounding(method):
-    plain, masked = ran(method, Schedule(3)), ran(method, Schedule(3, secure=Secure("masks", neighbours=4)))
+    plain, masked = ran(method, Schedule(2)), ran(method, Schedule(2, secure=Secure("masks", neighbours=4)))
     for one, other in zip(
         tree.tensors(plain.progress.shared).values(), tree.tensors(masked.progress.shared).values(), strict=True
     ):
