@@ -43,8 +43,14 @@ def report(figures: dict[str, Any], chosen: argparse.Namespace) -> None:
         **machine(),
         "figures": figures,
     }
-    text = json.dumps(record, indent=1)
-    print(text)
+    print(json.dumps(record, indent=1))
     if chosen.out:
-        chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        chosen.out.write_text(text + "\n")
+        write(record, chosen.out)
+
+
+def write(record: dict[str, Any], out: Path) -> None:
+    """The record as a JSON file, whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_suffix(".aside")
+    aside.write_text(json.dumps(record, indent=1) + "\n")
+    aside.replace(out)

@@ -5,13 +5,29 @@ from typing import Any
 from umbel.recipe import Table, read
 from umbel.runs import Result, run_recipe
 
+# Groups, models and adapters: as many as the task has. All else as in `umbel compare rivals`.
 METHODS: dict[str, Table] = {
-    "fedavg": {},
-    "ifca": {"num_models": 4},
-    "floral": {"num_adapters": 4, "adapter": {"rank": 4}},
     "local": {},
+    "fedavg": {},
+    "floral": {"num_adapters": 4, "adapter": {"rank": 4}},
+    "ensemble": {"num_models": 4},
+    "fedem": {"num_models": 4},
+    "ifca": {"num_models": 4},
     "trust": {"scheme": "weights", "adapter": {"rank": 4}},
     "fl_tac": {"num_clusters": 4, "adapter": {"rank": 4}},
+    "threshold_clustering": {"updates_since": "start", "alpha": 1.0, "iterations": 10, "quantile": 0.2},
+    "fedprox": {},
+    "fedavg_finetune": {"finetune": {"lr": 0.1, "batch_size": 4, "epochs": 5}},
+    "ditto": {},
+    "apfl": {},
+    "pfedme": {"local": {"lr": 0.05}},  # its two rates are not those of plain SGD
+    "fedper": {},
+    "fedrep": {},
+    "local_adapter": {"adapter": {"rank": 4}},
+    "knnper": {},
+    "fedsa_lora": {"adapter": {"rank": 4}},
+    "ffa_lora": {"adapter": {"rank": 4}},
+    "flexlora": {"ranks": [2, 4]},
 }
 
 

@@ -13,7 +13,6 @@ from umbel.attacks import attackers
 from umbel.hazards import Attack
 
 FOLDER = "benchmarks/results"
-FIGURES = results.ROOT / FOLDER
 FAULTS = """\
 ## Faults
 
@@ -139,7 +138,7 @@ def flip_lines(document: dict[str, Any]) -> list[str]:
         "|---" * (3 + len(rules)) + "|",
     ]
     for row in figures["seeds"]:
-        cells = [said(row[key]) for key in ("clean", "plain", *rules)]
+        cells = [said([row[key]]) for key in ("clean", "plain", *rules)]
         hostile = np.bincount(attackers(Attack("sign_flip"), row["seed"], np.arange(40)) % 4, minlength=4)
         lines.append(f"| {row['seed']} ({', '.join(map(str, hostile))}) | " + " | ".join(cells) + " |")
     clean = fmean(row["clean"]["accuracy"] for row in figures["seeds"])
@@ -161,44 +160,46 @@ def flip_lines(document: dict[str, Any]) -> list[str]:
     ]
 
 
-def attack_lines(documents: list[dict[str, Any]]) -> list[str]:
-    if not documents:
-        return []
-    first = documents[0]["figures"]
+def attack_lines(document: dict[str, Any]) -> list[str]:
+    """A table for each rule: methods down, attacks across, every cell the mean over seeds."""
+    figures = document["figures"]
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for cell in figures["cells"]:
+        found.setdefault((cell["rule"], cell["method"], cell["attack"]), []).append(cell)
+    done = sorted({cell["seed"] for cell in figures["cells"]})
+    attacks = [
+        "no attack" if name == "none" else f"{name} ×{strength:g}" for name, strength in figures["attacks"].items()
+    ]
     lines = [
-        f"Accuracy in % of the honest clients after {first['rounds']} rounds on digits (label shift), seed {first['seed']}, "
-        f"{first['share']:.0%} of the clients hostile; in brackets",
-        "how often a backdoor's patch is obeyed. So few rounds are not enough for anyone's best: rows are to be compared with the",
-        "same method's first one.",
+        f"Accuracy in % of the honest clients after {figures['rounds']} rounds on digits (label shift), mean of seeds "
+        f"{', '.join(map(str, done))}; {figures['share']:.0%} of the clients",
+        "are hostile; in brackets how often a backdoor's patch is obeyed. A number that stands for fewer seeds, for the others "
+        "diverged, has a star",
+        "for each of them. So few rounds are not enough for anyone's best: a row is to be compared with its own first column. "
+        "Left out: FedBN, which is",
+        "FedAvg on a model without norm layers; FedIT and FedDPA, which need a pretrained base.",
         "",
     ]
-    for document in documents:
-        for method in document["figures"]["methods"]:
-            lines += method_lines(document["figures"], method)
-        lines += [results.made(document), ""]
-    return lines
+    for rule in figures["rules"]:
+        rows = []
+        for method in figures["methods"]:
+            cells = [found.get((rule, method, attack), []) for attack in figures["attacks"]]
+            if any("accuracy" in cell for cell in cells[0]):
+                rows.append(f"| {method} | " + " | ".join(said(cell) for cell in cells) + " |")
+        title = "The plain mean, or whatever else the method does" if rule == "none" else f"`{rule}`"
+        lines += [f"**{title}**", "", f"| | {' | '.join(attacks)} |", "|---" * (len(attacks) + 1) + "|", *rows, ""]
+    return [*lines, results.made(document), ""]
 
 
-def method_lines(figures: dict[str, Any], method: str) -> list[str]:
-    """One method's table."""
-    cells = {(cell["attack"], cell["rule"]): cell for cell in figures["cells"] if cell["method"] == method}
-    shown = [rule for rule in figures["rules"] if any(own == rule for _, own in cells)]
-    titles = ["plain mean" if rule == "none" else rule for rule in shown]
-    if len(shown) == 1:
-        titles = ["nothing is mixed" if method == "local" else "no rule goes with it"]
-    lines = [f"| {method} | " + " | ".join(titles) + " |", "|---" * (len(shown) + 1) + "|"]
-    for attack, strength in figures["attacks"].items():
-        name = "no attack" if attack == "none" else f"{attack}, strength {strength:g}"
-        row = [said(cells[attack, rule]) if (attack, rule) in cells else "–" for rule in shown]
-        lines.append(f"| {name} | " + " | ".join(row) + " |")
-    return [*lines, ""]
-
-
-def said(cell: dict[str, Any]) -> str:
-    if "failed" in cell:
-        return "diverged" if cell["failed"] == "diverged" else "–"
-    success = f" ({cell['attack_success']:.0f})" if "attack_success" in cell else ""
-    return f"{cell['accuracy']:.1f}{success}"
+def said(cells: list[dict[str, Any]]) -> str:
+    """One cell of a table: the mean of the seeds that came to their end."""
+    ended = [cell for cell in cells if "accuracy" in cell]
+    diverged = sum(cell.get("failed") == "diverged" for cell in cells)
+    if not ended:
+        return "diverged" if diverged else "–"
+    success = [cell["attack_success"] for cell in ended if "attack_success" in cell]
+    obeyed = f" ({fmean(success):.0f})" if success else ""
+    return f"{fmean(cell['accuracy'] for cell in ended):.1f}{'*' * diverged}{obeyed}"
 
 
 def main() -> None:
@@ -212,7 +213,7 @@ def main() -> None:
         ROBUST,
         *flip_lines(results.read(f"{FOLDER}/sign_flip.json")),
         ATTACKS,
-        *attack_lines([results.read(str(name)) for name in sorted(FIGURES.glob("attacks_*.json"))]),
+        *attack_lines(results.read(f"{FOLDER}/attacks.json")),
         ASYNCHRONOUS,
     ]
     (results.ROOT / "docs/robustness.md").write_text("\n".join(lines))
