@@ -37,6 +37,9 @@ def outcome(folder):
     return (folder / "checkpoints/000006.safetensors").read_bytes(), metrics, clients
 
 
+ROUNDS = (3, 5, 0, 2, 4, 1)  # that are over when a run is killed, sooner or later in the next one
+
+
 def check_killed(tmp_path, label, kills):
     recipe = small(label)
     begin = time.perf_counter()
@@ -44,18 +47,25 @@ def check_killed(tmp_path, label, kills):
     duration = time.perf_counter() - begin
     draw = random.Random(label)
     fork = multiprocessing.get_context("fork")
+    ends = []
     for number in range(kills):
         folder = tmp_path / f"killed{number}"
+        metrics = folder / "metrics.jsonl"
         child = fork.Process(target=run_recipe, args=(recipe, folder))
         child.start()
-        time.sleep(draw.uniform(0, duration))
+        over = ROUNDS[number % len(ROUNDS)]
+        while child.is_alive() and over and not (metrics.exists() and len(read_lines(metrics)) >= over):
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, duration / len(ROUNDS)))
         os.kill(child.pid, signal.SIGKILL)
         child.join()
+        ends.append(child.exitcode)
         if folder.exists():
             resume(folder)
         else:  # killed before there was anything to resume
             run_recipe(recipe, folder)
         assert outcome(folder) == outcome(tmp_path / "whole")
+    assert -signal.SIGKILL in ends, "every run was over before it was killed"
 
 
 @pytest.mark.parametrize("label", ["floral", "local", "ensemble"])
