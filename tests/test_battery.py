@@ -409,8 +409,8 @@ def test_the_users_model_is_left_alone(method, training):
     assert not any(layer._forward_hooks for layer in module.modules())
 
 
-@every(CASES)
 @pytest.mark.parametrize("mode", ["stacked", "looped"])
+@every({name: dict([next(iter(own.items()))]) for name, own in CASES.items()})
 def test_a_client_whose_work_is_not_finite_is_left_out(method, mode):
     # The inputs are finite, but their sums are not.
     clients = labelled()

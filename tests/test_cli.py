@@ -197,8 +197,7 @@ def test_a_comparison_gives_means_over_seeds_and_a_report():
 
 
 def test_the_number_of_workers_changes_nothing():
-    args = ["compare", "digits", "--methods", "local,floral", "--seeds", "0", "--rounds=2", "-q"]
-    args += ["--clients_per_round=4"]
+    args = ["compare", "synthetic_linear", "--methods", "local,floral", "--seeds", "0", "--rounds=2", "-q"]
     for workers in ("1", "2"):
         umbel(*args, "--out", f"by{workers}", "--workers", workers)
     for run in ("local-seed0", "floral-seed0"):
