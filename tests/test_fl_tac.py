@@ -290,7 +290,7 @@ def at(values):
     return {"weight_lora_A": torch.ones_like(b), "weight_lora_B": b}
 
 
-RAW = FLTAC(2, "raw", adapter=LINEAR, local=HALFWAY, freeze_base=True)
+RAW = FLTAC(2, "raw", "model", adapter=LINEAR, local=HALFWAY, freeze_base=True)
 
 
 @pytest.mark.parametrize(("rule", "low"), [("examples", 1.75), ("uniform", 1.5)])
@@ -350,15 +350,44 @@ def test_a_slot_that_sits_out_counts_as_it_was_sent_for_a_while():
     first = method.server_update(shared, iter([upload_of(shared, at([1.0, 4.0, 6.0, 9.0]), [1.0] * 4)]))
     assert first.cluster[0] == first.cluster[1] != first.cluster[2] == first.cluster[3]
     # Slot 0 is far off now. Slot 1, which is absent, was sent as 4 and so goes to the others; its centre, 2.5,
-    # would not have told. A mean is of those who are here, and of what was sent last where nobody is.
+    # would not have told. A mean is of those who are here, and of what they were served where nobody is.
     after = method.server_update(first, iter([upload_of(first, at([-9.0]), [1.0], [0])]))
     assert after.cluster[1] == after.cluster[2] == after.cluster[3] != after.cluster[0]
     sent = method.send(after, torch.arange(4)).adapter["weight_lora_B"].flatten().tolist()
-    assert sent == [-9.0] + [pytest.approx(19 / 3)] * 3
+    assert sent == [-9.0] + [pytest.approx((2.5 + 7.5 + 7.5) / 3)] * 3
     # Two rounds on they are their centre again, and that stays.
     later = method.server_update(after, iter([upload_of(after, at([-8.0]), [1.0], [0])]))
     sent = method.send(later, torch.arange(4)).adapter["weight_lora_B"].flatten().tolist()
-    assert sent == [-8.0] + [pytest.approx(19 / 3)] * 3
+    assert sent == [-8.0] + [pytest.approx((2.5 + 7.5 + 7.5) / 3)] * 3
+
+
+def test_a_slot_is_known_by_the_steps_it_took_itself():
+    method = replace(RAW, compare="steps")
+    shared = server_of(method, line(0.0), 4)
+    first = method.server_update(shared, iter([upload_of(shared, at([1.0, 2.0, 8.0, 10.0]), [1.0] * 4)]))
+    assert method.send(first, torch.arange(4)).adapter["weight_lora_B"].flatten().tolist() == [1.5, 1.5, 9.0, 9.0]
+    second = method.server_update(first, iter([upload_of(first, at([2.5, 7.0]), [1.0] * 2, [0, 3])]))
+    third = method.server_update(second, iter([upload_of(second, at([5.5]), [1.0], [0])]))
+    # Slot 0 went from 0 to 1, from its centre 1.5 to 2.5, which counts half, and from 2.5 to 5.5, a third.
+    known = third.known.adapter["weight_lora_B"].flatten().tolist()
+    assert known == pytest.approx([1 + 1 / 2 + 3 / 3, 2, 8, 10 - 2 / 2])
+    assert third.times.tolist() == [3, 1, 1, 2]
+
+
+@pytest.mark.parametrize(("compare", "right"), [("model", False), ("steps", True)])
+def test_a_wrong_cluster_is_left(compare, right):
+    # Slot 2 is of slot 3's task and is held to be of the first. Every round it goes 3 towards its own, and the
+    # mean, in which it counts little, takes it back.
+    method, weight = replace(RAW, compare=compare), [5.0, 5.0, 1.0, 5.0]
+    shared = server_of(method, line(0.0), 4)
+    shared = method.server_update(shared, iter([upload_of(shared, at([-10.0, -9.0, 1.0, 10.0]), weight)]))
+    assert shared.cluster[2] == shared.cluster[3]
+    shared = replace(shared, cluster=shared.cluster.index_copy(0, torch.tensor([2]), shared.cluster[:1]))
+    for _ in range(20):
+        received = method.send(shared, torch.arange(4)).adapter["weight_lora_B"].flatten()
+        sent = received + torch.tensor([0.0, 0.0, 3.0, 0.0])
+        shared = method.server_update(shared, iter([upload_of(shared, at(sent.tolist()), weight)]))
+    assert (shared.cluster[2] == shared.cluster[3]) == right
 
 
 def test_a_slot_of_one_example_shapes_no_partition():

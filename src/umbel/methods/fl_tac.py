@@ -10,16 +10,21 @@ Clustering, Algorithms 1-3, https://arxiv.org/abs/2404.15384
               v_c ← Σ_{V_c} n_ij v_ij / Σ_{V_c} n_ij
               v_ij ← v_c for (i, j) in V_c
 
-v is the adapter with what else the task trains (heads). Beyond the paper: two slots of one client are different
-tasks and never share a cluster (`cannot_link`); the last round's centres are one of K-means' starts
-(`warm_start`); slots that sit a round out count in K-means as they were last sent (`staleness`), or as the centre
-that they stay with; a slot that has never trained serves the cluster that is nearest to what one local round
-makes of v⁰.
+v is the adapter with what else the task trains (heads). Beyond the paper: a slot is known by the steps that it
+took itself (`compare`), for what it sends begins where its cluster is, so that a wrong cluster would stay wrong,
+
+    w_ij ← w_ij + (v_ij sent − v_ij received) / t      in its round t; at the start w_ij = v⁰ ;
+
+later steps count less, for what a slot wants where its task's centre is already is to learn its examples by heart.
+Two slots of one client are different tasks and never share a cluster (`cannot_link`); the last round's centres are
+one of K-means' starts (`warm_start`); slots that sit a round out count in K-means for some rounds (`staleness`),
+and then as the centre that they stay with; a slot that has never trained serves the cluster that is nearest to
+what one local round makes of v⁰.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -46,7 +51,7 @@ from umbel.methods import lora
 from umbel.methods.protocol import Population, Refusals
 from umbel.methods.settling import choose, stacked
 from umbel.methods.trusting import usable
-from umbel.mixing import Change
+from umbel.mixing import Change, as_leading
 from umbel.model.loss import Loss, running_stats
 from umbel.train import LocalTraining
 from umbel.tree import Params, state
@@ -73,10 +78,11 @@ class Shared:
     cluster: Tensor  # (slots,) int64; −1 for slots that never trained
     owner: Tensor  # (slots,) int64
     places: Tensor  # (slots, 2) where this round's partition saw them, or the centres they stayed with
-    held: Adapter  # leading axis slots, what each sent last; NOBODY if `staleness` is 0
+    known: Adapter  # leading axis slots, what each is compared by: w, or v as it was last sent; NOBODY if by v now
     examples: Tensor  # (slots,) how many it has, as it last said
     weight: Tensor  # (slots,) and what it counts in a mean
     heard: Tensor  # (slots,) int64 the round of its last upload; 0: never
+    times: Tensor  # (slots,) int64 how often it was heard, t
     round: Tensor  # () int64 rounds done
     bank: Bank
     seed: int
@@ -92,6 +98,10 @@ class Shared:
         """(slots, C) one-hot, the cluster of each; None while a slot has none."""
         known = bool((self.cluster >= 0).all())
         return F.one_hot(self.cluster, len(self.used)) if known else None
+
+    def served(self, slots: Tensor) -> Adapter:
+        """(slots, …) what these are sent: their cluster's centre, or v⁰."""
+        return tree.rows(joined(self.start, self.centres), self.cluster[slots] + 1)
 
     @property
     def figures(self) -> dict[str, float]:
@@ -136,10 +146,11 @@ class Upload(lora.Upload):
 class FLTAC:
     num_clusters: int = 0  # C; 0: as silhouettes have it, anew in every round
     features: Features = "unit_product"  # the paper's: "raw"
+    compare: Literal["steps", "model"] = "steps"  # slots by w; the paper's: "model", by v
     cannot_link: bool = True
     warm_start: bool = True
     min_examples: int = 2  # a slot with fewer joins a cluster, but does not shape the partition
-    staleness: int = 10  # for so many rounds an absent slot counts in K-means as it was sent; 0: as its centre
+    staleness: int = 10  # for so many rounds an absent slot counts in K-means by itself; then as its centre
     adapter: AdapterPlan = field(default_factory=AdapterPlan)
     local: LocalTraining = field(default_factory=LocalTraining)
     freeze_base: bool = False
@@ -153,6 +164,11 @@ class FLTAC:
             raise RecipeError(
                 "fl_tac: num_clusters and staleness must not be negative, and min_examples at least 1"
             )
+
+    @property
+    def forgetful(self) -> bool:
+        """Whether nothing of an absent slot is kept."""
+        return self.compare == "model" and not self.staleness
 
     def bank(self, module: nn.Module) -> Bank:
         """The plan of an adapter."""
@@ -171,14 +187,14 @@ class FLTAC:
         owner = torch.arange(slots) if population.owner is None else population.owner.cpu().long()
         unknown = torch.full((slots,), -1)
         nearest = torch.zeros(1, num_clusters, dtype=next(iter(adapter.values())).dtype)
-        held = tree.rows(start, torch.zeros(slots, dtype=torch.long)) if self.staleness else NOBODY
+        known = NOBODY if self.forgetful else tree.rows(comparable(start), torch.zeros(slots, dtype=torch.long))
         never, rounds = torch.zeros(slots, dtype=torch.long), torch.zeros((), dtype=torch.long)
-        seen = torch.zeros(slots, 2), held, torch.zeros(slots), torch.zeros(slots).double(), never, rounds
+        seen = torch.zeros(slots, 2), known, torch.zeros(slots), torch.zeros(slots).double(), never, never, rounds
         return Shared(start, centres, unknown, owner, *seen, bank, population.seed), Private(nearest)
 
     def send(self, shared: Shared, clients: Tensor) -> Message:
         cluster, told = shared.cluster[clients], self.told(shared)
-        own = tree.rows(joined(shared.start, shared.centres), cluster + 1)
+        own = shared.served(clients)
         route = F.one_hot(cluster + 1, len(told.used) + 1)[:, 1:].to(next(iter(own.adapter.values())))
         return Message(own.base, own.adapter, own.stats, shared.bank, route, AtServer(told))
 
@@ -212,51 +228,73 @@ class FLTAC:
         here, sent = every.client, Adapter(every.base, every.adapter, every.stats)
         shared = self._noted(shared, every, sent)
         fresh = usable(shared.heard, int(shared.round), self.staleness).index_fill(0, here, False)
-        away = fresh.nonzero().squeeze(1)  # absent, and counted as they were sent
-        known, num_clusters = torch.cat([here, away]), len(shared.used)
-        slots = joined(sent, *([tree.rows(shared.held, away)] if len(away) else []), shared.centres)
-        waiting = shared.cluster.index_fill(0, known, -1)  # the clusters of those that count as their centre
+        away = fresh.nonzero().squeeze(1)  # absent, and counted by themselves
+        slots, num_clusters = torch.cat([here, away]), len(shared.used)
+        waiting = shared.cluster.index_fill(0, slots, -1)  # the clusters of those that count as their centre
         absent = F.one_hot(waiting + 1, num_clusters + 1).sum(0)[1:]
-        x = points(self.products(shared.bank, shared.start, slots))
-        label = self.partition(shared, x, known, absent)
+        every_v = joined(sent, *([shared.served(away)] if len(away) else []), shared.centres)
+        compared = comparable(sent) if self.forgetful else tree.rows(shared.known, slots)
+        x = points(self.products(shared.bank, shared.start, joined(compared, self._compared_centres(shared))))
+        count_by = x  # as slots of one cluster were sent they lie close together, and silhouettes are clear
+        if not self.num_clusters and self.compare == "steps":
+            count_by = points(self.products(shared.bank, shared.start, every_v))
+        label = self.partition(shared, x, count_by, slots, absent)
         member = F.one_hot(label, num_clusters)
-        mass = torch.cat([shared.weight[known].to(every.weight), absent.to(every.weight)])
+        mass = torch.cat([shared.weight[slots].to(every.weight), absent.to(every.weight)])
         weight = member * mass.unsqueeze(1)
         moved = weight[: len(here)].sum(0) > 0
-        weight[len(here) :] *= ~moved  # who is not here counts where nobody of the cluster is
-        centres = choose(weight.sum(0) > 0, mean_of(weight, slots), shared.centres)
+        weight[len(here) :] *= ~moved  # who is not here counts where nobody of the cluster is, as what it serves
+        centres = choose(weight.sum(0) > 0, mean_of(weight, every_v), shared.centres)
         seen = torch.from_numpy(plane(x)).to(shared.places)
-        centre_of = len(known) + waiting
-        cluster = torch.where(waiting >= 0, label[centre_of], -1).index_copy(0, known, label[: len(known)])
+        centre_of = len(slots) + waiting
+        cluster = torch.where(waiting >= 0, label[centre_of], -1).index_copy(0, slots, label[: len(slots)])
         places = torch.where(waiting.unsqueeze(1) >= 0, seen[centre_of], shared.places)
-        places = places.index_copy(0, known, seen[: len(known)])
+        places = places.index_copy(0, slots, seen[: len(slots)])
         return replace(shared, centres=centres, cluster=cluster, places=places)
 
     def _noted(self, shared: Shared, every: Upload, sent: Adapter) -> Shared:
-        """With who was heard in this round, and what they sent."""
-        here, now, held = every.client, shared.round + 1, shared.held
-        if self.staleness:
-            held = tree.map_tensors(lambda old, row: old.index_copy(0, here, row), held, sent)
+        """With who was heard in this round, and what they are compared by since."""
+        here, now, known, own = every.client, shared.round + 1, shared.known, comparable(sent)
+        times = shared.times.index_add(0, here, torch.ones_like(here))
+        if self.compare == "steps":
+            begun, received = tree.rows(known, here), comparable(shared.served(here))
+            t = times[here]
+            own = tree.map_tensors(lambda w, v, start: w + (v - start) / as_leading(t, w), begun, own, received)
+        if not self.forgetful:
+            known = tree.map_tensors(lambda old, row: old.index_copy(0, here, row), known, own)
         return replace(
             shared,
-            held=held,
+            known=known,
             examples=shared.examples.index_copy(0, here, every.examples.to(shared.examples)),
             weight=shared.weight.index_copy(0, here, every.weight.to(shared.weight)),
             heard=shared.heard.index_copy(0, here, now.expand(len(here))),
+            times=times,
             round=now,
         )
 
-    def partition(self, shared: Shared, x: np.ndarray, known: Tensor, absent: Tensor) -> Tensor:
+    def _compared_centres(self, shared: Shared) -> Adapter:
+        """(C, …) the clusters' centres as slots are compared: Σ n_ij w_ij / Σ n_ij, or v_c."""
+        centres = comparable(shared.centres)
+        if self.compare == "steps":
+            member = F.one_hot(shared.cluster + 1, len(shared.used) + 1)[:, 1:]
+            weight = member * shared.weight.unsqueeze(1)
+            centres = choose(weight.sum(0) > 0, mean_of(weight, shared.known), centres)
+        return centres
+
+    def partition(
+        self, shared: Shared, x: np.ndarray, count_by: np.ndarray, slots: Tensor, absent: Tensor
+    ) -> Tensor:
         """(K + C,) the clusters of slots, and of the centres for the slots that count as these.
 
         Args:
             shared: with the centres as they were.
-            x: (K + C, d) features of what slots sent, and of the centres.
-            known: (K,) which slots these are.
+            x: (K + C, d) features of slots, and of the centres.
+            count_by: (K + C, d) features that say how many clusters there are, where their number is not given.
+            slots: (K,) which these are.
             absent: (C,) how many slots each centre stands for.
         """
-        num_slots, num_clusters = len(known), len(absent)
-        heavy = shared.examples[known] >= self.min_examples
+        num_slots, num_clusters = len(slots), len(absent)
+        heavy = shared.examples[slots] >= self.min_examples
         mass = torch.cat([heavy if heavy.any() else ~heavy, absent]).double().cpu().numpy()
         here = np.concatenate([np.ones(num_slots, dtype=bool), absent.cpu().numpy() > 0])
         label = np.zeros(len(mass), dtype=np.int64)
@@ -265,14 +303,15 @@ class FLTAC:
         elif num_clusters > 1:
             owner = np.full(len(mass), -1)
             if self.cannot_link:
-                owner[:num_slots] = shared.owner[known].cpu().numpy()
+                owner[:num_slots] = shared.owner[slots].cpu().numpy()
             cloud = Cloud(x, mass, owner)
-            number = min(self.num_clusters, int((mass > 0).sum())) or best_number(cloud, num_clusters, shared.seed)
+            number = min(self.num_clusters, int((mass > 0).sum()))
+            number = number or best_number(replace(cloud, x=count_by), num_clusters, shared.seed)
             used = np.flatnonzero(shared.used.cpu().numpy())
             warm = self.warm_start and len(used) == number
             label = k_means(cloud, number, shared.seed, cloud.x[num_slots + used] if warm else None)
         names = torch.where(shared.used, torch.arange(num_clusters, device=absent.device), -1)
-        before = torch.cat([shared.cluster[known], names]).cpu().numpy()
+        before = torch.cat([shared.cluster[slots], names]).cpu().numpy()
         return torch.from_numpy(renamed(label, before, num_clusters)).to(absent.device)
 
     def products(self, bank: Bank, start: Adapter, slots: Adapter) -> np.ndarray:
@@ -318,6 +357,11 @@ def joined(*states: S) -> S:
     """The rows of all of them, one after the other."""
     first, *others = states
     return tree.map_tensors(lambda *leaves: torch.cat(leaves), first, *others)
+
+
+def comparable(adapter: Adapter) -> Adapter:
+    """What may be compared: all but running statistics."""
+    return replace(adapter, stats={})
 
 
 def mean_of(weight: Tensor, slots: Adapter) -> Adapter:
