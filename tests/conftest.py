@@ -1,6 +1,9 @@
 """One thread, so that suites on a shared machine do not fight over cores; and data sets to read."""
 
 import lzma
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # NumPy's products, and the processes that tests start
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from PIL import Image
 from umbel.tasks.corpora import data_folder
 
 torch.set_num_threads(1)
+os.fsync = lambda file: None  # no test cuts the power, and a disk takes longer to be sure than most tests take
 
 
 @pytest.fixture(scope="session")

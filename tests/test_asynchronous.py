@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from simulate import StoppedError, stop_after
+from simulate import FREE, StoppedError, stop_after
 from test_battery import CASES, equal, every, labelled, net, task
 from umbel import tree
 from umbel.clients import Examples
@@ -17,6 +17,7 @@ from umbel.cohort import Engine
 from umbel.errors import RecipeError
 from umbel.hazards import Asynchronous, Faults
 from umbel.methods import FedAvg
+from umbel.methods.protocol import why_not
 from umbel.recipe import read
 from umbel.rounds import rounds, start
 from umbel.runs import resume, run
@@ -24,14 +25,14 @@ from umbel.schedule import Schedule
 from umbel.tasks import Task
 from umbel.train import LocalTraining
 
-SUMS = {name: dict([case]) for name, own in CASES.items() if not (case := next(iter(own.items())))[1].refuses()}
-REFUSING = {name: {label: m for label, m in own.items() if m.refuses()} for name, own in CASES.items()}
+SUMS = {n: dict([case]) for n, own in CASES.items() if not why_not((case := next(iter(own.items())))[1], "mean")}
+REFUSING = {name: {label: m for label, m in own.items() if why_not(m, "mean")} for name, own in CASES.items()}
 
 
 def progress(method, schedule, chunk=3):
     given = task(labelled(), net()[0])
     cohort, at = start(given, method, schedule, Engine(mode="stacked", chunk=chunk))
-    return list(rounds(cohort, at, given, schedule))
+    return list(rounds(cohort, at, given, schedule, FREE))
 
 
 def first_steps(settings, members=12, at_once=6, count=20, seed=0):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from simulate import FREE
 from test_battery import CASES, GROUP, equal, every, labelled, net, prepared, task
 from umbel import tree
 from umbel.attacks import attackers, hostile_upload, patched, poisoned, trapped
@@ -26,7 +27,7 @@ AVG = FedAvg(LocalTraining(batch_size=4))
 def progress(method, schedule, chunk=3):
     given = task(labelled(), net()[0])
     cohort, at = start(given, method, schedule, Engine(mode="stacked", chunk=chunk))
-    return list(rounds(cohort, at, given, schedule))
+    return list(rounds(cohort, at, given, schedule, FREE))
 
 
 def sent(method, kind, strength=3.0):

@@ -197,7 +197,7 @@ def test_a_comparison_gives_means_over_seeds_and_a_report():
 
 
 def test_the_number_of_workers_changes_nothing():
-    args = ["compare", "digits", "--methods", "local,floral", "--seeds", "0", "--rounds=2", "-q"]
+    args = ["compare", "synthetic_linear", "--methods", "local,floral", "--seeds", "0", "--rounds=2", "-q"]
     for workers in ("1", "2"):
         umbel(*args, "--out", f"by{workers}", "--workers", workers)
     for run in ("local-seed0", "floral-seed0"):
@@ -206,7 +206,9 @@ def test_the_number_of_workers_changes_nothing():
 
 
 def test_a_stopped_comparison_goes_on():
-    umbel("compare", "digits", "--methods", "floral,fedavg", "--seeds", "0", "--rounds=2", "--out", "two", "-q")
+    args = ["compare", "digits", "--methods", "floral,fedavg", "--seeds", "0", "--rounds=2", "--out", "two"]
+    args += ["--clients_per_round=4"]
+    umbel(*args, "--workers=1", "-q")
     shutil.rmtree("two/fedavg-seed0")
     before = Path("two/floral-seed0/metrics.jsonl").read_bytes()
     result = umbel("resume", "two", "-q")
@@ -217,7 +219,7 @@ def test_a_stopped_comparison_goes_on():
 
 
 def test_the_same_comparison_again_repeats_nothing_and_adds_what_is_new():
-    args = ["compare", "digits", "--rounds=2", "--out", "two", "--workers=1"]
+    args = ["compare", "digits", "--rounds=2", "--clients_per_round=4", "--out", "two", "--workers=1"]
     umbel(*args, "--methods", "local", "--seeds", "0", "-q")
     times = {path: path.stat().st_mtime_ns for path in Path("two/local-seed0").rglob("*")}
     again = umbel(*args, "--methods", "local", "--seeds", "0")
@@ -268,6 +270,7 @@ def test_a_folder_with_other_settings_is_refused_and_the_setting_named():
 
 TINY = """
 rounds = 2
+clients_per_round = 4
 [task]
 name = "digits"
 variant = "{variant}"
@@ -355,8 +358,8 @@ def test_costs_are_below_the_scores_and_by_tensor_group_in_the_run_folder():
 def test_unseen_clients_are_onboarded_and_a_client_of_ones_own_is():
     import numpy as np
 
-    given = ["compare", "digits", "--methods=ensemble", "--rounds=3", "--held_out=0.2", "--out", "both", "-q"]
-    umbel(*given, "--seeds=0,1")
+    given = ["compare", "digits", "--methods=ensemble", "--rounds=2", "--held_out=0.2", "--out", "both", "-q"]
+    umbel(*given, "--seeds=0,1", "--workers=1")
     result = umbel("onboard", "both", "--samples", "0,2")
     assert "8 unseen clients" in result.stdout
     assert "mean ± deviation over runs" in result.stdout
@@ -372,7 +375,7 @@ def test_unseen_clients_are_onboarded_and_a_client_of_ones_own_is():
 
 
 def test_one_method_that_diverges_does_not_cost_the_others():
-    args = ["compare", "digits", "--methods", "fedavg,local", "--seeds=0", "--rounds=2"]
+    args = ["compare", "digits", "--methods", "fedavg,local", "--seeds=0", "--rounds=2", "--workers=1"]
     result = umbel(*args, "--method.fedavg.local.lr=1e30", "--json", code=2)
     document = json.loads(result.stdout)
     assert [row["label"] for row in document["methods"] if row["runs"][0]["rounds"] == 2] == ["local"]

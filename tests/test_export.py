@@ -182,7 +182,7 @@ def test_the_folders_model_is_the_clients_own(name, peft, tmp_path):
         found = answers(loaded(name, folders[k]), kind, x)
         assert_close(found, own, rtol=1e-5, atol=1e-5)
         assert (found - base).abs().max() > 1e-3
-        if "wte" not in peft["target_modules"]:  # merged into a tied head it is another model
+        if k == 1 and "wte" not in peft["target_modules"]:  # merged into a tied head it is another model
             merged = loaded(name, folders[k]).merge_and_unload()
             assert_close(answers(merged, kind, x), own, rtol=1e-3, atol=1e-4)
 

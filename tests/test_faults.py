@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from simulate import StoppedError, stop_after
+from simulate import FREE, StoppedError, stop_after
 from test_battery import CASES, equal, every, labelled, net, task
 from umbel import faults, tree
 from umbel.cohort import Engine, Tally
@@ -33,7 +33,7 @@ every_method = every({name: dict([case]) for name, case in ONE_EACH.items()})
 def progress(method, schedule, chunk=3, clients=None):
     given = task(clients or labelled(), net()[0])
     cohort, at = start(given, method, schedule, Engine(mode="stacked", chunk=chunk))
-    return list(rounds(cohort, at, given, schedule))
+    return list(rounds(cohort, at, given, schedule, FREE))
 
 
 @every_method
@@ -77,7 +77,7 @@ def test_an_upload_that_is_lost_is_a_client_that_was_not_there(method):
     fate = fates(late.faults, 1, 1, everyone)
     assert sorted(set(fate)) == [FINE, LATE]
     cohort, at = start(given, method, late, Engine(mode="stacked", chunk=3))
-    found = next(rounds(cohort, at, given, late))
+    found = next(rounds(cohort, at, given, late, FREE))
     cohort, at = start(given, method, schedule, Engine(mode="stacked", chunk=3))
     heard = cohort.uploads(at.shared, at.store, np.flatnonzero(fate == FINE), 1, Tally())
     heard = method.server_update(at.shared, heard)

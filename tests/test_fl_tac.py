@@ -495,7 +495,7 @@ def toy_run(method, seed, rounds, own_starts=False):
 
 def mean_run(rounds, own_starts=False, **settings):
     method = FLTAC(**{"num_clusters": 5} | settings, adapter=LINEAR, local=TOY)
-    return np.mean([toy_run(method, seed, rounds, own_starts) for seed in range(5)], 0)
+    return np.mean([toy_run(method, seed, rounds, own_starts) for seed in range(3)], 0)
 
 
 def test_tasks_are_found_by_the_third_round():
@@ -716,14 +716,14 @@ def test_a_slot_in_a_wrong_cluster_is_seen():
 
 def test_clusters_are_told_in_rounds_that_are_not_evaluated():
     method = FLTAC(3, adapter=HEADED, local=STEPS)
-    told = run(slots_task(), method, schedule=Schedule(rounds=3, evaluate_every=3)).history
-    seen = run(slots_task(), method, schedule=Schedule(rounds=3)).history
-    assert [("loss" in figures) for figures in told] == [False, False, True]
+    told = run(slots_task(), method, schedule=Schedule(rounds=4, evaluate_every=4)).history
+    seen = run(slots_task(), method, schedule=Schedule(rounds=4)).history
+    assert [("loss" in figures) for figures in told] == [False, False, False, True]
     for name in ("cluster_accuracy", "ari", "nmi", "usage"):
         assert [figures[name] for figures in told] == [figures[name] for figures in seen]
-    rows = clustering(told, most=2)["clustering"]
+    rows = clustering(told)["clustering"]
     assert rows == [
-        [h["round"], *(round(h[key], 6) for key in ("cluster_accuracy", "ari", "nmi"))] for h in told[:2]
+        [h["round"], *(round(h[key], 6) for key in ("cluster_accuracy", "ari", "nmi"))] for h in told[:3]
     ]
     assert clustering([{"round": 1, "loss": 0.0}]) == {}
     some = Schedule(rounds=2, evaluate_every=2, clients_per_round=3)

@@ -22,6 +22,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import save_file
 
+from simulate import FREE
 from test_battery import CASES, GROUP, every, labelled, net
 from umbel import tree
 from umbel.clients import Examples
@@ -44,6 +45,8 @@ from umbel.tasks import TASKS, Task
 
 TIMES = {"seconds", "train_seconds", "client_seconds", "exchange_seconds", "wire_up", "wire_down"}
 
+COSTS = {"flops", "steps", "server_bytes"}  # a server and a simulator measure them by the same function
+
 QUICK = Patience(nodes=0.2, deadline=60.0, answer=60.0, gone=0.2)
 
 
@@ -55,7 +58,7 @@ class Small:
     seed: int = 0  # of nothing; another one is another task
 
     def load(self, seed):
-        clients = labelled([6, 8, 7, 14, 8] if self.norm else [5, 8, 1, 13, 8])
+        clients = labelled([6, 8, 7, 10, 8] if self.norm else [5, 8, 1, 9, 8])
         module = net(self.norm)
         module[0].weight.data += SHIFT[0]
         return Task("small", module, "cross_entropy", Examples.of(clients), Examples.of(clients), GROUP)
@@ -64,6 +67,8 @@ class Small:
 @pytest.fixture(autouse=True)
 def small_task(monkeypatch):
     monkeypatch.setitem(TASKS, "small", Small)
+    for module in ("exchange", "lead"):
+        monkeypatch.setattr(f"umbel.flower.{module}.POLL", 0.001)  # nodes of this process have answered already
     for name in ("_run_id", "_task_id", "_node_id"):  # of which Flower's processes have one each
         monkeypatch.setattr(TaskIdentity, name, 1)
 
@@ -96,12 +101,12 @@ def sites(tmp_path, *clients):
     return [Site(NodeSettings(f"site {own}", own, str(tmp_path / own))) for own in clients]
 
 
-def here(recipe):
+def here(recipe, cost=None):
     """The rounds on this machine, one client after the other."""
     task = recipe.task.load(recipe.schedule.seed)
     cohort, at = start(task, recipe.method, recipe.schedule, replace(recipe.engine, mode="looped"))
     history = []
-    for progress in rounds(cohort, at, task, recipe.schedule):
+    for progress in rounds(cohort, at, task, recipe.schedule, cost):
         at = progress
         history.append(at.figures)
     return at, history
@@ -115,16 +120,17 @@ def same(one, other):
     return True
 
 
-def without_times(history):
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in history]
+def without_times(history, besides=frozenset()):
+    return [{name: value for name, value in line.items() if name not in TIMES | besides} for line in history]
 
 
-def check_parity(recipe, tmp_path, *clients):
+def check_parity(recipe, tmp_path, *clients, cost=None):
     grid = FakeGrid(sites(tmp_path, *clients))
     away = lead(grid, recipe, patience=QUICK)
-    at, history = here(recipe)
+    at, history = here(recipe, cost)
     assert same(away.progress.shared, at.shared)
-    np.testing.assert_equal(without_times(away.history), without_times(history))
+    besides = COSTS if cost else frozenset()
+    np.testing.assert_equal(without_times(away.history, besides), without_times(history, besides))
     for site in grid.sites.values():
         (work,) = site.works.values()
         for client in site.settings.numbers.tolist():
@@ -132,16 +138,19 @@ def check_parity(recipe, tmp_path, *clients):
     return grid
 
 
-@every(CASES)
+# Momentum, of clients and servers, is nothing that Flower's messages know of: two methods stand for all.
+@every(
+    {n: {k: m for k, m in o.items() if "momentum" not in k or n in ("fedavg", "floral")} for n, o in CASES.items()}
+)
 def test_every_method_runs_as_on_one_machine(method, tmp_path):
     norm = type(method).__name__ == "FedBN"
     recipe = Recipe("tested", Small(norm), method, Schedule(rounds=2))
-    check_parity(recipe, tmp_path, "0", "1-2", "3,4")
+    check_parity(recipe, tmp_path, "0", "1-2", "3,4", cost=FREE)
 
 
 @every({name: dict(list(own.items())[:1]) for name, own in CASES.items()})
 def test_with_a_few_clients_in_each_round(method, tmp_path):
-    recipe = Recipe("tested", Small(), method, Schedule(rounds=3, clients_per_round=2, seed=1))
+    recipe = Recipe("tested", Small(), method, Schedule(rounds=2, clients_per_round=2, seed=1))
     check_parity(recipe, tmp_path, "0,4", "1-3")
 
 
@@ -394,12 +403,12 @@ def test_a_node_joins_no_other_recipe_than_its_owners(tmp_path):
 
 
 def examples_of(client):
-    return labelled([5, 8, 1, 13, 8])[client] * 2
+    return labelled([5, 8, 1, 9, 8])[client] * 2
 
 
 def test_data_come_from_a_function_or_a_folder(tmp_path):
     for client in range(5):
-        x, y = labelled([5, 8, 1, 13, 8])[client]
+        x, y = labelled([5, 8, 1, 9, 8])[client]
         save_file(
             {"x": x, "y": y, "x_test": x.clone(), "y_test": y.clone()},
             tmp_path / f"client-{client:06d}.safetensors",

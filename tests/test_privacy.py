@@ -13,6 +13,7 @@ from scipy.stats import kstest
 from torch import nn
 
 import umbel
+from test_battery import CASES
 from umbel import tree
 from umbel.adapters import AdapterPlan
 from umbel.clients import ClientData, Examples, Guard
@@ -21,6 +22,7 @@ from umbel.errors import RecipeError
 from umbel.folder import read_lines
 from umbel.meeting import meet
 from umbel.methods import FLTAC, IFCA, Ensemble, FedAvg, FedIT, FLoRAL, Local, ThresholdClustering, Trust
+from umbel.methods.protocol import why_not
 from umbel.methods.routing import Router
 from umbel.privacy import clipping
 from umbel.privacy.accounting import Mechanism, Use, ledger_of
@@ -280,7 +282,7 @@ def ran(method, schedule, task=None):
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("secure", [Secure(), Secure("masks")], ids=["plain", "masks"])
 def test_with_hardly_any_noise_and_wide_clips_training_is_what_it_is_without(method, secure):
-    plan = Schedule(3, weighting=ONE)
+    plan = Schedule(2, weighting=ONE)
     plain = ran(method, plan)
     privacy = Privacy("client", noise_multiplier=SLIGHT, clip=1e3, clip_rate=0.0)
     private = ran(method, replace(plan, privacy=privacy, secure=secure))
@@ -292,7 +294,7 @@ def test_with_hardly_any_noise_and_wide_clips_training_is_what_it_is_without(met
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_masks_alone_change_nothing_beyond_rounding(method):
-    plain, masked = ran(method, Schedule(3)), ran(method, Schedule(3, secure=Secure("masks", neighbours=4)))
+    plain, masked = ran(method, Schedule(2)), ran(method, Schedule(2, secure=Secure("masks", neighbours=4)))
     for one, other in zip(
         tree.tensors(plain.progress.shared).values(), tree.tensors(masked.progress.shared).values(), strict=True
     ):
@@ -488,13 +490,20 @@ def test_protected_examples_give_the_same_result_stacked_or_looped():
         (Trust(), Schedule(weighting=ONE, privacy=PRIVACY), "privacy.level = 'client' does not go with Trust"),
         (IFCA(2), Schedule(weighting=ONE, privacy=PRIVACY), "its sums are not made of how far tensors have moved"),
         (FedAvg(), Schedule(privacy=PRIVACY), "write weighting.rule = 'one'"),
-        (FLoRAL(), Schedule(privacy=Privacy("example", epsilon=1.0)), "router.kind = 'em': it uploads"),
+        (FLoRAL(), Schedule(privacy=Privacy("example", epsilon=1.0)), "FLoRAL: router.kind = 'em' measures"),
         (Ensemble(), Schedule(privacy=Privacy("example", epsilon=1.0)), "measured on examples without noise"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_private_says_why_before_any_work(method, schedule, words):
     with pytest.raises(RecipeError, match=words):
         start(umbel.task_of(net(), labelled()), method, schedule, Engine("stacked"))
+
+
+def test_noise_on_the_steps_of_training_covers_the_uploads_of_these_alone():
+    # One local training and nothing else; a method that is derived from one of them has to say so itself.
+    open_to = {name for name, own in CASES.items() for m in own.values() if not why_not(m, "steps")}
+    assert open_to == {"fedavg", "fedprox", "fedavg_finetune", "fedit", "ffa_lora", "floral"}
+    assert all(bool(why_not(m, "steps")) == (m.router.kind == "em") for m in CASES["floral"].values())
 
 
 def test_batch_norm_shows_examples():
@@ -511,7 +520,7 @@ def test_batch_norm_shows_examples():
 def test_options_that_need_more_than_moves_are_refused():
     for options in ({"averaging": "product"}, {"send_top": 1}, {"ranks": (1.0, 0.5)}):
         method = FLoRAL(2, PLAN, Router(), STEPS, **options)
-        with pytest.raises(RecipeError, match="these options of FLoRAL: averaging other than 'factor'"):
+        with pytest.raises(RecipeError, match="not go with FLoRAL: averaging other than 'factor'"):
             ran(method, Schedule(1, weighting=ONE, privacy=PRIVACY))
 
 

@@ -23,8 +23,8 @@ from umbel.schedule import Schedule
 
 def small(label="floral", **changes):
     recipe = read(load(find("digits")), label)
-    schedule = Schedule(rounds=12, checkpoint_every=2, clients_per_round=17)
-    return replace(recipe, schedule=schedule, engine=Engine("stacked", chunk=7), **changes)
+    schedule = Schedule(rounds=6, evaluate_every=2, checkpoint_every=2, clients_per_round=7)
+    return replace(recipe, schedule=schedule, engine=Engine("stacked", chunk=3), **changes)
 
 
 def outcome(folder):
@@ -34,37 +34,54 @@ def outcome(folder):
         line.pop("seconds")
         line.pop("train_seconds")
     clients = (folder / "clients.jsonl").read_bytes()
-    return (folder / "checkpoints/000012.safetensors").read_bytes(), metrics, clients
+    return (folder / "checkpoints/000006.safetensors").read_bytes(), metrics, clients
 
 
-@pytest.mark.parametrize("label", ["floral", "local", "ensemble"])
-def test_a_run_killed_at_random_moments_and_resumed_ends_bit_identical(tmp_path, label):
+ROUNDS = (3, 5, 0, 2, 4, 1)  # that are over when a run is killed, sooner or later in the next one
+
+
+def check_killed(tmp_path, label, kills):
     recipe = small(label)
     begin = time.perf_counter()
     run_recipe(recipe, tmp_path / "whole")
     duration = time.perf_counter() - begin
     draw = random.Random(label)
     fork = multiprocessing.get_context("fork")
-    killed = 0
-    while killed < (20 if label == "floral" else 3):
-        folder = tmp_path / f"killed{killed}"
+    ends = []
+    for number in range(kills):
+        folder = tmp_path / f"killed{number}"
+        metrics = folder / "metrics.jsonl"
         child = fork.Process(target=run_recipe, args=(recipe, folder))
         child.start()
-        time.sleep(draw.uniform(0, duration))
+        over = ROUNDS[number % len(ROUNDS)]
+        while child.is_alive() and over and not (metrics.exists() and len(read_lines(metrics)) >= over):
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, duration / len(ROUNDS)))
         os.kill(child.pid, signal.SIGKILL)
         child.join()
-        killed += 1
+        ends.append(child.exitcode)
         if folder.exists():
             resume(folder)
         else:  # killed before there was anything to resume
             run_recipe(recipe, folder)
         assert outcome(folder) == outcome(tmp_path / "whole")
+    assert -signal.SIGKILL in ends, "every run was over before it was killed"
+
+
+@pytest.mark.parametrize("label", ["floral", "local", "ensemble"])
+def test_a_run_killed_at_random_moments_and_resumed_ends_bit_identical(tmp_path, label):
+    check_killed(tmp_path, label, 4 if label == "floral" else 2)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_many_moments_ends_bit_identical_each_time(tmp_path):
+    check_killed(tmp_path, "floral", 40)
 
 
 @pytest.mark.parametrize("label", ["fedavg", "floral", "ensemble"])
 def test_forty_clients_in_chunks_of_1_7_and_all_come_to_the_same(label):
     recipe = small(label)
-    schedule = Schedule(rounds=3)
+    schedule = Schedule(rounds=2, evaluate_every=2)
     found = [
         tree.tensors(
             run_recipe(replace(recipe, schedule=schedule, engine=Engine("stacked", chunk=chunk))).progress.shared
@@ -82,7 +99,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
     recipe = small()
     run_recipe(recipe, whole)
     run_recipe(recipe, folder)
-    last = folder / "checkpoints/000012.safetensors"
+    last = folder / "checkpoints/000006.safetensors"
     content = bytearray(last.read_bytes())
     content[-1] ^= 1
     last.write_bytes(content)
@@ -98,7 +115,7 @@ def test_with_no_whole_checkpoint_the_run_is_refused(tmp_path):
     run_recipe(small(), tmp_path / "run")
     for file in (tmp_path / "run/checkpoints").glob("*.safetensors"):
         file.write_bytes(b"")
-    with pytest.raises(RunFolderError, match=r"000012\.safetensors is damaged"):
+    with pytest.raises(RunFolderError, match=r"000006\.safetensors is damaged"):
         resume(tmp_path / "run")
 
 
@@ -114,7 +131,7 @@ def test_a_checkpoint_with_other_tensors_is_refused(tmp_path):
     # As a version of umbel leaves it that kept something else.
     run_recipe(small(), tmp_path / "run")
     old = {"seen": torch.empty(0, dtype=torch.long), "shared/old": torch.zeros(1)}
-    RunFolder.opened(tmp_path / "run", small().identity()).save(Checkpoint(12, old))
+    RunFolder.opened(tmp_path / "run", small().identity()).save(Checkpoint(6, old))
     with pytest.raises(RunFolderError, match=r"other tensors than this version of umbel keeps \('base"):
         resume(tmp_path / "run")
 
@@ -181,8 +198,8 @@ def test_another_model_does_not_go_on_with_the_run(tmp_path):
 def test_lost_metrics_are_told(tmp_path):
     run_recipe(small(), tmp_path / "run")
     metrics = tmp_path / "run/metrics.jsonl"
-    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:5]))
-    assert any("lost 7 of 12 rounds" in warning for warning in resume(tmp_path / "run").warnings)
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))
+    assert any("lost 4 of 6 rounds" in warning for warning in resume(tmp_path / "run").warnings)
 
 
 def test_a_personal_model_keeps_tied_weights_tied():
@@ -207,7 +224,7 @@ def test_a_personal_model_keeps_tied_weights_tied():
 def test_the_run_folder_says_where_it_was_made(tmp_path):
     run_recipe(small(), tmp_path / "run")
     facts = json.loads((tmp_path / "run/run.json").read_text())
-    assert facts["chunk"] == 7
+    assert facts["chunk"] == 3
     assert {"started", "umbel_commit", "torch", "python", "machine"} <= set(facts)
 
 

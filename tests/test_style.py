@@ -60,8 +60,8 @@ INSIDE = {
     "cli": "said \n options watch show \n jobs onboarding exporting deploying \n comparing \n app",
     "adapters": "places bank \n lora_layers lora_folders precondition \n mixture plan \n products \n averaging",
     "methods": "protocol server gate \n routing lora settling \n similarity trusting \n"
-    "fedavg local floral ensemble fedsa_lora flexlora fedit feddpa fl_tac threshold_clustering trust \n"
-    "ffa_lora fedem ifca fedprox finetune apfl partial local_adapter knnper \n"
+    "fedavg local floral ensemble flexlora fedit feddpa fl_tac threshold_clustering trust \n"
+    "ffa_lora fedsa_lora fedem ifca fedprox finetune apfl partial local_adapter knnper \n"
     "ditto pfedme fedper fedbn \n fedrep",
     "flower": "wire fingerprint credentials leash arriving facts \n kept \n vault \n protected \n work \n post \n"
     "exchange roster resume summed letters \n attendance answers \n fleet \n lead \n apps \n node \n trial",
@@ -362,9 +362,15 @@ def test_every_method_has_a_recipe():
 # Of the tasks, or recipes, that read data sets a few clients are enough, and noise in the same format is as good.
 SMALL = {
     "mnist": ["task.num_clients=8", "clients_per_round=2"],
-    "cifar10": ["task.num_clients=4", "clients_per_round=2"],
-    "cifar100": ["task.num_clients=2", "task.num_groups=2", "clients_per_round=2", "task.samples_per_client=0"],
+    "cifar10": ["task.num_clients=4", "task.reduction=0.1", "clients_per_round=2", "local.batch_size=8"],
+    "cifar100": [
+        "task.num_clients=10",
+        "clients_per_round=2",
+        "task.samples_per_client=10",
+        "local.batch_size=8",
+    ],
     "shakespeare": ["task.num_clients=2", "clients_per_round=2", "task.hidden=8", "task.least_letters=161"],
+    "languages": ["task.tokens_per_client=512", "clients_per_round=3", "local.steps=2"],
     "femnist_digits": ["clients_per_round=2"],
     "fl_tac": [  # the small base is a GPT-2
         "task.base=models/stories260K",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from umbel.hazards import Asynchronous
-from umbel.mixing import Change
+from umbel.mixing import Change, moved
 from umbel.seeds import generator
 from umbel.tree import Params
 
@@ -91,8 +91,8 @@ def _idle(members: np.ndarray, busy: set[int], draw: torch.Generator) -> int:
 def stepped(share: float) -> Change:
     """What was trained as a step from what was received, and only the share of it."""
 
-    def change(values: Params, received: Params, _weights: Tensor) -> Params:
-        return {n: share * (leaf - received[n]) for n, leaf in values.items()}
+    def change(values: Params, received: Params, weights: Tensor) -> Params:
+        return {n: share * step for n, step in moved(values, received, weights).items()}
 
     return change
 

@@ -5,6 +5,8 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+WHOLE: set[Any] = set()  # operators that have shown to be made of no others; to ask costs more than most of them
+
 
 class CountedFlops(TorchDispatchMode):
     """Counts in `total`, from PyTorch's own formulas, what is computed inside the `with` block, backward too.
@@ -24,10 +26,13 @@ class CountedFlops(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         formula = flop_registry.get(func._overloadpacket)
-        if formula is None:
+        if formula is None and func not in WHOLE:
             with self:
                 parts = func.decompose(*args, **kwargs)
-            return func(*args, **kwargs) if parts is NotImplemented else parts
+            if parts is not NotImplemented:
+                return parts
+            WHOLE.add(func)
         out = func(*args, **kwargs)
-        self.total += formula(*args, **kwargs, out_val=out)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=out)
         return out

@@ -19,7 +19,8 @@ from umbel.clock import Step, added, stepped
 from umbel.cohort import Cohort, PrivateStore, Tally
 from umbel.errors import RecipeError
 from umbel.faults import without_outliers
-from umbel.methods import FedAvg, FedAvgFinetune, FedIT, FedProx, FFALoRA, FLoRAL, Method
+from umbel.methods import Method
+from umbel.methods.protocol import Way, why_not
 from umbel.methods.routing import bounded_claims
 from umbel.model.loss import mixes_examples
 from umbel.privacy import clipping
@@ -30,8 +31,6 @@ from umbel.secure.exchange import SecureSum, secure_sum
 from umbel.tasks.task import Task
 from umbel.tree import Params
 
-# Whose uploads come out of one local training and nothing else, so that noise on its steps covers them.
-STEPPING: tuple[type, ...] = (FedAvg, FedProx, FedAvgFinetune, FedIT, FFALoRA, FLoRAL)
 LOSS = "train_loss"  # what a masked sum calls the clients' mean training losses, where nothing else is protected
 
 
@@ -71,21 +70,12 @@ class Total:
 
 def check(task: Task, method: Method, schedule: Schedule) -> None:
     """Raises RecipeError where uploads of the method cannot meet in the way that is asked for."""
-    name, level = type(method).__name__, schedule.privacy.level
-    masked = schedule.secure.aggregation == "masks"
-    _check_mean(task, method, schedule)
-    if (masked or level == "client") and not hasattr(method, "summed_update"):
-        asked = "secure.aggregation = 'masks'" if masked else "privacy.level = 'client'"
-        why = getattr(method, "no_sums", "its server needs more than sums over clients")
-        raise RecipeError(f"{asked} does not go with {name}: {why}")
+    level = schedule.privacy.level
+    for setting, way in ways_asked_for(schedule):
+        if why := why_not(method, way):
+            raise RecipeError(f"{setting} does not go with {type(method).__name__}: {why}")
+    _check_mean(task, schedule)
     if level == "client":
-        if not hasattr(method, "absolute"):
-            raise RecipeError(
-                f"privacy.level = 'client' does not go with {name}: its sums are not made of how far tensors have "
-                "moved, which is what is clipped; FedAvg and what builds on it, FLoRAL, Ensemble and FedIT are"
-            )
-        if why := getattr(method, "no_moves", ""):
-            raise RecipeError(f"privacy.level = 'client' does not go with these options of {name}: {why}")
         if schedule.weighting.rule != "one":
             raise RecipeError(
                 f"privacy.level = 'client' bounds what one client adds, and weighting.rule = "
@@ -102,17 +92,6 @@ def check(task: Task, method: Method, schedule: Schedule) -> None:
                 f"privacy.level = 'example' does not go with weighting.rule = {schedule.weighting.rule!r}, which "
                 "tells of labels or losses without noise; take 'examples', 'uniform' or 'one'"
             )
-        if type(method) not in STEPPING or (isinstance(method, FLoRAL) and method.router.kind == "em"):
-            raise RecipeError(
-                f"privacy.level = 'example' does not go with {name}"
-                + (" and router.kind = 'em'" if isinstance(method, FLoRAL) else "")
-                + ": it uploads, or trains with, what was measured on examples without noise; take "
-                + (
-                    "router.kind = 'gradient'"
-                    if isinstance(method, FLoRAL)
-                    else "fedavg, fedprox, fedit or floral"
-                )
-            )
         if mixes_examples(task.model):
             raise RecipeError(
                 "privacy.level = 'example' does not go with BatchNorm, in which examples meet: no example has a "
@@ -120,21 +99,31 @@ def check(task: Task, method: Method, schedule: Schedule) -> None:
             )
 
 
-def _check_mean(task: Task, method: Method, schedule: Schedule) -> None:
-    """Raises RecipeError if something is to stand in for the mean of uploads that cannot."""
-    robust, buffer = schedule.robust.rule, schedule.asynchronous.buffer
-    asked = [f"robust.rule = {robust!r}"] if robust != "none" else []
-    asked += ["asynchronous.buffer"] if buffer else []
-    if asked and (why := method.refuses()):
-        raise RecipeError(f"{asked[0]} does not go with {type(method).__name__}: {why}")
+def ways_asked_for(schedule: Schedule) -> list[tuple[str, Way]]:
+    """The settings by which uploads do not meet as they are, each with a way in which they then do."""
+    rule, level = schedule.robust.rule, schedule.privacy.level
+    every: list[tuple[bool, str, Way]] = [
+        (rule != "none", f"robust.rule = {rule!r}", "mean"),
+        (schedule.asynchronous.buffer > 0, "asynchronous.buffer", "mean"),
+        (schedule.secure.aggregation == "masks", "secure.aggregation = 'masks'", "sum"),
+        (level == "client", "privacy.level = 'client'", "sum"),
+        (level == "client", "privacy.level = 'client'", "moves"),
+        (level == "example", "privacy.level = 'example'", "steps"),
+    ]
+    return [(setting, way) for asked, setting, way in every if asked]
+
+
+def _check_mean(task: Task, schedule: Schedule) -> None:
+    """Raises RecipeError if something is to stand in for the mean of uploads where there is none."""
+    buffer = schedule.asynchronous.buffer
     members = task.num_clients - round(schedule.held_out * task.num_clients)
     if buffer > members:
         raise RecipeError(f"asynchronous.buffer = {buffer} is never full, for {members} clients take part")
-    summed = ["secure.aggregation = 'masks'"] if schedule.secure.aggregation == "masks" else []
-    summed += ["privacy.level = 'client'"] if schedule.privacy.level == "client" else []
-    if asked and summed:
+    asked = ways_asked_for(schedule)
+    meant, summed = ([setting for setting, own in asked if own == way] for way in ("mean", "sum"))
+    if meant and summed:
         raise RecipeError(
-            f"{asked[0]} does not go with {summed[0]}: it needs every upload by itself, and there the server "
+            f"{meant[0]} does not go with {summed[0]}: it needs every upload by itself, and there the server "
             "takes a sum"
         )
     if schedule.faults.corrupt and schedule.secure.aggregation == "masks":
@@ -304,7 +293,7 @@ def contributed(
 ) -> dict[str, Any]:
     """(K, …) what each of an upload's clients adds to the sums: cut, or as it is, and its training loss."""
     if cut is not None:
-        return single(method, clipping.moved(upload, message), cut.of)
+        return single(method, method.changed(upload, message, mixing.moved), cut.of)
     return single(method, upload) | ({LOSS: upload.loss} if with_loss else {})
 
 

@@ -20,6 +20,11 @@ Change = Callable[[Params, Params, Tensor], Params]
 group's mean, (K,) or (K, C)) → what is to stand in the place of the first."""
 
 
+def moved(values: Params, received: Params, _weights: Tensor) -> Params:
+    """How far clients have moved a group of tensors; a Change."""
+    return {name: leaf - received[name] for name, leaf in values.items()}
+
+
 def weighted_sum(weights: Tensor, values: Params) -> Params:
     """Σ_k w_k x_k for x (K, …) with w (K,), or for each adapter c, Σ_k w_kc x_kc for x (K, C, …) with w (K, C).
 

@@ -188,10 +188,10 @@ def trust(run: Run, salt: str) -> str:
     return _svg(draw, 4.0, 3.6, salt)
 
 
-def places(run: Run, salt: str, most: int = 4) -> str:
-    """Where the server saw the adapters: a panel for a round, a colour for a cluster, a letter for a group."""
+def places(run: Run, salt: str) -> str:
+    """Where the server saw the adapters: four rounds, a colour for a cluster, a letter for a group."""
     marks = [line for line in run.snapshots if line.get("places")]
-    marks = [marks[at] for at in sorted({round(at) for at in np.linspace(0, len(marks) - 1, most)})]
+    marks = [marks[at] for at in sorted({round(at) for at in np.linspace(0, len(marks) - 1, 4)})]
 
     def draw(figure: "Figure") -> None:
         for axes, mark in zip(figure.subplots(1, len(marks), squeeze=False)[0], marks, strict=True):

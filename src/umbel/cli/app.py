@@ -262,7 +262,9 @@ def export(
     ] = None,
     rank: Annotated[
         int,
-        typer.Option(min=0, metavar="R", help="Truncate to this rank; by default models are exact."),
+        typer.Option(
+            min=0, metavar="R", show_default=False, help="Truncate to this rank; by default models are exact."
+        ),
     ] = 0,
     replace: Annotated[bool, typer.Option("--replace", help="Replace what was exported before.")] = False,
     as_json: Json = None,
@@ -277,9 +279,9 @@ def export(
 
     With --rank it is the nearest one of a lower rank, and the table says how far each layer's update is off.
 
-    Example: umbel export runs/glue-floral-seed0 --client 3
+    Example: umbel export runs/languages-floral-seed0 --client 3
 
-    Example: umbel export runs/glue-floral-seed0 --all --out adapters --rank 8
+    Example: umbel export runs/languages-floral-seed0 --all --out adapters --rank 8
     """
     with told():
         from umbel.cli import exporting

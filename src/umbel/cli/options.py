@@ -30,7 +30,13 @@ Json = Annotated[
     ),
 ]
 Workers = Annotated[
-    int, typer.Option(min=0, metavar="N", help="Runs at the same time, each on one thread; by default one a core.")
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        show_default=False,
+        help="Runs at the same time, each on one thread; by default one a core.",
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
 

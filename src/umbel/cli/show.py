@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from umbel.runs import Result
     from umbel.tables import Group
 
+EARLY = 3  # rounds of which a document says how well clusters agree with groups
 WORTH_A_LINE = 0.01  # of what a client sends: smaller groups of tensors are numbers beside the model
 
 
@@ -304,16 +305,19 @@ def comparison_document(
     return about | {"methods": rows, "failed": failed}
 
 
-def curve(scored: Sequence[dict[str, Any]], most: int = 50) -> list[list[float]]:
-    """[round, accuracy or loss] of at most so many evaluations, evenly spread, the last one among them."""
-    kept = scored[:: -(-len(scored) // most) or 1]
+def curve(scored: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """[round, accuracy or loss] of some fifty evaluations, evenly spread, the last one among them."""
+    kept = scored[:: -(-len(scored) // 50) or 1]
     kept = [*kept, scored[-1]] if scored and kept[-1] is not scored[-1] else list(kept)
     return [[line["round"], round(line.get("accuracy", line["loss"]), 6)] for line in kept]
 
 
-def clustering(history: Sequence[dict[str, Any]], most: int = 50) -> dict[str, list[list[float]]]:
-    """[round, cluster accuracy, adjusted Rand index, NMI] of the first rounds that tell them; {} if none does."""
-    told = [line for line in history if "cluster_accuracy" in line][:most]
+def clustering(history: Sequence[dict[str, Any]]) -> dict[str, list[list[float]]]:
+    """[round, cluster accuracy, adjusted Rand index, NMI] of the first rounds that tell them; {} if none does.
+
+    Those of the first rounds say how soon groups are found; those of the last are among a run's figures.
+    """
+    told = [line for line in history if "cluster_accuracy" in line][:EARLY]
     names = ("cluster_accuracy", "ari", "nmi")
     return (
         {"clustering": [[line["round"], *(round(line[name], 6) for name in names)] for line in told]}

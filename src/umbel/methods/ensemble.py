@@ -12,7 +12,7 @@ mixture of weights.
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from umbel import mixing, tree
 from umbel.clients import ClientData
 from umbel.errors import RecipeError
-from umbel.methods.protocol import Population
+from umbel.methods.protocol import Population, Refusals
 from umbel.methods.routing import (
     LabelLosses,
     Measured,
@@ -87,6 +87,7 @@ class Ensemble:
     local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     guard: float = 0.01  # τ of g_c = min(1, p_c / τ); 0: no guard
+    refuses: ClassVar[Refusals] = {}
 
     def __post_init__(self) -> None:
         if self.num_models < 1 or not 0 <= self.guard <= 1:
@@ -168,9 +169,6 @@ class Ensemble:
 
     def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
         return replace(upload, models=change(upload.models, message.models, upload.route_examples))
-
-    def refuses(self) -> str:
-        return ""
 
     def absolute(self, shared: Shared, moved: dict[str, Any]) -> dict[str, Any]:
         received = shared.models | shared.stats

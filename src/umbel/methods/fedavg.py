@@ -9,13 +9,13 @@ are averaged like everything else.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from umbel import mixing, tree
 from umbel.clients import ClientData
-from umbel.methods.protocol import Population, nothing_mixed
+from umbel.methods.protocol import Population, Refusals, nothing_mixed
 from umbel.methods.server import Moments, ServerOptimizer
 from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats, trained_params
@@ -53,6 +53,7 @@ class Upload:
 class FedAvg:
     local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
+    refuses: ClassVar[Refusals] = {"steps": ""}
 
     def adapt(self, module: nn.Module) -> nn.Module:
         return module
@@ -93,9 +94,6 @@ class FedAvg:
             params=change(upload.params, message.params, upload.weight),
             stats=change(upload.stats, message.stats, upload.weight),
         )
-
-    def refuses(self) -> str:
-        return ""
 
     def absolute(self, shared: Shared, moved: dict[str, Any]) -> dict[str, Any]:
         received = shared.params | shared.stats

@@ -18,7 +18,7 @@ all. Departures: docs/methods.md.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from umbel.errors import ModelError, RecipeError
 from umbel.methods import lora
 from umbel.methods.gate import Embedding, Gated, inside
 from umbel.methods.lora import Message, Shared, Upload
-from umbel.methods.protocol import Population
+from umbel.methods.protocol import Population, Refusals
 from umbel.methods.server import ServerOptimizer
 from umbel.methods.settling import choose, stacked
 from umbel.mixing import Change
@@ -66,6 +66,7 @@ class FedDPA:
     local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     freeze_base: bool = True  # nothing but adapters and heads is trained
+    refuses: ClassVar[Refusals] = {}
 
     def __post_init__(self) -> None:
         if not 0 <= self.local_weight <= 1 or not 0 <= self.strength <= 1 or self.samples < 1:
@@ -120,9 +121,6 @@ class FedDPA:
 
     def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
         return lora.changed(upload, message, change)
-
-    def refuses(self) -> str:
-        return ""
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Served:
         """The local adapter, made from the global one in variant F, and where the client's own examples lie."""

@@ -14,7 +14,7 @@ as logits. With `mixes = "outputs"` the outputs themselves are mixed, as squared
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from umbel import mixing, tree
 from umbel.clients import Batch, ClientData
 from umbel.errors import RecipeError
 from umbel.methods.ensemble import Mixture, drawn_apart, named, stacked
-from umbel.methods.protocol import Population
+from umbel.methods.protocol import Population, Refusals
 from umbel.methods.server import Moments, ServerOptimizer
 from umbel.mixing import Change
 from umbel.model.loss import FORWARD_EXAMPLES, Loss, running_stats
@@ -71,6 +71,7 @@ class FedEM:
     local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     mixes: Literal["probabilities", "outputs"] = "probabilities"
+    refuses: ClassVar[Refusals] = {}
 
     def __post_init__(self) -> None:
         if self.num_models < 1:
@@ -132,9 +133,6 @@ class FedEM:
     def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
         weight = upload.weight.unsqueeze(1).expand(-1, self.num_models)  # every component counts n_k
         return replace(upload, models=change(upload.models, message.models, weight))
-
-    def refuses(self) -> str:
-        return ""
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         """π for the components as they are now."""

@@ -13,7 +13,7 @@ trains one adapter an owner, on batches mixed from all of its slots (tasks/pool.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from umbel.adapters import AdapterPlan, Bank, with_paths
 from umbel.clients import ClientData
 from umbel.methods import lora
 from umbel.methods.lora import Message, Shared, Upload
-from umbel.methods.protocol import Population, nothing_mixed
+from umbel.methods.protocol import Population, Refusals, nothing_mixed
 from umbel.methods.server import ServerOptimizer
 from umbel.mixing import Change
 from umbel.model.loss import Loss
@@ -41,6 +41,7 @@ class FedIT:
     local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     freeze_base: bool = False
+    refuses: ClassVar[Refusals] = {"steps": ""}
 
     def bank(self, module: nn.Module) -> Bank:
         """The plan of the adapter."""
@@ -49,7 +50,7 @@ class FedIT:
     def adapt(self, module: nn.Module) -> nn.Module:
         return with_paths(module, self.bank(module))
 
-    def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
+    def init(self, module: nn.Module, population: Population) -> tuple[Shared, Any]:
         bank = self.bank(module)
         base, adapter = lora.start(module, bank, self.freeze_base, population)
         return lora.shared_of(module, bank, base, adapter, self.server), Private()
@@ -57,9 +58,7 @@ class FedIT:
     def send(self, shared: Shared, clients: Tensor) -> Message:
         return lora.send(shared, len(clients))
 
-    def client_update(
-        self, loss: Loss, message: Message, private: Private, data: ClientData
-    ) -> tuple[Upload, Private]:
+    def client_update(self, loss: Loss, message: Message, private: Any, data: ClientData) -> tuple[Upload, Any]:
         _, upload = lora.train(loss, message, {}, data, self.local)
         return upload, private
 
@@ -78,14 +77,11 @@ class FedIT:
     def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
         return lora.changed(upload, message, change)
 
-    def refuses(self) -> str:
-        return ""
-
-    def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
+    def settle(self, loss: Loss, message: Message, private: Any, data: ClientData) -> Any:
         return private
 
-    def personalize(self, message: Message, private: Private) -> Params:
+    def personalize(self, message: Message, private: Any) -> Params:
         return lora.adapted(message.bank, message.base, message.adapter) | message.stats
 
-    def mixture(self, message: Message, private: Private) -> Tensor:
+    def mixture(self, message: Message, private: Any) -> Tensor:
         return nothing_mixed(len(next(iter(message.adapter.values()))))

@@ -9,13 +9,14 @@ The running statistics of BatchNorm layers are no part of w in the norm. With μ
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from umbel.clients import Batch
 from umbel.errors import RecipeError
 from umbel.methods.fedavg import FedAvg, Message
+from umbel.methods.protocol import Refusals
 from umbel.model.loss import Loss
 from umbel.train import Groups, Objective
 from umbel.tree import Params
@@ -24,6 +25,7 @@ from umbel.tree import Params
 @dataclass(frozen=True)
 class FedProx(FedAvg):
     mu: float = 0.01  # μ
+    refuses: ClassVar[Refusals] = {"steps": ""}
 
     def __post_init__(self) -> None:
         if self.mu < 0:

@@ -12,24 +12,20 @@ In the paper u is a trained model and frozen; `freeze_base = false`, the default
 tasks that start from nothing.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from umbel import mixing, tree
-from umbel.adapters import AdapterPlan, Bank, with_paths
+from umbel import tree
 from umbel.clients import ClientData
 from umbel.methods import lora
+from umbel.methods.fedit import FedIT
 from umbel.methods.lora import Message, Shared, Upload
 from umbel.methods.protocol import Population, nothing_mixed
-from umbel.methods.server import ServerOptimizer
 from umbel.methods.settling import settled
-from umbel.mixing import Change
 from umbel.model.loss import Loss
-from umbel.train import LocalTraining
 from umbel.tree import Params, state
 
 
@@ -40,19 +36,7 @@ class Private:
 
 
 @dataclass(frozen=True)
-class FedSALoRA:
-    adapter: AdapterPlan = field(default_factory=AdapterPlan)
-    local: LocalTraining = field(default_factory=LocalTraining)
-    server: ServerOptimizer = field(default_factory=ServerOptimizer)
-    freeze_base: bool = False
-
-    def bank(self, module: nn.Module) -> Bank:
-        """The plan of the adapter."""
-        return self.adapter.bank(module, self.local.batch_size, self.freeze_base)
-
-    def adapt(self, module: nn.Module) -> nn.Module:
-        return with_paths(module, self.bank(module))
-
+class FedSALoRA(FedIT):
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
         bank = self.bank(module)
         base, adapter = lora.start(module, bank, self.freeze_base, population)
@@ -60,32 +44,11 @@ class FedSALoRA:
         private = tree.broadcast(Private(adapter, torch.zeros(())), 1)
         return lora.shared_of(module, bank, base, common, self.server), private
 
-    def send(self, shared: Shared, clients: Tensor) -> Message:
-        return lora.send(shared, len(clients))
-
     def client_update(
         self, loss: Loss, message: Message, private: Private, data: ClientData
     ) -> tuple[Upload, Private]:
         trained, upload = lora.train(loss, message, private.own, data, self.local)
         return upload, Private(trained["own"], torch.ones_like(private.seen))
-
-    def contribution(self, upload: Upload) -> dict[str, Any]:
-        return lora.contribution(upload)
-
-    def server_update(self, shared: Shared, uploads: Iterable[Upload]) -> Shared:
-        return self.summed_update(shared, mixing.total(map(self.contribution, uploads)))
-
-    def summed_update(self, shared: Shared, sums: dict[str, Any]) -> Shared:
-        return lora.averaged(shared, self.server, sums)
-
-    def absolute(self, shared: Shared, moved: dict[str, Any]) -> dict[str, Any]:
-        return lora.absolute(shared, moved)
-
-    def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
-        return lora.changed(upload, message, change)
-
-    def refuses(self) -> str:
-        return ""
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Any:
         return settled(self, loss, message, private, data)

@@ -12,6 +12,7 @@ is exact. A₀ does not travel, for it follows from the seed. In the paper u is 
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import nn
 
@@ -19,13 +20,15 @@ from umbel.clients import ClientData
 from umbel.methods import lora
 from umbel.methods.fedit import FedIT, Private
 from umbel.methods.lora import Message, Shared, Upload
-from umbel.methods.protocol import Population
+from umbel.methods.protocol import Population, Refusals
 from umbel.model.loss import Loss
 from umbel.tree import Params
 
 
 @dataclass(frozen=True)
 class FFALoRA(FedIT):
+    refuses: ClassVar[Refusals] = {"steps": ""}
+
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
         bank = self.bank(module)
         base, adapter = lora.start(module, bank, self.freeze_base, population)

@@ -10,11 +10,12 @@ nowhere. A client whose fine-tuning is not finite serves w.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from umbel import tree
 from umbel.clients import ClientData
 from umbel.methods.fedavg import FedAvg, Message
+from umbel.methods.protocol import Refusals
 from umbel.methods.settling import choose, stacked
 from umbel.model.loss import Loss
 from umbel.train import LocalTraining, local_train
@@ -32,6 +33,7 @@ class Served:
 @dataclass(frozen=True)
 class FedAvgFinetune(FedAvg):
     finetune: LocalTraining = field(default_factory=lambda: LocalTraining(epochs=5))  # E and how
+    refuses: ClassVar[Refusals] = {"steps": ""}
 
     def settle(self, loss: Loss, message: Message, private: Any, data: ClientData) -> Served:
         """The received model, fine-tuned."""

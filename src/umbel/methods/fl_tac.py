@@ -48,7 +48,7 @@ from umbel.clustering import (
 )
 from umbel.errors import RecipeError
 from umbel.methods import lora
-from umbel.methods.protocol import Population
+from umbel.methods.protocol import Population, Refusals
 from umbel.methods.settling import choose, stacked
 from umbel.methods.trusting import usable
 from umbel.mixing import Change, as_leading
@@ -154,7 +154,10 @@ class FLTAC:
     adapter: AdapterPlan = field(default_factory=AdapterPlan)
     local: LocalTraining = field(default_factory=LocalTraining)
     freeze_base: bool = False
-    no_sums: ClassVar[str] = "slots that share an adapter are found by clustering single uploads"
+    refuses: ClassVar[Refusals] = {
+        "sum": "slots that share an adapter are found by clustering single uploads",
+        "mean": "it clusters single uploads, so there is no mean of all that another could stand in for",
+    }
 
     def __post_init__(self) -> None:
         if min(self.num_clusters, self.staleness) < 0 or self.min_examples < 1:
@@ -317,9 +320,6 @@ class FLTAC:
 
     def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
         return lora.changed(upload, message, change)
-
-    def refuses(self) -> str:
-        return "it clusters single uploads, so there is no mean of all that another could stand in for"
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         told = message.server.told

@@ -15,7 +15,7 @@ both factors, where no gradient moves it. Departures: docs/methods.md.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from umbel.adapters.products import factors, products, summed_products
 from umbel.clients import ClientData
 from umbel.methods import lora
 from umbel.methods.lora import Message
-from umbel.methods.protocol import Population, nothing_mixed
+from umbel.methods.protocol import Population, Refusals, nothing_mixed
 from umbel.methods.server import ServerOptimizer
 from umbel.mixing import Change
 from umbel.model.loss import Loss
@@ -56,6 +56,9 @@ class FlexLoRA:
     local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     freeze_base: bool = False
+    refuses: ClassVar[Refusals] = {
+        "mean": "it averages products of factors, and a robust mean of factors is none of products"
+    }
 
     def banks(self, module: nn.Module) -> list[Bank]:
         """The plan of each of the ranks."""
@@ -113,9 +116,6 @@ class FlexLoRA:
 
     def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
         return lora.changed(upload, message, change)
-
-    def refuses(self) -> str:
-        return "it averages products of factors, and a robust mean of factors is none of products"
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         return private

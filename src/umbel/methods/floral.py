@@ -31,7 +31,7 @@ from umbel.adapters.places import among, kept_only, picked, placed, spread_out
 from umbel.adapters.precondition import precondition
 from umbel.clients import ClientData
 from umbel.errors import RecipeError
-from umbel.methods.protocol import Population
+from umbel.methods.protocol import Population, Refusals
 from umbel.methods.routing import (
     LabelLosses,
     Measured,
@@ -325,17 +325,20 @@ class FLoRAL:
             stats=change(upload.stats, message.stats, upload.weight),
         )
 
-    def refuses(self) -> str:
-        if self.averaging != "factor" or self.ranks or self.layer_routers:
-            return "another mean of adapters needs averaging = 'factor', one rank for all and one router a client"
-        return ""
-
     @property
-    def no_moves(self) -> str:
-        """Why its sums cannot be had from how far tensors have moved; nothing if they can."""
-        if self.averaging != "factor" or self.report_error or self.ranks or self.send_top:
-            return "averaging other than 'factor', report_error, ranks and send_top need more of each client"
-        return ""
+    def refuses(self) -> Refusals:
+        factors = self.averaging == "factor" and not self.ranks
+        return {
+            "moves": ""
+            if factors and not self.report_error and not self.send_top
+            else "averaging other than 'factor', report_error, ranks and send_top need more of each client",
+            "mean": ""
+            if factors and not self.layer_routers
+            else "another mean of adapters needs averaging = 'factor', one rank for all and one router a client",
+            "steps": ""
+            if self.router.kind != "em"
+            else "router.kind = 'em' measures losses on examples without noise; take router.kind = 'gradient'",
+        }
 
     def absolute(self, shared: Shared, moved: dict[str, Any]) -> dict[str, Any]:
         received, adapters = shared.base | shared.stats, moved["adapters"]["values"]

@@ -14,7 +14,7 @@ over the cluster times p_c; here the gradient is what local SGD moved by. A mode
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from umbel import mixing, tree
 from umbel.clients import ClientData
 from umbel.errors import RecipeError
 from umbel.methods.ensemble import drawn_apart
-from umbel.methods.protocol import Population
+from umbel.methods.protocol import Population, Refusals
 from umbel.methods.routing import losses_of
 from umbel.methods.server import Moments, ServerOptimizer
 from umbel.mixing import Change
@@ -64,6 +64,7 @@ class IFCA:
     local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     averaging: Literal["model", "gradient"] = "model"
+    refuses: ClassVar[Refusals] = {}
 
     def __post_init__(self) -> None:
         if self.num_models < 1:
@@ -126,9 +127,6 @@ class IFCA:
         place = torch.arange(len(chosen), device=chosen.device)
         model = {name: leaf[place, chosen] for name, leaf in models.items()}
         return replace(upload, model=model, route_examples=routed)
-
-    def refuses(self) -> str:
-        return ""
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         """The choice among the models as they are now."""

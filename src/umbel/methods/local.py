@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from umbel import tree
 from umbel.clients import ClientData
-from umbel.methods.protocol import Population, nothing_mixed
+from umbel.methods.protocol import Population, Refusals, nothing_mixed
 from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats, trained_params
 from umbel.train import LocalTraining, local_train
@@ -39,7 +39,10 @@ class Upload:
 @dataclass(frozen=True)
 class Local:
     local: LocalTraining = field(default_factory=LocalTraining)
-    no_sums: ClassVar[str] = "its clients train alone and send nothing that could be added up"
+    refuses: ClassVar[Refusals] = {
+        "sum": "its clients train alone and send nothing that could be added up",
+        "mean": "its clients send nothing that could meet",
+    }
 
     def adapt(self, module: nn.Module) -> nn.Module:
         return module
@@ -74,9 +77,6 @@ class Local:
 
     def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
         return upload
-
-    def refuses(self) -> str:
-        return "its clients send nothing that could meet"
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         return private

@@ -1,8 +1,8 @@
 """What a method is: a parameterization, a local objective, and how uploads meet."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,16 @@ from umbel.mixing import Change
 from umbel.model.loss import Loss
 from umbel.train import LocalTraining
 from umbel.tree import Params
+
+Way = Literal["sum", "moves", "mean", "steps"]
+"""How uploads may meet that do not come as they are:
+
+sum     the server has nothing but their sum: under masks, or with noise for clients
+moves   that sum is of how far tensors have moved, which is what is clipped under noise for clients
+mean    something else stands in for the mean of uploads: a robust rule, rounds without a deadline
+steps   noise on the steps of the local training covers all that is uploaded: noise for examples
+"""
+Refusals = Mapping[Way, str]  # why a way is closed to a method; "" where it is not
 
 
 @dataclass(frozen=True)
@@ -64,8 +74,9 @@ class Method(Protocol):
     def changed(self, upload: Any, message: Any, change: Change) -> Any:
         """The upload with `change` in each group of tensors that meet in one mean."""
 
-    def refuses(self) -> str:
-        """Why nothing else can stand in for the mean of its uploads; "" where it can (Robust, Buffered)."""
+    @property
+    def refuses(self) -> Refusals:
+        """The ways in which its uploads cannot meet, with these options, and why; `why_not` reads it."""
 
     def settle(self, loss: Loss, message: Any, private: Any, data: ClientData) -> Any:
         """The Private with which each client serves, made from what it received and its own training data.
@@ -96,13 +107,36 @@ class Summed(Method, Protocol):
 
 
 class Moving(Summed, Protocol):
-    """A method whose sums can be had from how far each client's tensors have moved: what noise is added to.
-
-    Where an option stands in the way, `no_moves` says which.
-    """
+    """A method whose sums can be had from how far each client's tensors have moved: what noise is added to."""
 
     def absolute(self, shared: Any, moved: dict[str, Any]) -> dict[str, Any]:
         """The sum of all contributions, from that of uploads with tensors minus what was received."""
+
+
+NEEDED = {"sum": "summed_update", "moves": "absolute", "mean": "changed"}
+UNSAID = {
+    "sum": "its server needs more than sums over clients",
+    "moves": "its sums are not made of how far tensors have moved, which is what is clipped; FedAvg and what "
+    "builds on it, FLoRAL, Ensemble and FedIT are",
+    "mean": "it does not say which of its tensors meet in one mean",
+    "steps": "it uploads, or trains with, what was measured on examples without noise; take fedavg, fedprox, "
+    "fedit or floral",
+}
+
+
+def why_not(method: Method, way: Way) -> str:
+    """Why the method's uploads cannot meet in this way; "" where they can.
+
+    Of `steps` silence is no consent, and what a class says of them holds for none that is derived from it: what a
+    client does beside that one local training, its noise does not cover.
+    """
+    if said := method.refuses.get(way):
+        return said
+    if way == "steps":
+        consents = "refuses" in vars(type(method)) and way in method.refuses
+    else:
+        consents = hasattr(method, NEEDED[way])
+    return "" if consents else UNSAID[way]
 
 
 def nothing_mixed(num_clients: int) -> Tensor:

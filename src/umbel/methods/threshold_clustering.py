@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from umbel import tree
 from umbel.clients import ClientData
 from umbel.errors import RecipeError
-from umbel.methods.protocol import Population
+from umbel.methods.protocol import Population, Refusals
 from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats, trained_params
 from umbel.train import LocalTraining, local_train
@@ -71,7 +71,10 @@ class ThresholdClustering:
     step: float = 1.0  # η
     updates_since: Literal["round", "start"] = "round"  # "start": models are clustered, not updates
     local: LocalTraining = field(default_factory=LocalTraining)
-    no_sums: ClassVar[str] = "clusters are found from single updates, and clipped by how far each lies"
+    refuses: ClassVar[Refusals] = {
+        "sum": "clusters are found from single updates, and clipped by how far each lies",
+        "mean": "it clusters single uploads, and what lies far from a centre counts nothing there already",
+    }
 
     def __post_init__(self) -> None:
         if self.num_clusters < 1 or self.iterations < 1 or self.step <= 0:
@@ -137,9 +140,6 @@ class ThresholdClustering:
 
     def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
         return replace(upload, momentum=change(upload.momentum, message.push, upload.weight))
-
-    def refuses(self) -> str:
-        return "it clusters single uploads, and what lies far from a centre counts nothing there already"
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         return private

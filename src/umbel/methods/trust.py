@@ -25,7 +25,7 @@ from umbel.adapters import AdapterPlan, Bank, with_paths
 from umbel.clients import ClientData
 from umbel.errors import RecipeError, RoundError
 from umbel.methods import lora, similarity, trusting
-from umbel.methods.protocol import Population
+from umbel.methods.protocol import Population, Refusals
 from umbel.methods.settling import choose
 from umbel.methods.similarity import Public
 from umbel.methods.trusting import Mix, Topology, figures_of, usable
@@ -130,7 +130,10 @@ class Trust:
     shared_start: bool = True
     freeze_base: bool = False
     mixes_clients: ClassVar[bool] = True
-    no_sums: ClassVar[str] = "whom a client trusts is found by comparing single adapters"
+    refuses: ClassVar[Refusals] = {
+        "sum": "whom a client trusts is found by comparing single adapters",
+        "mean": "every client has a mean of its own, by its own trust",
+    }
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0 or not 0 <= self.self_weight <= 1 or not 0 <= self.trust_fraction < 1:
@@ -233,9 +236,6 @@ class Trust:
         received, all_alike = self._served(message, None), torch.ones_like(upload.loss)
         adapters = {part: change(made, received[part], all_alike) for part, made in upload.adapters.items()}
         return replace(upload, adapters=adapters)
-
-    def refuses(self) -> str:
-        return "every client has a mean of its own, by its own trust"
 
     def settle(self, loss: Loss, message: Message, private: Any, data: ClientData) -> Any:
         """What a client that mixes for itself makes of what it received."""

@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+GROUPS = 8  # of ResNetGN's norm layers
+
 
 def mlp(num_inputs: int, hidden: int, num_labels: int) -> nn.Module:
     """Flatten, linear, ReLU, linear; 784-200-10 has 159,010 parameters."""
     return nn.Sequential(nn.Flatten(), nn.Linear(num_inputs, hidden), nn.ReLU(), nn.Linear(hidden, num_labels))
 
 
-def cifar10_cnn(num_labels: int = 10) -> nn.Module:
+def cifar10_cnn() -> nn.Module:
     """Two convolutions and two linear layers on 3 × 32 × 32: 87,178 parameters (Almansoori et al. 2025)."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 5),
@@ -29,12 +31,12 @@ def cifar10_cnn(num_labels: int = 10) -> nn.Module:
         nn.Flatten(),
         nn.Linear(1024, 64),
         nn.ReLU(),
-        nn.Linear(64, num_labels),
+        nn.Linear(64, 10),
     )
 
 
-def small_cnn(num_labels: int = 10) -> nn.Module:
-    """Two convolutions and two linear layers on 1 × 28 × 28: 63,786 parameters for 10 labels."""
+def small_cnn() -> nn.Module:
+    """Two convolutions and two linear layers on 1 × 28 × 28: 63,786 parameters."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 5, padding=2),
         nn.MaxPool2d(2),
@@ -45,7 +47,7 @@ def small_cnn(num_labels: int = 10) -> nn.Module:
         nn.Flatten(),
         nn.Linear(1568, 32),
         nn.ReLU(),
-        nn.Linear(32, num_labels),
+        nn.Linear(32, 10),
     )
 
 
@@ -80,19 +82,19 @@ class ResNetGN(nn.Module):
     Sizes 28 and 32 are halved three times. With width 64 and RGB it has 11.2 million parameters.
     """
 
-    def __init__(self, in_channels: int = 3, num_labels: int = 10, width: int = 64, groups: int = 8) -> None:
+    def __init__(self, in_channels: int = 3, width: int = 64) -> None:
         super().__init__()
         self.stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-        self.norm = nn.GroupNorm(groups, width)
+        self.norm = nn.GroupNorm(GROUPS, width)
         blocks: list[nn.Module] = []
         channels = width
         for stage in range(4):
             for position in range(2):
                 stride = 2 if stage > 0 and position == 0 else 1
-                blocks.append(_Block(channels, width << stage, stride, groups))
+                blocks.append(_Block(channels, width << stage, stride))
                 channels = width << stage
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(channels, num_labels)
+        self.head = nn.Linear(channels, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(F.relu(self.norm(self.stem(x))))
@@ -103,15 +105,15 @@ class ResNetGN(nn.Module):
 class _Block(nn.Module):
     """Two convolutions beside a path that passes by them."""
 
-    def __init__(self, channels: int, width: int, stride: int, groups: int) -> None:
+    def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.GroupNorm(groups, width)
+        self.norm1 = nn.GroupNorm(GROUPS, width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm2 = nn.GroupNorm(groups, width)
+        self.norm2 = nn.GroupNorm(GROUPS, width)
         self.by: nn.Module = nn.Identity()
         if stride != 1 or channels != width:
-            self.by = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.GroupNorm(groups, width))
+            self.by = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.GroupNorm(GROUPS, width))
 
     def forward(self, x: Tensor) -> Tensor:
         changed = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))

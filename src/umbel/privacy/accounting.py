@@ -109,14 +109,20 @@ def _epsilons(privacy: Privacy, uses: Sequence[Use]) -> tuple[float, ...]:
 
     worst = [0.0] * len(uses[0].times)
     for use in uses:
-        accountant = use.mechanism.accountant()
-        accountant.compose(use.mechanism.event(privacy.noise_multiplier))
-        orders, once = accountant.orders, accountant.rdp  # Rényi divergences of one use, which add up
+        orders, once = _divergences(use.mechanism, privacy.noise_multiplier)
         for place, times in enumerate(use.times):
             if times:
                 spent = float(compute_epsilon(orders, times * once, privacy.delta)[0])
                 worst[place] = max(worst[place], spent)
     return tuple(worst)
+
+
+@cache
+def _divergences(mechanism: Mechanism, multiplier: float) -> tuple[Any, Any]:
+    """Orders, and the Rényi divergences of one use at them, which add up; to find them takes longest of all."""
+    accountant = mechanism.accountant()
+    accountant.compose(mechanism.event(multiplier))
+    return accountant.orders, accountant.rdp
 
 
 @cache

@@ -11,7 +11,7 @@ with m the number of clients that take part on average, by which sums are divide
 are one Gaussian mechanism of multiplier z, for Σ_g 1 / z_g² + Σ_g 1 / (2 σ_b)² = 1 / z².
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
@@ -69,16 +69,6 @@ def first_clips(groups: Groups, privacy: Privacy) -> Params:
     return {
         name: torch.tensor(privacy.clips.get(name, privacy.clip), dtype=torch.float64) for name in groups.names
     }
-
-
-def moved(upload: Any, message: Any) -> Any:
-    """The upload with the model's tensors minus what was received: the dicts of tensors that both have."""
-    changes = {
-        name: {key: leaf - getattr(message, name)[key] for key, leaf in own.items()}
-        for name, own in vars(upload).items()
-        if isinstance(own, dict) and isinstance(getattr(message, name, None), dict)
-    }
-    return replace(upload, **changes)
 
 
 def clipped(contribution: dict[str, Any], groups: Groups, clips: Params) -> dict[str, Any]:

@@ -200,14 +200,14 @@ def _npz(path: Path, *names: str) -> list[np.ndarray]:
     return arrays
 
 
-def _sheet(path: Path, size: int = 32) -> np.ndarray:
-    """(N, 3, size, size) uint8: the tiles of a sheet, row by row."""
+def _sheet(path: Path) -> np.ndarray:
+    """(N, 3, 32, 32) uint8: the tiles of a sheet, row by row."""
     from PIL import Image
 
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"))
-    tiles = pixels.reshape(-1, size, TILES, size, 3).transpose(0, 2, 4, 1, 3)
-    return tiles.reshape(-1, 3, size, size)
+    tiles = pixels.reshape(-1, 32, TILES, 32, 3).transpose(0, 2, 4, 1, 3)
+    return tiles.reshape(-1, 3, 32, 32)
 
 
 def _from_hub(name: str, image: str, label: str, missing: DataError) -> Corpus:

@@ -10,7 +10,7 @@ of the 14,824 prompts, 4,316 of them with a context, 579 within the instruction,
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -41,16 +41,7 @@ class Dolly:
     """Following instructions: ten holders with slots of the eight categories of Dolly."""
 
     base: str = "models/stories260K"  # a folder, one in UMBEL_DATA, or a hub id
-    categories: tuple[Category, ...] = (
-        "brainstorming",
-        "classification",
-        "closed_qa",
-        "creative_writing",
-        "general_qa",
-        "information_extraction",
-        "open_qa",
-        "summarization",
-    )
+    categories: tuple[Category, ...] = get_args(Category)
     num_holders: int = 10
     alpha: float = 0.5  # of the Dirichlet distribution; higher is more even
     least_examples: int = 8  # of a slot, for training
