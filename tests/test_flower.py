@@ -67,7 +67,7 @@ class Small:
 @pytest.fixture(autouse=True)
 def small_task(monkeypatch):
     monkeypatch.setitem(TASKS, "small", Small)
-    for module in ("exchange", "lead"):
+    for module in ("attendance", "exchange"):
         monkeypatch.setattr(f"umbel.flower.{module}.POLL", 0.001)  # nodes of this process have answered already
     for name in ("_run_id", "_task_id", "_node_id"):  # of which Flower's processes have one each
         monkeypatch.setattr(TaskIdentity, name, 1)
