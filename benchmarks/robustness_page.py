@@ -3,6 +3,7 @@
 python benchmarks/robustness_page.py
 """
 
+from collections import Counter
 from statistics import fmean
 from typing import Any
 
@@ -163,16 +164,19 @@ def flip_lines(document: dict[str, Any]) -> list[str]:
 def attack_lines(document: dict[str, Any]) -> list[str]:
     """A table for each rule: methods down, attacks across, every cell the mean over seeds."""
     figures = document["figures"]
+    whole = len(figures["methods"]) * len(figures["attacks"]) * len(figures["rules"])
+    counts = Counter(cell["seed"] for cell in figures["cells"])
+    done = [seed for seed in figures["seeds"] if counts[seed] == whole]
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for cell in figures["cells"]:
-        found.setdefault((cell["rule"], cell["method"], cell["attack"]), []).append(cell)
-    done = sorted({cell["seed"] for cell in figures["cells"]})
+        if cell["seed"] in done:
+            found.setdefault((cell["rule"], cell["method"], cell["attack"]), []).append(cell)
     attacks = [
         "no attack" if name == "none" else f"{name} ×{strength:g}" for name, strength in figures["attacks"].items()
     ]
     lines = [
-        f"Accuracy in % of the honest clients after {figures['rounds']} rounds on digits (label shift), mean of seeds "
-        f"{', '.join(map(str, done))}; {figures['share']:.0%} of the clients",
+        f"Accuracy in % of the honest clients after {figures['rounds']} rounds on digits (label shift), "
+        f"{'seed' if len(done) == 1 else 'mean of seeds'} {', '.join(map(str, done))}; {figures['share']:.0%} of the clients",
         "are hostile; in brackets how often a backdoor's patch is obeyed. A number that stands for fewer seeds, for the others "
         "diverged, has a star",
         "for each of them. So few rounds are not enough for anyone's best: a row is to be compared with its own first column. "
