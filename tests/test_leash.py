@@ -81,14 +81,17 @@ def test_a_process_ends_with_its_block_and_by_kill(tmp_path):
     assert started.returncode == 128 + signal.SIGKILL
 
 
-def test_who_follows_ends_with_its_parent_whatever_it_waits_for(tmp_path):
+@pytest.mark.parametrize("at_first", [signal.SIG_IGN, signal.default_int_handler], ids=["ignored", "heard"])
+def test_who_follows_ends_with_its_parent_whatever_it_waits_for(at_first, tmp_path):
     waits = "import os, threading; from umbel.flower.leash import follow; follow(); "
     waits += "print(os.getpid(), flush=True); threading.Event().wait()"
     parent = (
         "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(1000)"
     )
+    before = signal.signal(signal.SIGINT, at_first)  # what is ignored here is so there
     with (tmp_path / "log").open("wb") as log:
         started = subprocess.Popen([sys.executable, "-c", parent, waits], stdout=log, stderr=subprocess.DEVNULL)
+    signal.signal(signal.SIGINT, before)
     pids = soon(lambda: pids_in(tmp_path / "log"))
     assert all(map(is_there, pids))
     started.kill()

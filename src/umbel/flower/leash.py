@@ -66,8 +66,11 @@ def follow() -> None:
     """Has this process interrupted (SIGINT) once whoever has started it is no more.
 
     A signal that is sent to the process wakes its main thread, whatever that waits for. Flower's own watch raises
-    it in a thread, so that a ServerApp that waits for an answer outlives its SuperLink.
+    it in a thread, so that a ServerApp that waits for an answer outlives its SuperLink. To be called in the main
+    thread.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as of whom a shell has started in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     parent = os.getppid()
 
     def watch() -> None:
