@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+import measure
 from umbel.errors import RoundError
 from umbel.folder import machine
 from umbel.recipe import read
@@ -108,7 +109,7 @@ def run(document: Table, out: Path | None, only: str) -> None:
                 cells.append({"task": name, "level": level, "label": label, "epsilon": told, "runs": runs})
                 print(name, label, told, [run.get("accuracy") for run in runs], file=sys.stderr, flush=True)
                 if out:
-                    out.write_text(json.dumps(document, indent=1) + "\n")
+                    measure.write(document, out)
 
 
 def tables(document: Table) -> list[str]:
