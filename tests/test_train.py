@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from umbel.clients import ClientData, Examples
 from umbel.errors import RecipeError
+from umbel.model import stacked
 from umbel.model.loss import Loss
 from umbel.model.stacked import stackable
 from umbel.train import MOMENTS, LocalTraining, local_train, no_moments
@@ -165,3 +166,87 @@ def test_the_rate_is_that_of_the_round():
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(RecipeError, match="local"):
         LocalTraining(**settings)
+
+
+class _Twice(nn.Module):
+    """A layer that is used twice, and one that is used once."""
+
+    rows_apart = True
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.head = nn.Linear(40, 40), nn.Linear(40, 2)
+
+    def forward(self, x):
+        return self.head(self.wide(torch.tanh(self.wide(x))))
+
+
+@pytest.mark.parametrize("shrink", [0.0, 0.3], ids=["loss", "and_the_weights"])
+def test_plain_sgd_along_factors_is_that_along_gradients(shrink):
+    torch.manual_seed(0)
+    module = _Twice().double()
+    x = [(torch.randn(n, 40).double(), torch.randn(n, 2).double()) for n in (8, 3, 13)]  # of 2, 1 and 4 batches
+    data = ClientData(Examples.of(x), np.arange(3), 0, 1)
+    start = {"w": {n: leaf.detach().expand(3, *leaf.shape) for n, leaf in module.named_parameters()}}
+    local, loss = LocalTraining(lr=0.1, batch_size=4, shuffle=False), Loss(stackable(_Twice().double()), "mse")
+    kept = []
+
+    def objective(groups, batch, _step):
+        kept.append([id(leaf) in stacked._factors.get() for leaf in groups["w"].values()])
+        size = sum(leaf.square().flatten(1).sum(1) for leaf in groups["w"].values())
+        return loss(groups["w"], batch) + shrink * size
+
+    groups, _ = local_train(objective, start, data, local, {"w": local.lr})
+    assert all(map(all, kept))
+    for client, (inputs, targets) in enumerate(x):
+        alone = _Twice().double()
+        alone.load_state_dict(module.state_dict())
+        optimizer = torch.optim.SGD(alone.parameters(), local.lr)
+        for first in range(0, len(inputs), 4):
+            optimizer.zero_grad()
+            wrong = (alone(inputs[first : first + 4]) - targets[first : first + 4]).square().mean()
+            (wrong + shrink * sum(leaf.square().sum() for leaf in alone.parameters())).backward()
+            optimizer.step()
+        own = {name: leaf[client] for name, leaf in groups["w"].items()}
+        assert_close(own, dict(alone.named_parameters()), rtol=1e-12, atol=1e-14)
+
+
+def test_factors_are_kept_where_they_are_smaller():
+    torch.manual_seed(0)
+    weights = [torch.randn(2, 30, 40, requires_grad=True), torch.randn(2, 30, 40)]
+    for rows, factored in ((4, True), (20, False)):
+        x, own = torch.randn(2 * rows, 40), weights[0]
+        with stacked.factored_gradients([own]) as factors:
+            total = stacked.linear(x, own).square().sum()
+            (grad,) = torch.autograd.grad(total, [own], allow_unused=True)
+        (expected,) = torch.autograd.grad(stacked.linear(x, own).square().sum(), [own])
+        assert (grad is None) == factored == bool(factors[0])
+        assert_close(sum(g.mT @ x for g, x in factors[0]) if factored else grad, expected)
+    with stacked.factored_gradients([weights[1]]) as factors:  # another's weight is left to autograd
+        stacked.linear(x[:8], weights[0]).sum().backward()
+    assert weights[0].grad is not None
+    assert not factors[0]
+
+
+def test_a_client_without_a_batch_keeps_what_factors_would_change():
+    draw = torch.Generator().manual_seed(0)
+    examples = Examples.of(
+        [(torch.randn(n, 40, generator=draw), torch.randn(n, 2, generator=draw)) for n in (4, 12)]
+    )
+    torch.manual_seed(0)
+    module = _Twice()
+    start = {"w": {n: leaf.detach().expand(2, *leaf.shape) for n, leaf in module.named_parameters()}}
+    loss, local = Loss(stackable(module), "mse"), LocalTraining(lr=0.1, batch_size=4, shuffle=False)
+    seen = []
+
+    def objective(groups, batch, _step):
+        seen.append({name: leaf.detach()[0].clone() for name, leaf in groups["w"].items()})
+        values = loss(groups["w"], batch)
+        return values if batch.active is None else torch.where(batch.active, values, values * float("nan"))
+
+    groups, _ = local_train(objective, start, ClientData(examples, np.arange(2), 0, 1), local, {"w": 0.1})
+    assert len(seen) == 3
+    for name, leaf in groups["w"].items():
+        assert torch.equal(seen[1][name], seen[2][name])
+        assert torch.equal(seen[2][name], leaf[0])
+        assert not torch.equal(seen[0][name], seen[1][name])

@@ -15,6 +15,7 @@ from umbel.clients import Batch, ClientData, Guard
 from umbel.errors import RecipeError
 from umbel.mixing import as_leading
 from umbel.model.loss import Precision
+from umbel.model.stacked import Factors, factored_gradients
 from umbel.seeds import generator, normal
 from umbel.tree import Params
 
@@ -103,7 +104,8 @@ def local_train(
         local: steps and rates.
         lr: the learning rate of each trained group; a group without one is passed on, copied, and only
             what the forward pass itself changes in it (running statistics) comes back changed.
-        precondition: (tensors, gradients) of the trained groups → gradients to step along.
+        precondition: (tensors, gradients) of the trained groups → gradients to step along. Those that plain SGD
+            takes as factors (model/stacked.py) are not among them: no adapter's are.
         plain: groups that are stepped by SGD without momentum and weight decay (routers).
     """
     whole = torch.contiguous_format  # what AdamW's fused step takes for granted
@@ -112,6 +114,7 @@ def local_train(
     }
     trained: Groups = {g: groups[g] for g in lr}
     leaves = [leaf.requires_grad_(True) for params in trained.values() for leaf in params.values()]
+    names = [(group, name) for group, params in trained.items() for name in params]
     optimizer = _Optimizer(local, trained, lr, plain, groups.get(MOMENTS), len(data.clients))
     num_steps = data.num_steps(local.batch_size, local.epochs, local.steps)
     total = torch.zeros(len(data.clients), device=data.examples.x.device)
@@ -121,19 +124,29 @@ def local_train(
         batches, noise = data.lots(local.batch_size, local.epochs, local.steps), _Noise(data, data.guard)
     for step, batch in enumerate(batches):
         if data.guard is None:
-            losses = objective(groups, batch, step)
-            grads = list(torch.autograd.grad(losses.sum(), leaves, materialize_grads=True))
+            with factored_gradients(leaves if optimizer.plain else []) as factors:
+                losses = objective(groups, batch, step)
+                found = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+            grads = {
+                place: torch.zeros_like(leaves[place]) if grad is None else grad
+                for place, grad in enumerate(found)
+                if grad is not None or not factors.get(place)
+            }
         else:
-            losses, grads = noise.gradients(objective, groups, leaves, batch, step, local.batch_size)
+            losses, noisy = noise.gradients(objective, groups, leaves, batch, step, local.batch_size)
+            grads, factors = dict(enumerate(noisy)), {}
         if (counter := _steps.get()) is not None:
             counter[0] += 1
         with torch.no_grad():
             if precondition is not None:
-                flat = iter(grads)
-                conditioned = precondition(trained, {g: {n: next(flat) for n in p} for g, p in trained.items()})
-                grads = [grad for params in conditioned.values() for grad in params.values()]
+                dense: Groups = {group: {} for group in trained}
+                for place, grad in grads.items():
+                    group, name = names[place]
+                    dense[group][name] = grad
+                conditioned = precondition(trained, dense)
+                grads = {place: conditioned[names[place][0]][names[place][1]] for place in grads}
             run = (data.round - 1 + step / num_steps) / data.num_rounds if data.num_rounds else local.warmup
-            optimizer.step(grads, batch.active, local.rate(min(max(run, 0.0), 1.0)))
+            optimizer.step(grads, factors, batch.active, local.rate(min(max(run, 0.0), 1.0)))
             present = 1.0 if batch.active is None else batch.active
             total += torch.where(batch.active, losses, 0.0) if batch.active is not None else losses
             steps += present
@@ -185,19 +198,29 @@ class _Optimizer:
         self.eased = [g not in plain for g, params in trained.items() for _ in params]
         self.adam = [local.optimizer == "adamw" and eased for eased in self.eased]
         self.velocity = [torch.zeros_like(leaf) for leaf in self.leaves] if local.momentum else None
+        self.plain = local.optimizer == "sgd" and not local.momentum and not local.weight_decay
         if any(self.adam):
             kept = {g: params for g, params in trained.items() if g not in plain}
             self.moments = no_moments(kept) if moments is None else moments
             self.names = [f"{g}/{n}" for g, params in kept.items() for n in params]
 
-    def step(self, grads: list[Tensor], active: Tensor | None, share: float) -> None:
-        """One step along the gradients, at `share` of the rates."""
+    def step(
+        self, grads: dict[int, Tensor], factors: dict[int, Factors], active: Tensor | None, share: float
+    ) -> None:
+        """One step along the gradients of the leaves by place, at `share` of the rates.
+
+        `factors` are gradients too, of which a `plain` optimizer alone takes any.
+        """
         if any(self.adam):
-            adaptive = [grad for grad, adam in zip(grads, self.adam, strict=True) if adam]
-            self._adamw(adaptive, active, share)
-        chosen = [i for i, adam in enumerate(self.adam) if not adam]
+            self._adamw([grads[i] for i, adam in enumerate(self.adam) if adam], active, share)
+        chosen = [i for i, adam in enumerate(self.adam) if not adam and i in grads]
         if chosen:
             self._sgd(chosen, [grads[i] for i in chosen], active, share)
+        for place, pairs in factors.items():
+            leaf, rate = self.leaves[place], self.rates[place] * share
+            for grad, x in pairs:
+                moving = _where(active, grad, torch.zeros_like(grad))
+                torch.baddbmm(leaf, moving.mT, x, alpha=-rate, out=leaf)
 
     def _sgd(self, chosen: list[int], grads: list[Tensor], active: Tensor | None, share: float) -> None:
         leaves, eased = [self.leaves[i] for i in chosen], [self.eased[i] for i in chosen]

@@ -53,6 +53,28 @@ def rows_of(num_rows: int) -> Iterator[None]:
         _num_rows.reset(token)
 
 
+Factors = list[tuple[Tensor, Tensor]]
+"""Of the gradient of a weight (K, out, in): pairs g (K, R, out), x (K, R, in), which stand for Σ gᵀ x."""
+
+_factors: ContextVar[dict[int, Factors] | None] = ContextVar("factors", default=None)
+
+
+@contextmanager
+def factored_gradients(leaves: list[Tensor]) -> Iterator[dict[int, Factors]]:
+    """Inside, gradients of these leaves that are smaller as factors stay so: theirs, by the leaf's place.
+
+    What else a leaf is used for autograd sees as always. To write a gradient of the weights' size, to read it and
+    to add it costs more traffic of memory than all the rest of a step.
+    """
+    places = {id(leaf): place for place, leaf in enumerate(leaves)}
+    kept: dict[int, Factors] = {}
+    token = _factors.set({key: kept.setdefault(place, []) for key, place in places.items()})
+    try:
+        yield kept
+    finally:
+        _factors.reset(token)
+
+
 def current_rows() -> int:
     """The number that `rows_of` has set, 0 outside of it."""
     return _num_rows.get()
@@ -105,7 +127,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.reshape(len(weight), -1, x.shape[-1]).to(_computed_in(x, x.dtype))
     if bias is not None and bias.dim() == 1:
         bias = bias.expand(len(weight), -1)
-    product: Tensor = _Product.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
+    kept = (_factors.get() or {}).get(id(weight))
+    if kept is not None:
+        smaller = rows.shape[1] * (weight.shape[1] + weight.shape[2]) < weight[0].numel()
+        kept = kept if smaller and rows.dtype == weight.dtype else None
+    product: Tensor = _Product.apply(rows, weight, bias, kept)  # type: ignore[no-untyped-call]
     return product.view(*x.shape[:-1], weight.shape[1])
 
 
@@ -162,12 +188,14 @@ class _Product(torch.autograd.Function):
     """x (K, R, in), weight (K, out, in), bias (K, out) → (K, R, out).
 
     The gradient of the weight is computed as gᵀ x, laid out as the weight is: PyTorch's own formula gives its
-    transpose, and adding that to the weight walks memory across the grain.
+    transpose, and adding that to the weight walks memory across the grain. With `kept` it is not computed: its
+    factors go there (`factored_gradients`).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kept: Factors | None) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.kept = kept
         ctx.has_bias = bias is not None
         weight = weight.to(x.dtype)
         if bias is None:
@@ -175,11 +203,15 @@ class _Product(torch.autograd.Function):
         return torch.baddbmm(bias.to(x.dtype).unsqueeze(1), x, weight.mT)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         to_x = torch.bmm(grad, weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
-        to_weight = torch.bmm(grad.mT, x).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        return to_x, to_weight, grad.sum(1).to(weight.dtype) if ctx.has_bias else None
+        to_weight = None
+        if ctx.kept is not None:
+            ctx.kept.append((grad, x))
+        elif ctx.needs_input_grad[1]:
+            to_weight = torch.bmm(grad.mT, x).to(weight.dtype)
+        return to_x, to_weight, grad.sum(1).to(weight.dtype) if ctx.has_bias else None, None
 
 
 class _Path(torch.autograd.Function):
