@@ -34,6 +34,7 @@ from umbel.methods.routing import (
 from umbel.methods.server import Moments, ServerOptimizer
 from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats, trained_params
+from umbel.model.stacked import takes_client_axis
 from umbel.seeds import seeded
 from umbel.train import Groups, LocalTraining, local_train
 from umbel.tree import Params, state
@@ -42,14 +43,29 @@ from umbel.tree import Params, state
 class Mixture(nn.Module):
     """Σ_c probs_c · models_c(x)."""
 
+    client_axis = ("probs",)  # model/stacked.py
+
     def __init__(self, module: nn.Module, num_models: int) -> None:
         super().__init__()
         self.models = nn.ModuleList(deepcopy(module) for _ in range(num_models))
         self.probs = nn.Parameter(torch.full((num_models,), 1 / num_models))
 
+    @property
+    def rows_apart(self) -> bool:
+        """Whether K clients' rows may be those of one batch, with `probs` (K, C)."""
+        return bool(takes_client_axis(self.models[0]))
+
     def forward(self, x: Tensor) -> Tensor:
-        mixed: Tensor = sum(p * model(x) for p, model in zip(self.probs.unbind(), self.models, strict=True))
+        each = [model(x) for model in self.models]
+        mixed: Tensor = sum(p * answer for p, answer in zip(self.shares(each[0]), each, strict=True))
         return mixed
+
+    def shares(self, answers: Tensor) -> tuple[Tensor, ...]:
+        """What each of the models counts in every row of its answers (rows, …)."""
+        if self.probs.dim() == 1:
+            return self.probs.unbind()
+        rows = self.probs.repeat_interleave(len(answers) // len(self.probs), 0)
+        return rows.view(*rows.shape, *[1] * (answers.dim() - 1)).unbind(1)
 
 
 @state

@@ -38,7 +38,8 @@ class ProbabilityMixture(Mixture):
 
     def forward(self, x: Tensor) -> Tensor:
         each = [model(x).log_softmax(-1) for model in self.models]
-        return torch.stack([log + p.log() for log, p in zip(each, self.probs.unbind(), strict=True)]).logsumexp(0)
+        shares = self.shares(each[0])
+        return torch.stack([log + p.log() for log, p in zip(each, shares, strict=True)]).logsumexp(0)
 
 
 @state
