@@ -49,7 +49,8 @@ def load_pretrained(
         num_labels: of a classification; its head is drawn anew by the seed if the base has none of that size.
         seed: see num_labels.
         precision: of the base's weights.
-        bits: 8 or 4 load the base quantised by bitsandbytes, on a GPU.
+        bits: 8 or 4 load the base quantised by bitsandbytes, which on some CPUs packs 4 bits in blocks of 32 or 64
+            only: layers of other sizes fail there.
 
     Raises:
         DataError: there is no such model, it is none of the kind, or its weights are not safetensors.

@@ -30,7 +30,7 @@ class CodeVsProse:
     test_fraction: float = 0.2  # of the documents
     public_windows: int = 64  # windows of both kinds that everyone may see; 0 is none
     precision: Precision = "float32"  # of the base
-    bits: Literal[0, 4, 8] = 0  # 4 or 8 quantise the base, on a GPU
+    bits: Literal[0, 4, 8] = 0  # 4 or 8 quantise the base (bitsandbytes)
 
     def __post_init__(self) -> None:
         self._windows.check()

@@ -50,7 +50,7 @@ class Dolly:
     test_examples: int = 200  # of a category at most, for each of its slots; 0 is no such limit
     length: int = 256  # tokens of an instruction with its response; what is longer is cut
     precision: Precision = "float32"  # of the base
-    bits: Literal[0, 4, 8] = 0  # 4 or 8 quantise the base, on a GPU
+    bits: Literal[0, 4, 8] = 0  # 4 or 8 quantise the base (bitsandbytes)
 
     def __post_init__(self) -> None:
         self._holders.check()

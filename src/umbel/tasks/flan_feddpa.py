@@ -27,7 +27,7 @@ class FlanFedDPA:
     set: Literal[1, 2] = 1  # which eight tasks
     length: int = 256  # tokens of an instruction with its answer; what is longer is cut
     precision: Precision = "float32"  # of the base
-    bits: Literal[0, 4, 8] = 0  # 4 or 8 quantise the base, on a GPU
+    bits: Literal[0, 4, 8] = 0  # 4 or 8 quantise the base (bitsandbytes)
 
     def __post_init__(self) -> None:
         if self.length < 4:

@@ -66,7 +66,7 @@ class GLUE:
     length: int = 64  # tokens of a sentence or pair, at most
     embedded: bool = False  # the base is passed once, and a small model trained on what comes out (vectors.py)
     precision: Precision = "float32"  # of the base
-    bits: Literal[0, 4, 8] = 0  # 4 or 8 quantise the base, on a GPU
+    bits: Literal[0, 4, 8] = 0  # 4 or 8 quantise the base (bitsandbytes)
 
     def __post_init__(self) -> None:
         self._holders.check()
