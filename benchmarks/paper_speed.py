@@ -42,7 +42,7 @@ def vgg8_step(num_clients: int = 4, num_examples: int = 256) -> dict[str, Any]:
         "ensemble": Ensemble(10, gradient, local),
     }
     work = {name: round_work(task, method, Engine("auto"), num_clients) for name, method in rivals.items()}
-    best = measure.seconds_beside(work, repeats=3)
+    best = measure.seconds_beside(work, repeats=5)
     figures = {f"{name}_over_fedavg": best[name] / best["fedavg"] for name in rivals}
     return figures | {"floral_over_ensemble": best["floral"] / best["ensemble"]}
 
