@@ -6,13 +6,25 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
+import tomli_w
 
 from umbel.errors import RunFolderError
 from umbel.folder import write
 from umbel.recipe import find, load, read
 from umbel.report import page, write_report
 from umbel.runs import run_recipe
-from umbel.tables import Spread, find_runs, grouped, num_bytes, read_run, seconds, spread, totals, written
+from umbel.tables import (
+    Spread,
+    find_runs,
+    grouped,
+    num_bytes,
+    read_run,
+    read_toml,
+    seconds,
+    spread,
+    totals,
+    written,
+)
 
 
 def trained(folder, label, *overrides, recipe="digits"):
@@ -97,6 +109,16 @@ def test_the_same_label_with_other_settings_is_another_method(runs, tmp_path):
     other = trained(tmp_path / "other", "floral", "method.floral.num_adapters=2")
     labels = [group.label for group in grouped(find_runs([runs / "floral-seed0", other]))]
     assert labels == ["floral (num_adapters=4)", "floral (num_adapters=2)"]
+
+
+def test_settings_that_were_not_there_yet_are_at_their_defaults(runs, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(runs / "floral-seed0", old)
+    recipe = read_toml(old / "recipe.toml")
+    del recipe["robust"], recipe["method"]["floral"]["guard"]
+    (old / "recipe.toml").write_text(tomli_w.dumps(recipe | {"seed": 7}))
+    (group,) = grouped(find_runs([runs / "floral-seed0", old]))
+    assert [run.seed for run in group.runs] == [0, 7]
 
 
 def test_where_a_run_was_computed_makes_no_other_method(runs, tmp_path):

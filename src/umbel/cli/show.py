@@ -285,6 +285,7 @@ def comparison_document(
                     {
                         "folder": str(run.path),
                         "seed": run.seed,
+                        "umbel_commit": run.facts.get("umbel_commit"),  # a comparison may be gone on with
                         "rounds": len(run.history),
                         "figures": run.scored[-1] if run.scored else {},
                         "curve": curve(run.scored),
