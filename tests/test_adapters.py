@@ -421,11 +421,14 @@ def test_preconditioning_divides_by_the_gram_matrix_of_the_other_factor(rank):
 # Ranks and budgets.
 
 
-@pytest.mark.parametrize(("budget", "text"), [(0.01, "1/100"), (0.1, "1/10"), (0.35, "7/20"), (0.9, "9/10")])
+@pytest.mark.parametrize(
+    ("budget", "text"), [(0.01, "1/100"), (0.1, "1/10"), (0.35, "7/20"), (0.7, "7/10"), (0.9, "9/10")]
+)
 @pytest.mark.parametrize("conv", ["balanced", "in", "out"])
 def test_the_rank_is_the_largest_within_the_budget_and_at_least_one(budget, text, conv):
     shapes = [nn.Linear(40, 30), nn.Embedding(50, 8), nn.Conv2d(3, 32, 5), nn.Conv2d(64, 32, (3, 1))]
     shapes += [nn.Conv1d(16, 24, 3), nn.Conv3d(8, 6, (3, 2, 2)), nn.Conv2d(16, 32, 3, groups=4)]
+    shapes += [nn.Conv2d(40, 16, 3)]  # 7/10 allows exactly 24
     for layer in shapes:
         (part,) = AdapterPlan(budget, ("linear", "conv", "embedding"), conv=conv).bank(layer).low_rank
         full = layer.weight.numel()

@@ -372,6 +372,14 @@ def test_unseen_clients_are_onboarded_and_a_client_of_ones_own_is():
     said = umbel("onboard", "both/ensemble-seed0", "--data", "mine.npz", "--out", "mine.safetensors").stdout
     assert said.startswith("mixture from 4 samples: ")
     assert Path("mine.safetensors").is_file()
+    unscored = umbel("onboard", "both/ensemble-seed0", "--data", "mine.npz", "--samples=0,2", code=2)
+    assert "mine.npz has no x_test and y_test" in unscored.stderr
+    more = {"x_test": np.ones((6, 8, 8), np.float32), "y_test": np.arange(6)}
+    np.savez("scored.npz", x=np.zeros((4, 8, 8), np.float32), y=np.arange(4), **more)
+    args = ["onboard", "both/ensemble-seed0", "--data", "scored.npz", "--samples=0,2"]
+    table = umbel(*args).stdout
+    assert [line.split()[0] for line in table.splitlines()[-3:]] == ["0", "2", "4"]
+    assert set(json.loads(umbel(*args, "--json").stdout)["ways"]["routes"]) == {"0", "2", "4"}
 
 
 def test_one_method_that_diverges_does_not_cost_the_others():

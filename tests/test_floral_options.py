@@ -600,6 +600,17 @@ def test_a_dead_adapter_becomes_one_near_the_heaviest(averaging):
     assert torch.equal(after.routes.share[[0, 1, 3]], plain.routes.share[[0, 1, 3]])
 
 
+def test_restarts_are_of_the_runs_seed():
+    shared, after, _ = dying(RESTARTING)
+    other = replace(shared, seed=shared.seed + 1)
+    routed = torch.tensor([[1.0, 5.0, 0.0, 1.0]]).repeat(4, 1)
+    upload = replace(worked(RESTARTING, 1)[2], route_examples=routed)
+    again, another = (RESTARTING.server_update(own, iter([upload])) for own in (shared, other))
+    name = next(name for name in after.adapters if "lora" in name)
+    assert torch.equal(again.adapters[name][2], after.adapters[name][2])
+    assert not torch.equal(another.adapters[name][2], after.adapters[name][2])
+
+
 def test_without_spread_it_becomes_the_heaviest():
     _, after, _ = dying(replace(RESTARTING, init_std=0.0))
     assert all(torch.equal(leaf[2], leaf[1]) for leaf in after.adapters.values())

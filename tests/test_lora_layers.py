@@ -452,7 +452,15 @@ def test_other_embeddings_than_words_are_adapted_as_well():
     assert np.isfinite(result.figures["loss"])
 
 
-@pytest.mark.parametrize("settings", [{"averaging": "product"}, {"precondition": True}, {"ranks": (0.5, 1.0)}])
+OPTIONS = [
+    {"averaging": "product"},
+    {"precondition": True},
+    {"ranks": (0.5, 1.0)},
+    {"layer_routers": True, "router": Router("gradient", lr=0.1)},
+]
+
+
+@pytest.mark.parametrize("settings", OPTIONS)
 def test_options_of_floral_go_with_pefts_layers(settings):
     module = pretrained("bert")
     clients = [(inputs(module, 6 + k), torch.arange(6 + k) % 3) for k in range(K)]

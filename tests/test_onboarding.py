@@ -12,10 +12,11 @@ from umbel import tree
 from umbel.errors import DataError, RecipeError, RunFolderError
 from umbel.evaluate import evaluate
 from umbel.methods import IFCA, FedBN, FedEM, ThresholdClustering
-from umbel.onboarding import first_samples, onboard, onboard_client, read_client
+from umbel.onboarding import TUNING_EPOCHS, first_samples, onboard, onboard_client, read_client
 from umbel.rounds import held_out, participants
 from umbel.runs import opened
 from umbel.schedule import Schedule
+from umbel.train import counted_steps
 
 SAMPLES = (0, 1, 5, 20)
 
@@ -196,6 +197,26 @@ def test_a_client_of_ones_own_gets_a_mixture_and_a_model(result):
         assert float((model.eval()(x[10:]).argmax(1) == y[10:]).float().mean()) == pytest.approx(
             found.figures["routes"] / 100
         )
+
+
+def test_a_client_of_ones_own_is_scored_by_samples(result):
+    x = torch.randn(30, 6, generator=torch.Generator().manual_seed(99))
+    y = (x[:, 0] > 0).long()
+    found = onboard_client(result, (x[:10], y[:10]), (x[10:], y[10:]), samples=(0, 2, 50))
+    assert [point.samples for point in found.ways["routes"]] == [0, 2, 10]
+    assert found.figures == {way: points[-1].mean for way, points in found.ways.items()}
+    assert found.ways["routes"][0].mean == found.figures["global"]
+    assert found.figures["routes"] > 80
+    with pytest.raises(RecipeError, match="from 0 on"):
+        onboard_client(result, (x, y), samples=[-1])
+
+
+@pytest.mark.parametrize("local", [LOCAL, umbel.LocalTraining(lr=0.3, batch_size=8, steps=1)])
+def test_fine_tuning_is_of_epochs_whatever_a_round_has(local):
+    run = trained(umbel.FedAvg(local))
+    with counted_steps() as steps:
+        onboard(run, [40])
+    assert steps[0] == TUNING_EPOCHS * -(-30 // 8)
 
 
 def test_a_server_that_knows_every_client_refuses_a_stranger():

@@ -33,6 +33,7 @@ from umbel.methods import (
     PFedMe,
     Population,
 )
+from umbel.methods.knnper import remembered
 from umbel.methods.server import ServerOptimizer
 from umbel.model.loss import Loss
 from umbel.seeds import seeded
@@ -367,6 +368,15 @@ def test_fed_rep_trains_the_head_while_the_body_stands_and_then_the_body():
     assert shared.params["0.weight"].item() == 1 - 2 * 1.125**2 / 8
 
 
+def test_fed_rep_counts_the_heads_epochs_in_steps_too():
+    # The same with one step in place of an epoch, which is what one example is.
+    module = nn.Sequential(line(1.0), line(2.0))
+    method = FedRep(LocalTraining(lr=0.125, batch_size=8, steps=1), head_epochs=2)
+    shared, store = simulate(method, module, aims((1, 0.0)))
+    assert store.rows(np.arange(1)).params["1.weight"].item() == 1.125
+    assert shared.params["0.weight"].item() == 1 - 2 * 1.125**2 / 8
+
+
 def test_fed_reps_body_statistics_move_with_the_body_only():
     # Two steps of head training see the same batches but leave the body's statistics at FedAvg's one step.
     norm, head = nn.BatchNorm1d(1).double(), line(1.0)
@@ -461,6 +471,25 @@ def test_knn_per_alone_answers_with_the_labels_of_the_nearest(neighbours):
             weight = (-distance[near]).exp() / (-distance[near]).exp().sum()
             probs = torch.stack([weight[y[near] == label].sum() for label in range(2)])
             assert_close(found[k, b].exp(), probs)
+
+
+def test_knn_per_leaves_out_what_is_ignored():
+    method, (x, y) = KNNPer(STEPS, share=1.0, neighbours=9), labelled()[0]
+    module = net()
+    loss = Loss(method.adapt(module), "cross_entropy")
+    params = {f"model.{name}": leaf.detach().unsqueeze(0) for name, leaf in module.named_parameters()}
+    found = []
+    for targets in (y[1:], torch.cat([torch.tensor([-100]), y[1:]])):
+        inputs = x[-len(targets) :]
+        data = ClientData(Examples.of([(inputs, targets)]), np.arange(1), 0, 1)
+        kept = remembered(loss, params, data)
+        served = params | {"features": kept.features, "labels": kept.labels}
+        found.append(loss.outputs(served, QUESTIONS.unsqueeze(0)))
+    assert_close(found[0], found[1])
+    nobody = Examples.of([(x, torch.full_like(y, -100))])
+    nothing = remembered(loss, params, ClientData(nobody, np.arange(1), 0, 1))
+    served = params | {"features": nothing.features, "labels": nothing.labels}
+    assert_close(loss.outputs(served, QUESTIONS.unsqueeze(0))[0], module(QUESTIONS).detach().log_softmax(-1))
 
 
 def test_knn_per_mixes_probabilities():

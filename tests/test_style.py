@@ -382,7 +382,8 @@ SMALL = {
 }
 # Cells of a table that differ from another one in a task's setting: they are read, not run.
 ALIKE = {
-    f"table1/{cell}" for cell in ("mnist_r", "mnist_r_5", "mnist_ls_5", "cifar10_r", "cifar10_r_5", "cifar10_ls_5")
+    f"table1/{cell}"
+    for cell in ("mnist_r", "mnist_r_5", "mnist_ls_5", "cifar10_r", "cifar10_r_5", "cifar10_ls_5", "cifar100")
 }
 
 

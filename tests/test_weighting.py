@@ -57,6 +57,20 @@ def test_the_discrepancy_is_the_divergence_from_even_labels():
     assert_close(label_discrepancy(labelled([0, 1, 2], [0, 2]), np.array([1, 0])).tolist(), [log(1.5), 0.0])
 
 
+def test_places_that_are_ignored_have_no_label():
+    ignored = labelled([0, 0, 1, 1, -100], [0, 0, 0, 0], [-100, -100])
+    assert_close(label_discrepancy(ignored, EVERYONE).tolist(), [0.0, log(2), 0.0])
+
+
+def test_a_huge_risk_outweighs_everyone_and_is_finite():
+    weights = Weighting("rea").of_risks(np.ones(3), np.array([1.0, 400.0, 1e30]))
+    assert np.isfinite(weights.astype(np.float32) * 1e6).all()
+    assert weights[1] == weights[2] > 1e20 * weights[0]
+    # Targets 3 and 40 at rate 1 per nat: losses of 1 and 1296; the mean of the two moves is the second's.
+    shared = after(aims((1, 3.0), (1, 40.0)), FedAvg(HALFWAY), Weighting("rea"))
+    assert shared.params["weight"].item() == pytest.approx(22.0)
+
+
 def test_feddisco_by_hand():
     # n/Σn = 0.4, 0.4, 0.2 and d/Σd = 0, ½, ½. a = ½, b = 0.1: 0.5, 0.25, 0.05, which sum to 0.8; times 10/0.8.
     found = Weighting("feddisco").of(EVEN_AND_ODD, EVERYONE)

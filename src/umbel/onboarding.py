@@ -94,6 +94,7 @@ class Personal:
     mixture: list[float]  # C; empty where nothing is mixed
     tensors: Params  # of its model, by name
     figures: dict[str, float]  # way → accuracy in %, or loss, on its test data; {} without any
+    ways: dict[str, list[Point]]  # the same by number of samples, as in `Onboarding`
 
 
 def onboard(
@@ -114,8 +115,7 @@ def onboard(
         RecipeError: no client was held out, or a number of samples is negative.
         RunFolderError: the folder is no run, or has no checkpoint yet.
     """
-    if not samples or min(samples) < 0:
-        raise RecipeError(f"samples must be numbers from 0 on, got {list(samples)}")
+    _check_samples(samples)
     result = run if isinstance(run, Result) else opened(run, task, method)
     clients = held_out(result.task.num_clients, result.schedule)
     if result.task.serves is not None:
@@ -126,19 +126,7 @@ def onboard(
             "umbel run RECIPE --method LABEL --held_out=0.2, or give a client of your own with --data FILE"
         )
     cohort, test = result.cohort, result.task.test.to(result.cohort.train.x.device)
-    ways: dict[str, list[Point]] = {"routes": [], "fine-tune": [], "global": []}
-    score = _score(scores(cohort, _serve(result, _fresh), test, clients))
-    most = int(cohort.train.count[clients].max())
-    for count in sorted({min(count, most) for count in samples}):  # more than anyone has is the same as all
-        if count == 0:
-            for points in ways.values():
-                points.append(Point(0, score))
-            continue
-        few = replace(cohort, train=first_samples(cohort.train, clients, count, cohort.seed))
-        for way, serve in (("routes", _settled), ("fine-tune", _tuned)):
-            own = scores(few, _serve(replace(result, cohort=few), serve), test, clients)
-            ways[way].append(Point(count, _score(own)))
-        ways["global"].append(Point(count, score))
+    ways = _by_samples(result, clients, test, samples)
     members = participants(result.task.num_clients, result.schedule)
     at = result.progress
 
@@ -159,6 +147,7 @@ def onboard_client(
     test: tuple[Tensor, Tensor] | None = None,
     task: Task | None = None,
     method: Method | None = None,
+    samples: Sequence[int] = (),
 ) -> Personal:
     """The mixture and the model of one client that the run has never seen.
 
@@ -168,12 +157,14 @@ def onboard_client(
         test: what its models are scored on.
         task: needed for the folder of a run of your own task; likewise `method`.
         method: see `task`.
+        samples: with so many of its training samples it is scored too, beside all of them.
 
     Raises:
         DataError: the data does not fit the run's model.
         RecipeError: the server keeps something about each client, such as an oracle's groups, and knows
             nothing of this one.
     """
+    _check_samples([*samples, 0])
     result = run if isinstance(run, Result) else opened(run, task, method)
     place = _place(result)
     known = result.cohort.train
@@ -183,13 +174,37 @@ def onboard_client(
     client = np.array([place])
     result = replace(result, cohort=replace(result.cohort, train=own))
     params, mixture = _serve(result, _settled)(client)
-    figures = {}
-    if test is not None:
-        for way, serve in (("routes", _settled), ("fine-tune", _tuned), ("global", _fresh)):
-            figures[way] = float(_score(scores(result.cohort, _serve(result, serve), seen, client))[0])
+    ways = {} if test is None else _by_samples(result, client, seen, [*samples, len(train[1])])
+    figures = {way: points[-1].mean for way, points in ways.items()}
     model = module_with(result.cohort.loss.module, params)
     tensors = {name: leaf.detach().clone() for name, leaf in model.state_dict().items()}
-    return Personal(len(train[1]), mixture[0].tolist(), tensors, figures)
+    return Personal(len(train[1]), mixture[0].tolist(), tensors, figures, ways)
+
+
+def _check_samples(samples: Sequence[int]) -> None:
+    if not samples or min(samples) < 0:
+        raise RecipeError(f"samples must be numbers from 0 on, got {list(samples)}")
+
+
+def _by_samples(
+    result: Result, clients: np.ndarray, test: Examples, samples: Sequence[int]
+) -> dict[str, list[Point]]:
+    """How well each way does with so many samples of these clients; more than anyone has is the same as all."""
+    cohort = result.cohort
+    ways: dict[str, list[Point]] = {"routes": [], "fine-tune": [], "global": []}
+    score = _score(scores(cohort, _serve(result, _fresh), test, clients))
+    most = int(cohort.train.count[clients].max())
+    for count in sorted({min(count, most) for count in samples}):
+        if count == 0:
+            for points in ways.values():
+                points.append(Point(0, score))
+            continue
+        few = replace(cohort, train=first_samples(cohort.train, clients, count, cohort.seed))
+        for way, serve in (("routes", _settled), ("fine-tune", _tuned)):
+            own = scores(few, _serve(replace(result, cohort=few), serve), test, clients)
+            ways[way].append(Point(count, _score(own)))
+        ways["global"].append(Point(count, score))
+    return ways
 
 
 def routed(cohort: Cohort, message: Any, private: Any, clients: np.ndarray) -> Any:
@@ -313,7 +328,7 @@ def _tuned(cohort: Cohort, message: Any, private: Any, data: ClientData) -> Serv
         "mixture": {name: leaf for name, leaf in params.items() if name in fixed},
         "stats": {name: leaf for name, leaf in params.items() if name in stats},
     }
-    local = replace(cohort.method.local, epochs=TUNING_EPOCHS)
+    local = replace(cohort.method.local, epochs=TUNING_EPOCHS, steps=0)
     trained, _ = local_train(
         lambda groups, batch, _step: loss(groups["model"] | groups["mixture"] | groups["stats"], batch, training),
         start,

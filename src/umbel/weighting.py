@@ -9,7 +9,8 @@
                ℓ_k = client k's loss with the model it would serve
 
 FedDisco falls back to n_k where every term is 0. REA's text leaves its two terms undefined; we take the
-client's risk and the logarithm of its size. Weights are scaled so that Σ w_k is Σ n_k for
+client's risk and the logarithm of its size. Its η ℓ counts as at most 60, for e⁶⁰ outweighs everyone and sums of
+float32 have room for it. Weights are scaled so that Σ w_k is Σ n_k for
 all but REA and "one".
 """
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:  # settings are read without NumPy and PyTorch
     import numpy as np
 
     from umbel.clients import Examples
+
+LARGEST_EXPONENT = 60.0  # of REA's weights
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,12 @@ class Weighting:
         """(K,) REA's weights from those of `of` and the clients' losses."""
         import numpy as np
 
-        scaled: np.ndarray = weights * np.exp(self.eta * risks)
+        scaled: np.ndarray = weights * np.exp(np.minimum(self.eta * risks, LARGEST_EXPONENT))
         return scaled
 
 
 def label_discrepancy(train: Examples, clients: np.ndarray) -> np.ndarray:
-    """(K,) in nats: KL divergence of each client's label frequencies from uniform over all labels that occur.
+    """(K,) in nats: KL divergence of each client's label frequencies from uniform over 0 to the largest label.
 
     Raises:
         RecipeError: targets are no class labels.
@@ -87,8 +90,8 @@ def label_discrepancy(train: Examples, clients: np.ndarray) -> np.ndarray:
     num_labels = int(train.y.max()) + 1
     divergence = np.zeros(len(clients))
     for row, client in enumerate(clients):
-        counts = np.bincount(train.of_client(int(client))[1].flatten().cpu().numpy(), minlength=num_labels)
-        divergence[row] = discrepancy_of(counts)
+        labels = train.of_client(int(client))[1].flatten().cpu().numpy()
+        divergence[row] = discrepancy_of(np.bincount(labels[labels >= 0], minlength=num_labels))  # −100: ignored
     return divergence
 
 
@@ -96,5 +99,5 @@ def discrepancy_of(counts: np.ndarray) -> float:
     """In nats: KL divergence of how often each label occurs (Y,) from uniform."""
     import numpy as np
 
-    shares = counts[counts > 0] / counts.sum()
+    shares = counts[counts > 0] / max(counts.sum(), 1)
     return float((shares * np.log(shares * len(counts))).sum())

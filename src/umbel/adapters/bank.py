@@ -13,6 +13,7 @@ The formula speaks of the weight alone, so it holds for any stride, padding, dil
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any, Literal
 
@@ -178,7 +179,15 @@ class Bank:
 
     def layer_of(self, name: str) -> int:
         """The place in `layers` of the layer that a parameter or a factor belongs to."""
-        return self.layers.index(name.rpartition(".")[0])
+        return self._places[name]
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        """By name; a factor of PEFT's lies in a module of its own inside the layer."""
+        of = {update.name: update.name for update in self.additive}
+        of |= {name: part.name for part in self.low_rank for name in (part.name, part.a_name, part.b_name)}
+        layers = self.layers
+        return {name: layers.index(own.rpartition(".")[0]) for name, own in of.items()}
 
     def num_parameters(self) -> int:
         """The numbers in one adapter."""

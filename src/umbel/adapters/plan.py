@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatch
+from fractions import Fraction
 from math import prod
 from typing import Any, Literal
 
@@ -119,7 +120,8 @@ class AdapterPlan:
         one = LowRank(name, kind, shape, 1, on_a, factored=False)
         per_rank = prod(one.a_shape) + prod(one.b_shape)
         largest = min(prod(one.a_shape), prod(one.b_shape))
-        budgeted = min(max(1, int(self.rank * prod(shape) / per_rank)), largest)
+        budget = Fraction(str(self.rank)) * prod(shape)  # as it is written: 0.7 is a little less in binary
+        budgeted = min(max(1, int(budget / per_rank)), largest)
         rank = budgeted if self.rank < 1 else int(self.rank)
         if rank > largest:
             raise ModelError(

@@ -206,8 +206,11 @@ def resume(
 def onboard(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER…", help="Of runs or comparisons.")],
     samples: Annotated[
-        str, typer.Option(metavar="0,1,5,20", help="How many samples of its own a client has.")
-    ] = "0,1,2,5,10,20,50",
+        str | None,
+        typer.Option(
+            metavar="0,1,5,20", help="How many samples of its own a client has; by default 0,1,2,5,10,20,50."
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -240,12 +243,13 @@ def onboard(
     with told():
         from umbel.cli import onboarding
 
+        wanted = None if samples is None else numbers_of("samples", samples)
         if data is not None:
-            onboarding.one(folders, data, out, as_json)
+            onboarding.one(folders, data, wanted, out, as_json)
         elif out is not None:
             raise RecipeError("--out is for the model of one client, given with --data FILE")
         else:
-            onboarding.held_out(folders, numbers_of("samples", samples), as_json)
+            onboarding.held_out(folders, wanted, as_json)
 
 
 @app.command(cls=Command)

@@ -5,18 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from umbel.cli.said import STDOUT, print_json
-from umbel.cli.show import print_onboarding
-from umbel.errors import RunFolderError
+from umbel.cli.show import print_onboarding, print_ways
+from umbel.errors import DataError, RunFolderError
 
 
-def held_out(folders: Sequence[Path], samples: Sequence[int], json: str | None) -> None:
+def held_out(folders: Sequence[Path], samples: Sequence[int] | None, json: str | None) -> None:
     """Onboards the held-out clients of every run in the folders."""
     from umbel.folder import machine
-    from umbel.onboarding import onboard
+    from umbel.onboarding import SAMPLES, onboard
     from umbel.tables import find_runs, grouped
 
     paths = [run.path for run in find_runs(folders)]
-    documents = [{"folder": str(path)} | onboard(path, samples).document() for path in paths]
+    documents = [{"folder": str(path)} | onboard(path, samples or SAMPLES).document() for path in paths]
     if json is not None:
         print_json({"command": " ".join(["umbel", *sys.argv[1:]]), **machine(), "runs": documents}, json)
     if json == STDOUT:
@@ -25,26 +25,31 @@ def held_out(folders: Sequence[Path], samples: Sequence[int], json: str | None) 
     print(f"next:   umbel report {' '.join(map(str, folders))}")
 
 
-def one(folders: Sequence[Path], data: Path, out: Path | None, json: str | None) -> None:
+def one(
+    folders: Sequence[Path], data: Path, samples: Sequence[int] | None, out: Path | None, json: str | None
+) -> None:
     """Gives the client in the file its mixture, scores if it has test data, and its model if that is wanted."""
-    from umbel.onboarding import onboard_client, read_client
+    from umbel.onboarding import SAMPLES, onboard_client, read_client
 
     if len(folders) != 1:
         raise RunFolderError("--data needs one run folder")
     train, test = read_client(data)
-    found = onboard_client(folders[0], train, test)
+    if samples is not None and test is None:
+        raise DataError(f"--samples asks for scores, and {data} has no x_test and y_test to score on")
+    found = onboard_client(folders[0], train, test, samples=SAMPLES if samples is None else samples)
     if out is not None:
         from umbel.folder import save_tensors
 
         save_tensors(out, found.tensors)
     document = {"folder": str(folders[0]), "samples": found.samples, "mixture": found.mixture}
     if json is not None:
-        print_json(document | {"figures": found.figures, "model": out and str(out)}, json)
+        ways = {way: {point.samples: point.mean for point in points} for way, points in found.ways.items()}
+        print_json(document | {"figures": found.figures, "ways": ways, "model": out and str(out)}, json)
     if json == STDOUT:
         return
     weights = "  ".join(f"{weight:.3f}" for weight in found.mixture)
     print(f"mixture from {found.samples} samples: {weights or 'this method mixes nothing'}")
-    for way, figure in found.figures.items():
-        print(f"  {way:<10}  {figure:.4g}")
+    if found.ways:
+        print_ways(found.ways)
     if out is not None:
         print(f"model: {out}")

@@ -1,7 +1,7 @@
 """What came out, as tables for people and as documents for JSON."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from umbel.onboarding import Point
     from umbel.runs import Result
     from umbel.tables import Group
 
@@ -218,6 +219,16 @@ def print_onboarding(groups: Sequence["Group"]) -> None:
             note += "\nThis method has nothing for a new client to learn but fine-tuning."
         title = f"{group.label}, {found.num_clients} unseen clients: {what}, mean ± deviation over {over}"
         print_table(title, table, note)
+
+
+def print_ways(ways: Mapping[str, Sequence["Point"]]) -> None:
+    """How well one client does, a row for each number of samples and a column for each way."""
+    table = _plain_table("samples")
+    for way in ways:
+        table.add_column(way, justify="right")
+    for points in zip(*ways.values(), strict=True):
+        table.add_row(str(points[0].samples), *(f"{point.mean:.4g}" for point in points))
+    print_table("on its own test data, by how many of its samples it has", table)
 
 
 def _plain_table(first: str = "method") -> "Table":

@@ -36,7 +36,8 @@ class FedRep(FedPer):
     ) -> tuple[Upload, Private]:
         rate, objective = self.local.lr, whole(loss)
         start = {"params": message.params, "own": private.params, "stats": message.stats | private.stats}
-        head = replace(self.local, epochs=self.head_epochs)
+        steps = self.local.steps * self.head_epochs  # if given, as many make an epoch
+        head = replace(self.local, epochs=self.head_epochs, steps=steps)
         first, head_loss = local_train(objective, start, data, head, {"own": rate})
         if not message.params:  # the head is the whole model
             return parted(first, private, data, head_loss)

@@ -60,6 +60,7 @@ class Shared:
     moments: dict[str, Moments]  # of base and adapters
     routes: Routes
     alive: Tensor  # (C',) int64, the adapters that are not pruned
+    seed: Tensor  # () int64, of the run
     figures: dict[str, Tensor]  # what the server can say of its last round
     bank: Bank
 
@@ -184,6 +185,7 @@ class FLoRAL:
             {"base": self.server.init(base), "adapters": self.server.init(adapters)},
             Routes.init(self.router.kind, self.num_adapters, population),
             torch.arange(self.num_adapters),
+            torch.tensor(population.seed),
             {"averaging_error": torch.zeros(())} if self.report_error else {},
             bank,
         )
@@ -430,7 +432,7 @@ class FLoRAL:
         """
         routes = shared.routes
         heaviest = int(routes.share.argmax())
-        draw = generator(int(routes.round), "restart")
+        draw = generator(int(shared.seed), "restart", int(routes.round))
         std = self.b_std(shared.bank)
         fresh = shared.bank.drawn(self.num_adapters, draw, std)
 

@@ -55,7 +55,8 @@ class Remembering(nn.Module):
             return logits
         logits, features = self.both(x)
         near = self._near(features.flatten(0, -2)).view_as(logits)
-        mixed = self.share * near + (1 - self.share) * logits.softmax(-1)
+        share = torch.where(near.sum(-1, keepdim=True) > 0, self.share, 0.0)  # 0: nothing is remembered
+        mixed = share * near + (1 - share) * logits.softmax(-1)
         return mixed.clamp(min=torch.finfo(mixed.dtype).tiny).log()
 
     def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +80,7 @@ class Remembering(nn.Module):
         distance = torch.cdist(queries, features).nan_to_num(nan=largest, posinf=largest)
         distance = torch.where(labels.sum(-1) > 0, distance, torch.inf)
         nearest = distance.topk(min(self.neighbours, features.shape[0]), largest=False)
-        weight = (-nearest.values / self.scale).softmax(-1)
+        weight = (-nearest.values / self.scale).softmax(-1).nan_to_num(0.0)  # NaN: padding alone
         near: Tensor = (weight.unsqueeze(-1) * labels[nearest.indices]).sum(-2)
         return near
 
@@ -143,7 +144,8 @@ def remembered(loss: Loss, params: Params, data: ClientData) -> Served:
             if not labels:
                 num_labels = loss.outputs(params, batch.x[:, :1]).shape[-1]
             found = behind.outputs(params, batch.x)
-            one_hot = F.one_hot(batch.y, num_labels).to(found.dtype)
+            # A place of a text that is ignored is no example: a row of zeros, as where examples are padding.
+            one_hot = F.one_hot(batch.y.clamp(min=0), num_labels).to(found.dtype) * (batch.y >= 0).unsqueeze(-1)
             if batch.weight is not None:
                 one_hot = one_hot * mixing.as_leading(batch.weight, one_hot)
             features.append(found.flatten(1, -2))
