@@ -89,7 +89,7 @@ def glue_rows():
         for split, count in (("train", 0 if name == "qnli" else 120), ("dev", 60)):
             for n in range(count):
                 linked = name == "qnli"  # a question is there twice, and of four rows two share a sentence
-                second = f"{name[1]}{n - (linked and n % 4 == 2)}" if pair else ""
+                second = f"{name[1]}{split}{n - (linked and n % 4 == 2)}" if pair else ""
                 yield {
                     "task": name,
                     "split": split,

@@ -331,12 +331,22 @@ def test_no_question_and_no_sentence_of_qnlis_test_is_trained_on(seed, small):
         assert {pair[column] for pair in train}.isdisjoint(pair[column] for pair in test)
 
 
+def test_labels_of_two_tasks_of_glue_do_not_meet(small):
+    task = GLUE(tasks=("rte", "sst2"), length=24, num_holders=2).load(0)
+    assert task.num_labels == 4
+    for part in (task.train, task.test):
+        for slot in range(part.num_clients):
+            name = 2 * int(task.group[slot])
+            assert set(part.of_client(slot)[1].tolist()) <= {name, name + 1}
+    assert task.model(task.train.x[:2]).shape == (2, 4)
+
+
 def test_pairs_are_joined_and_padding_is_the_bases_own(small):
     task = GLUE(tasks=("rte", "sst2"), length=24, num_holders=2).load(0)
     assert task.model.pad_id == PAD
     rows = [said(row) for row in task.train.x]
-    assert all(re.fullmatch(r"(rtrain(\d+)\nt\2|strain\d+)(<pad>)+", row) for row in rows)
-    labelled = zip(rows, task.train.y.tolist(), strict=True)
+    assert all(re.fullmatch(r"(rtrain(\d+)\nttrain\2|strain\d+)(<pad>)+", row) for row in rows)
+    labelled = zip(rows, (task.train.y % 2).tolist(), strict=True)
     assert all(int(re.search(r"train(\d+)", row)[1]) % 2 == label for row, label in labelled)
 
 
@@ -468,7 +478,7 @@ def test_embedded_slots_are_those_of_the_texts(passed):
     assert torch.equal(second.any(1), pairs)
     trained = {name for name, leaf in own.model.named_parameters() if leaf.requires_grad}
     assert trained == {"classifier.weight", "classifier.bias"}
-    assert own.model(own.train.x[:3]).shape == (3, 2)
+    assert own.model(own.train.x[:3]).shape == (3, 4)
 
 
 # Following instructions.
@@ -715,12 +725,23 @@ def test_true_texts_are_as_many_as_told(real_data):
     assert sum(len(own) for own in dolly.by_category().values()) == 14_824
 
 
+# Nearly all of a training set stays, all of a development set does.
+TRUE_GLUE = {
+    "cola": (8535, 1043),
+    "mrpc": (3616, 408),
+    "rte": (2280, 277),
+    "sst2": (67_349, 872),
+    "qnli": (4300, 1093),
+}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_true_test_parts_share_nothing_with_training(seed, real_data):
-    train, test = _split("qnli", seed)
-    assert len(test.label) == 1093
-    assert set(train.first).isdisjoint(test.first)
-    assert set(train.second).isdisjoint(test.second)
+    for name, (least, tested) in TRUE_GLUE.items():
+        train, test = _split(name, seed)
+        assert (len(train.label) >= least, len(test.label)) == (True, tested), name
+        sentences_of = ({*part.first, *part.second} - {""} for part in (train, test))
+        assert set.isdisjoint(*sentences_of), name
     instructions = dolly.by_category()
     train, test = dolly.divided(instructions, 0.1, seed)
     for category, own in instructions.items():

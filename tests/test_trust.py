@@ -17,6 +17,7 @@ from umbel import tree
 from umbel.adapters import AdapterPlan
 from umbel.adapters.products import factors, products
 from umbel.clients import ClientData, Examples
+from umbel.clustering import inner_products
 from umbel.cohort import Cohort, Engine, PrivateStore, Tally
 from umbel.errors import RecipeError, RoundError
 from umbel.methods import FLoRAL, Population, Trust, similarity, trust, trusting
@@ -175,6 +176,21 @@ def test_cosines_of_convolutions_and_embeddings_are_those_of_a_loop():
     module = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.Embedding(7, 5), nn.Conv1d(2, 3, 3)])
     bank, adapters = drawn(module, AdapterPlan(2, ("conv", "embedding", "bias")), 4)
     assert_close(product_cosines(bank, adapters).numpy(), numpy_product_cosines(bank, adapters))
+
+
+def test_layers_count_by_what_they_add_each_with_its_own_scaling():
+    patterns = {"rank_pattern": {"0": 1}, "alpha_pattern": {"2": 40}}
+    peft = {"r": 2, "lora_alpha": 4, "target_modules": ["0", "2"], "use_rslora": True} | patterns
+    module = nn.ModuleDict({"0": nn.Linear(4, 5), "2": nn.Linear(5, 3)}).requires_grad_(False)
+    bank, adapters = drawn(module, AdapterPlan(peft=peft), 5)
+    assert len({part.scaling for part in bank.low_rank}) == 2
+    dense = [(p.scaling * adapters[p.b_name] @ adapters[p.a_name]).flatten(1) for p in bank.low_rank]
+    unit = nn.functional.normalize(torch.cat(dense, 1))
+    assert_close(product_cosines(bank, adapters), unit @ unit.T)
+    one = {name: leaf.unsqueeze(1) for name, leaf in adapters.items()}
+    start = {name: torch.zeros_like(leaf[:1]) for name, leaf in one.items()}
+    found = inner_products(bank, start, one, {}, "unit_product")
+    assert_close(torch.from_numpy(found), unit @ unit.T)
 
 
 @pytest.mark.parametrize("numbers", [1, 2**25])
@@ -760,7 +776,8 @@ def test_only_the_largest_of_many_probabilities_are_sent():
 @pytest.mark.parametrize("mode", ["umbel", "paper"])
 @pytest.mark.parametrize("scheme", ["predictions", "weights", "validation"])
 def test_chunks_and_order_change_nothing_beyond_rounding(scheme, mode):
-    method = Trust(PLAN, STEPS, scheme, mode, begin=1, staleness=1, top=2)
+    top = {} if mode == "paper" else {"top": 2}
+    method = Trust(PLAN, STEPS, scheme, mode, begin=1, staleness=1, **top)
     expected = Run(method).go(range(5), [0, 1, 3], range(5))
     for chunk, order in ((1, [0, 1, 2, 3, 4]), (3, [4, 2, 0, 3, 1])):
         found = Run(method, chunk=chunk).go(order, [3, 0, 1], order)
@@ -785,7 +802,8 @@ def test_language_models_trust_each_other_by_their_adapters_alone(scheme, mode):
     task = Task("test", model, "cross_entropy", examples, examples, torch.arange(4) % 2, public=public)
     plan = AdapterPlan(peft={"r": 2, "lora_alpha": 8, "target_modules": ["c_attn", "c_fc"]})
     local = LocalTraining(lr=1.0, batch_size=4, steps=2)
-    method = Trust(plan, local, scheme, mode, begin=1, trust_fraction=0.25, top=20)
+    top = {} if mode == "paper" else {"top": 20}
+    method = Trust(plan, local, scheme, mode, begin=1, trust_fraction=0.25, **top)
     cohort, at = start(task, method, Schedule(rounds=2), Engine("stacked"))
     at = list(rounds(cohort, at, task, Schedule(rounds=2)))[-1]
     assert at.shared.held["base"] == {}
@@ -818,6 +836,8 @@ def test_what_cannot_be_compared_is_said_before_any_work():
     "bad",
     [
         {"temperature": -0.1},
+        {"mode": "paper", "temperature": 0.1},
+        {"mode": "paper", "top": 10},
         {"self_weight": 1.5},
         {"trust_fraction": -0.1},
         {"trust_fraction": 1.0},

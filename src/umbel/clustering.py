@@ -41,7 +41,7 @@ def inner_products(bank: Bank, start: Params, adapters: Params, heads: Params, f
         features: which.
     """
     if features == "unit_product":
-        found = sum(bank.scale**2 * each for each in _of_products(bank, adapters))
+        found = sum(_of_products(bank, adapters))
         added = {update.name: adapters[update.name] - start[update.name] for update in bank.additive}
     else:
         found = 0
@@ -59,13 +59,14 @@ def inner_products(bank: Bank, start: Params, adapters: Params, heads: Params, f
 
 
 def _of_products(bank: Bank, adapters: Params) -> list[Tensor]:
-    """(n, n) Σ over r × r entries of (B_iᵀ B_j) ∘ (A_i A_jᵀ), for every low-rank part."""
+    """(n, n) s² Σ over r × r entries of (B_iᵀ B_j) ∘ (A_i A_jᵀ), for every low-rank part."""
     found = []
     for part in bank.low_rank:
         a, b = (adapters[name].squeeze(1).double() for name in (part.a_name, part.b_name))
         n, r = a.shape[:2]
         of_a, of_b = a.reshape(n * r, -1), b.transpose(1, 2).reshape(n * r, -1)
-        found.append(((of_a @ of_a.mT) * (of_b @ of_b.mT)).view(n, r, n, r).sum((1, 3)))
+        blocks = ((of_a @ of_a.mT) * (of_b @ of_b.mT)).view(n, r, n, r)
+        found.append((bank.scale * part.scaling) ** 2 * blocks.sum((1, 3)))
     return found
 
 

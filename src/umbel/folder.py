@@ -4,6 +4,7 @@
     run.json                      versions, machine, how many clients are stacked
     metrics.jsonl                 one line a round
     clients.jsonl                 one line for about every fiftieth of the run: each client's score and mixture
+    trust.jsonl                   one line a round: the clients' trust in one another, of methods that have it
     onboard.json                  how well clients do that never trained, once `umbel onboard` was there
     checkpoints/000025.safetensors, 000025.json     the state after round 25, and its checksum
 
@@ -34,8 +35,9 @@ from umbel.errors import RunFolderError
 from umbel.untrusted import TABLE_BYTES, table_in, table_of, tensors_of
 
 KEPT_CHECKPOINTS = 2
-LINES = ("metrics.jsonl", "clients.jsonl")
+LINES = ("metrics.jsonl", "clients.jsonl", "trust.jsonl")
 ONBOARDING = "onboard.json"
+TRUST_CLIENTS = 100  # up to so many clients have their trust in one another written down
 SNAPSHOTS = 50  # lines of clients.jsonl in a run
 SNAPSHOT_CLIENTS = 2000  # with more clients than this there are none
 

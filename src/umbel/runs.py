@@ -12,7 +12,7 @@ from torch import nn
 from umbel import tree
 from umbel.cohort import Cohort, Cost, Engine, PrivateStore
 from umbel.errors import RunFolderError
-from umbel.folder import SNAPSHOT_CLIENTS, SNAPSHOTS, Checkpoint, RunFolder, check_free, read_lines
+from umbel.folder import SNAPSHOT_CLIENTS, SNAPSHOTS, TRUST_CLIENTS, Checkpoint, RunFolder, check_free, read_lines
 from umbel.methods import METHODS, Method
 from umbel.model.copies import copied
 from umbel.recipe import Recipe, build, labels, load, name_of, read
@@ -237,6 +237,9 @@ def record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> N
         if task.group is not None:
             line["group"] = task.group[tests].tolist()
         folder.append("clients.jsonl", line)
+    trust = getattr(at.shared, "trust", None)  # who mixes whom, after every mixing
+    if trust is not None and 1 < len(trust) <= TRUST_CLIENTS:
+        folder.append("trust.jsonl", {"round": at.round, "trust": _rounded(trust.cpu().numpy())})
     if last or at.round % schedule.checkpoint_every == 0:
         seen, private = at.store.state()
         tensors = {f"shared/{name}": leaf for name, leaf in tree.tensors(at.shared).items()}

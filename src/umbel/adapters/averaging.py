@@ -100,6 +100,7 @@ def factor_error(bank: Bank, sums: dict[str, Params], weights: Params) -> Tensor
     exact = mixing.mean(sums["products"], all_alike)
     missed = products(bank, mixing.mean(sums["values"], all_alike))
     used = all_alike > 0
-    wrong = torch.stack([(exact[name] - missed[name])[used].square().sum() for name in exact]).sum()
-    whole = torch.stack([matrix[used].square().sum() for matrix in exact.values()]).sum()
+    scale = {part.name: part.scaling**2 for part in bank.low_rank}  # each layer's own; the bank's cancels out
+    wrong = torch.stack([scale[n] * (exact[n] - missed[n])[used].square().sum() for n in exact]).sum()
+    whole = torch.stack([scale[n] * matrix[used].square().sum() for n, matrix in exact.items()]).sum()
     return (wrong / whole.clamp(min=torch.finfo(whole.dtype).tiny)).sqrt()

@@ -48,7 +48,7 @@ def product_cosines(bank: Bank, adapters: Params) -> Tensor:
                 leaf[first : first + BLOCK].flatten(0, 1) @ leaf[first:].flatten(0, 1).T for leaf in (a, b)
             )
             blocks = (of_a * of_b).view(-1, part.rank, num_clients - first, part.rank).sum((1, 3))
-            gram[first : first + BLOCK, first:] += bank.scale**2 * blocks
+            gram[first : first + BLOCK, first:] += (bank.scale * part.scaling) ** 2 * blocks
     gram = gram.triu() + gram.triu(1).T
     for update in bank.additive:
         flat = adapters[update.name].flatten(1)

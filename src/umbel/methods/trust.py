@@ -140,6 +140,10 @@ class Trust:
             raise RecipeError(
                 "trust: temperature must not be negative, self_weight in [0, 1] and trust_fraction in [0, 1)"
             )
+        if self.mode == "paper" and (self.temperature or self.top != Trust.top):
+            raise RecipeError(
+                "trust: mode = 'paper' has T = 1 and a top of its own; leave temperature and top out"
+            )
         if self.scheme == "validation" and self.trust_fraction == 0:
             raise RecipeError("trust: scheme = 'validation' measures on trust_fraction, which must not be 0")
         if min(self.top_k, self.staleness, self.top) < 0 or min(self.begin, self.every) < 1:

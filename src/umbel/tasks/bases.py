@@ -54,7 +54,7 @@ def load_pretrained(
 
     Raises:
         DataError: there is no such model, it is none of the kind, or its weights are not safetensors.
-        ModelError: bits without bitsandbytes.
+        ModelError: bits without bitsandbytes, or no token to pad texts with.
     """
     import transformers
 
@@ -76,7 +76,7 @@ def load_pretrained(
             config.num_labels = num_labels
             settings["ignore_mismatched_sizes"] = True
         if kind == "text" and config.pad_token_id is None:
-            config.pad_token_id = config.eos_token_id if isinstance(config.eos_token_id, int) else 0
+            config.pad_token_id = _padding(config.eos_token_id, base)
         with seeded(seed, "head"), _quiet():
             model = autos[kind].from_pretrained(place_of(base), config=config, **settings)
     except (OSError, ValueError) as error:
@@ -85,6 +85,15 @@ def load_pretrained(
             f"{base!r}: no {kind} model in that folder, in {data_folder() / base} or on the hub ({told})"
         ) from None
     return of_transformers(model, kind, base)
+
+
+def _padding(end: int | list[int] | None, base: str) -> int:
+    """The token that texts are padded with where the base names none: its end of text, the first of several."""
+    if not isinstance(end, int) and not end:
+        raise ModelError(
+            f"{base!r}: its config has neither pad_token_id nor eos_token_id; set one in its config.json"
+        )
+    return end if isinstance(end, int) else end[0]
 
 
 def place_of(base: str) -> str:

@@ -3,10 +3,10 @@
 A slot is what a holder has of a task and counts as a client; `owner` and `group` say whose and which. Shares of
 a task are drawn from a Dirichlet distribution, and those below one per cent (or, with more than ten holders, a
 tenth of an even share) or `least_examples` go to others.
-Every slot is tested on the same part of its task's development set. All tasks have two labels and one head.
-Of QNLI the data folder has the development set only: a fifth of it, drawn by the seed, is for testing, and no
-question or sentence of that fifth is trained on. A base like BERT is told which sentence of a pair a token is
-of (token_type_ids).
+Every slot is tested on the same part of its task's development set, and no sentence of that set is trained on.
+Every task has two labels of its own in one head, task t's are 2 t and 2 t + 1, for what is 1 of one task is not
+1 of another. Of QNLI the data folder has the development set only: a fifth of it, drawn by the seed, is for
+testing. A base like BERT is told which sentence of a pair a token is of (token_type_ids).
 
 `embedded = true` is for machines without a GPU: the base stays as it is, each sentence passes it once, and what
 is adapted is one layer on top (vectors.py).
@@ -86,13 +86,14 @@ class GLUE:
             parts.append(trained.of(_drawn(trained, self.train_examples, seed, name, "train")))
             parts.append(tested.of(_drawn(tested, self.test_examples, seed, name, "test")))
         model, x = self._on_vectors(parts, seed) if self.embedded else self._on_ids(parts, seed)
-        read = [(own, torch.tensor(part.label)) for own, part in zip(x, parts, strict=True)]
+        labels = [torch.tensor(part.label) + 2 * (place // 2) for place, part in enumerate(parts)]
+        read = list(zip(x, labels, strict=True))
         slots = self._holders.of(read[::2], read[1::2], seed)
         return Task("glue", model, "cross_entropy", slots.train, slots.test, slots.group, owner=slots.owner)
 
     def _on_ids(self, parts: Sequence[Sentences], seed: int) -> tuple[nn.Module, list[Tensor]]:
         """The base, and the token ids of what is read."""
-        model = load_pretrained(self.base, "text", 2, seed, self.precision, self.bits)
+        model = load_pretrained(self.base, "text", 2 * len(self.tasks), seed, self.precision, self.bits)
         tokenizer = Tokenizer(self.base)
         model.separate(tokenizer.separator)
         return model, [
@@ -106,7 +107,7 @@ class GLUE:
         found = vectors(texts, self.base, self.length, self.precision)
         each = found.split([len(part.label) for part in parts for _ in range(2)])
         x = [of_pairs(*pair) for pair in zip(each[::2], each[1::2], strict=True)]
-        return classifier(x[0].shape[1], 2, seed), x
+        return classifier(x[0].shape[1], 2 * len(self.tasks), seed), x
 
     @property
     def _holders(self) -> Holders:
@@ -141,10 +142,12 @@ def _from_hub(name: Name, split: str, missing: DataError) -> Sentences:
 
 
 def _split(name: Name, seed: int) -> tuple[Sentences, Sentences]:
-    """What is for training and for testing; without a training set no sentence is in both."""
+    """What is for training and for testing; no sentence is in both, as some of GLUE's own sets are."""
     train, test = sentences(name)
     if train.label:
-        return train, test
+        known = {*test.first, *test.second} - {""}
+        pairs = enumerate(zip(train.first, train.second, strict=True))
+        return train.of([row for row, pair in pairs if known.isdisjoint(pair)]), test
     keys = [(f"first {one}", f"second {two}") for one, two in zip(test.first, test.second, strict=True)]
     tested = held(keys, [name] * len(keys), 1 / 5, seed, "glue", name, "split")
     return test.of(sorted(set(range(len(keys))).difference(tested))), test.of(tested)
