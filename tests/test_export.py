@@ -295,8 +295,9 @@ def test_any_method_with_a_plan_of_pefts_is_exported(name, tmp_path):
             assert_close(
                 answers(loaded("bert", folder), "text", x), result.personal_model(k)(x), rtol=1e-5, atol=1e-5
             )
-    with pytest.raises(RecipeError, match=rf"{name} has no bank of adapters"):
-        export(result, [tmp_path / "a"], adapter=0)
+    if name != "fl_tac":
+        with pytest.raises(RecipeError, match=rf"{name} has no bank of adapters"):
+            export(result, [tmp_path / "a"], adapter=0)
 
 
 def test_a_single_adapter_is_the_model_that_uses_it_alone(tmp_path):
@@ -315,6 +316,20 @@ def test_a_single_adapter_is_the_model_that_uses_it_alone(tmp_path):
     loaded("bert", tmp_path / "one")
     with pytest.raises(RecipeError, match="adapter 2: the run has the adapters 0, 1"):
         export(result, [tmp_path / "two"], adapter=2)
+
+
+def test_a_cluster_of_fl_tac_is_exported_as_its_slots_serve_it(tmp_path):
+    plan, local = AdapterPlan(peft=LORA | {"target_modules": ["query"]}), LocalTraining(lr=0.05, batch_size=2)
+    result = run(task("bert"), METHODS["fl_tac"](num_clusters=2, adapter=plan, local=local), rounds=2)
+    shared, x = result.progress.shared, inputs("text", 5, seed=9)
+    for cluster in shared.cluster.unique().tolist():
+        list(export(result, [tmp_path / f"cluster{cluster}"], adapter=cluster))
+        slot = int((shared.cluster == cluster).nonzero()[0])
+        with torch.no_grad():
+            answered = answers(loaded("bert", tmp_path / f"cluster{cluster}"), "text", x)
+            assert_close(answered, result.personal_model(slot)(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RecipeError, match="adapter 7: the run has slots in the clusters"):
+        export(result, [tmp_path / "none"], adapter=7)
 
 
 def test_a_frozen_head_travels_too(tmp_path):

@@ -195,8 +195,20 @@ def test_a_picture_has_the_two_longest_axes():
     u, s, _ = np.linalg.svd(x - x.mean(0))
     np.testing.assert_allclose(np.abs(placed), np.abs(u[:, :2] * s[:2]))
     assert plane(np.ones((3, 1))).tolist() == [[0.0, 0.0]] * 3
-    with pytest.raises(RecipeError, match="umap-learn"):
-        plane(x, "umap")
+    assert plane(np.ones((3, 1)), "umap").tolist() == [[0.0, 0.0]] * 3  # too few for it
+
+
+def test_a_picture_by_umap_needs_it_before_anything_is_computed(monkeypatch):
+    monkeypatch.setattr("umbel.methods.fl_tac.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"umbel\[umap\]"):
+        FLTAC(picture="umap")
+
+
+def test_a_picture_by_umap_is_two_numbers_a_point():
+    pytest.importorskip("umap", reason="needs umap-learn")
+    x = np.random.default_rng(0).normal(size=(20, 5))
+    assert plane(x, "umap").shape == (20, 2)
+    assert np.array_equal(plane(x, "umap"), plane(x, "umap"))
 
 
 # Features.

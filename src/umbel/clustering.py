@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from umbel.adapters.bank import Bank
-from umbel.errors import RecipeError
 from umbel.tree import Params
 
 Features = Literal["raw", "delta", "unit", "unit_product"]
 STARTS = 10  # of K-means, of which the best counts
 ITERATIONS = 100  # of Lloyd's, at most
+FEWEST_FOR_UMAP = 8
 MOST = 20  # clusters, where their number is not given
 
 
@@ -221,17 +221,16 @@ def agreement(labels: np.ndarray, group: np.ndarray) -> dict[str, float]:
 def plane(features: np.ndarray, method: Literal["pca", "umap"] = "pca", seed: int = 0) -> np.ndarray:
     """(n, 2) a picture of n points (n, d): their two principal components, or UMAP's (McInnes et al. 2018).
 
-    In each principal component the entry farthest from 0 is positive.
-
-    Raises:
-        RecipeError: umap is wanted, and umap-learn is not installed.
+    In each principal component the entry farthest from 0 is positive. So few points that UMAP has no neighbours to
+    speak of are shown by their principal components.
     """
-    if method == "umap":
-        try:
-            from umap import UMAP
-        except ImportError:
-            raise RecipeError('plane: method = "umap" needs umap-learn; pip install umap-learn') from None
-        placed: np.ndarray = UMAP(random_state=seed).fit_transform(features)
+    if method == "umap" and len(features) >= FEWEST_FOR_UMAP:
+        from umap import UMAP
+
+        nearest = min(15, len(features) - 1)  # UMAP's own number, or everyone
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a seed costs it parallel work, and the like
+            placed: np.ndarray = UMAP(n_neighbors=nearest, random_state=seed, n_jobs=1).fit_transform(features)
         return placed
     centred = features - features.mean(0)
     flat = np.zeros((len(features), 2))

@@ -15,7 +15,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from umbel.adapters.lora_layers import NAME, factor_names, inner_of, lora_layers
 from umbel.errors import ModelError, RecipeError, RunFolderError
 from umbel.folder import save_tensors, write, write_json
 from umbel.methods import METHODS
-from umbel.methods.floral import FLoRAL, each_alone
 from umbel.methods.gate import Gated
 from umbel.model.dropout import KEY
 from umbel.recipe import name_of
@@ -210,22 +209,16 @@ def _clients(result: Result, clients: Sequence[int]) -> Iterator[Params]:
 
 
 def _adapter(result: Result, adapter: int) -> Params:
-    """The tensors, leading axis 1, of the model that uses this adapter of FLoRAL's bank and no other.
+    """The tensors, leading axis 1, of the model that uses this adapter of the run's and no other.
 
     Raises:
         RecipeError: there is none.
     """
-    method = result.cohort.method
-    if not isinstance(method, FLoRAL):
+    method: Any = result.cohort.method
+    if not hasattr(method, "only"):
         raise RecipeError(f"{_method_name(result)} has no bank of adapters; export its clients' models (--client)")
-    whole = replace(method, ranks=())  # as the server has it
-    first = torch.zeros(1, dtype=torch.long, device=result.cohort.train.x.device)
-    message = whole.send(result.progress.shared, first)
-    alive = message.alive[0].tolist()
-    if adapter not in alive:
-        raise RecipeError(f"adapter {adapter}: the run has the adapters {', '.join(map(str, alive))}")
-    place = alive.index(adapter)
-    return {name: leaf[place : place + 1] for name, leaf in each_alone(message).items()} | message.stats
+    params: Params = method.only(result.progress.shared, adapter)
+    return params
 
 
 def _files(base: _Base, params: Params, rank: int) -> _Files:

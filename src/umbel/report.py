@@ -129,7 +129,7 @@ def _sections(groups: Sequence[Group]) -> Iterator[str]:
             "</div>",
             _caption(
                 "Each mark is a client's adapter, in the plane of the two principal components of that round's "
-                "features; its colour is the cluster"
+                "features, or of UMAP; its colour is the cluster"
                 + (", its letter the true group, which only oracles know" if _knows_groups(placed) else "")
                 + ". Planes of different rounds have different axes."
             ),

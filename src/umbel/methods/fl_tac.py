@@ -24,6 +24,7 @@ what one local round makes of v⁰.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -154,6 +155,7 @@ class FLTAC:
     adapter: AdapterPlan = field(default_factory=AdapterPlan)
     local: LocalTraining = field(default_factory=LocalTraining)
     freeze_base: bool = False
+    picture: Literal["pca", "umap"] = "pca"  # in which plane the report shows the adapters
     refuses: ClassVar[Refusals] = {
         "sum": "slots that share an adapter are found by clustering single uploads",
         "mean": "it clusters single uploads, so there is no mean of all that another could stand in for",
@@ -164,6 +166,8 @@ class FLTAC:
             raise RecipeError(
                 "fl_tac: num_clusters and staleness must not be negative, and min_examples at least 1"
             )
+        if self.picture == "umap" and find_spec("umap") is None:
+            raise RecipeError("fl_tac: picture = 'umap' needs umap-learn: pip install umbel[umap]")
 
     @property
     def forgetful(self) -> bool:
@@ -245,7 +249,7 @@ class FLTAC:
         moved = weight[: len(here)].sum(0) > 0
         weight[len(here) :] *= ~moved  # who is not here counts where nobody of the cluster is, as what it serves
         centres = choose(weight.sum(0) > 0, mean_of(weight, every_v), shared.centres)
-        seen = torch.from_numpy(plane(x)).to(shared.places)
+        seen = torch.from_numpy(plane(x, self.picture)).to(shared.places)
         centre_of = len(slots) + waiting
         cluster = torch.where(waiting >= 0, label[centre_of], -1).index_copy(0, slots, label[: len(slots)])
         places = torch.where(waiting.unsqueeze(1) >= 0, seen[centre_of], shared.places)
@@ -340,6 +344,18 @@ class FLTAC:
         near = torch.from_numpy(distances(products)[: len(sound), len(sound) :].argmin(1))
         route = F.one_hot(used[near.to(used.device)], len(told.used)).to(private.nearest)
         return Private(private.nearest.index_copy(0, new[sound], route))
+
+    def only(self, shared: Shared, adapter: int) -> Params:
+        """The model of one cluster, leading axis 1.
+
+        Raises:
+            RecipeError: no slot is in this cluster.
+        """
+        used = shared.used.nonzero().squeeze(1).tolist()
+        if adapter not in used:
+            raise RecipeError(f"adapter {adapter}: the run has slots in the clusters {', '.join(map(str, used))}")
+        centre = tree.rows(shared.centres, torch.tensor([adapter], device=shared.cluster.device))
+        return lora.adapted(shared.bank, centre.base, centre.adapter) | centre.stats
 
     def personalize(self, message: Message, private: Private) -> Params:
         own = Adapter(message.base, message.adapter, message.stats)

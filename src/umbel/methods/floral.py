@@ -221,6 +221,21 @@ class FLoRAL:
             shared.bank,
         )
 
+    def only(self, shared: Shared, adapter: int) -> Params:
+        """The model, leading axis 1, that uses this one of the C adapters, of whole rank, and no other.
+
+        Raises:
+            RecipeError: there is no such adapter, or no longer.
+        """
+        alive = shared.alive.tolist()
+        if adapter not in alive:
+            raise RecipeError(f"adapter {adapter}: the run has the adapters {', '.join(map(str, alive))}")
+        message = replace(self, ranks=()).send(
+            shared, torch.zeros(1, dtype=torch.long, device=shared.alive.device)
+        )
+        place = alive.index(adapter)
+        return {name: leaf[place : place + 1] for name, leaf in each_alone(message).items()} | message.stats
+
     def later(self, shared: Shared) -> list[Shared]:
         """Shareds whose messages have other shapes than the first one's: with fewer adapters."""
         fewer = range(1, self.num_adapters) if self.prune_below else ()
