@@ -359,6 +359,11 @@ def test_every_method_has_a_recipe():
     assert {type(recipe.method) for recipe in recipes} == set(METHODS.values())
 
 
+def _attending(*labels):
+    """Overrides for the small base, which is a GPT-2."""
+    return [f'method.{label}.adapter.peft.target_modules=["c_attn"]' for label in labels]
+
+
 # Of the tasks, or recipes, that read data sets a few clients are enough, and noise in the same format is as good.
 SMALL = {
     "mnist": ["task.num_clients=8", "clients_per_round=2"],
@@ -372,12 +377,15 @@ SMALL = {
     "shakespeare": ["task.num_clients=2", "clients_per_round=2", "task.hidden=8", "task.least_letters=161"],
     "languages": ["task.tokens_per_client=512", "clients_per_round=3", "local.steps=2"],
     "femnist_digits": ["clients_per_round=2"],
-    "fl_tac": [  # the small base is a GPT-2
+    "fl_tac": [
         "task.base=models/stories260K",
         "clients_per_round=2",
         "local.steps=2",
-        *(f'method.{label}.adapter.peft.target_modules=["c_attn"]' for label in ("fl_tac", "fedit")),
+        *_attending("fl_tac", "fedit"),
     ],
+    "flan_feddpa": ["local.epochs=1", *_attending("fedit", "floral")],
+    "dolly": ["clients_per_round=2", "local.steps=2", *_attending("fl_tac", "fedit")],
+    "cifar_vit": ["task.base=models/vit", "clients_per_round=2", "local.steps=2", "local.batch_size=4"],
     "fl_tac_embedded": ["task.base=models/stories260K", "clients_per_round=2", "local.steps=2"],
 }
 # Cells of a table that differ from another one in a task's setting: they are read, not run.
