@@ -13,7 +13,7 @@ from umbel import tree
 from umbel.clients import Batch, ClientData, Examples
 from umbel.cohort import Cohort, PrivateStore
 from umbel.errors import DataError
-from umbel.evaluate import Scores, evaluate, routing
+from umbel.evaluate import Scores, evaluate, mismatch, routing
 from umbel.methods import FedAvg, Local
 from umbel.model.loss import Loss
 from umbel.seeds import choose, generator, seed_of, seeded
@@ -468,3 +468,15 @@ def test_perplexity_is_the_mean_of_the_clients_and_only_of_texts():
     assert Scores(loss, np.zeros(2), np.empty((2, 0)), of_texts=True).summary()["perplexity"] == pytest.approx(3.0)
     assert "perplexity" not in Scores(loss, np.zeros(2), np.empty((2, 0))).summary()
     assert np.isfinite(Scores(np.full(2, 1e5), None, np.empty((2, 0)), of_texts=True).summary()["perplexity"])
+
+
+def test_the_mismatch_is_how_far_weights_are_from_the_groups_own():
+    group = np.array([0, 0, 1, 1])
+    right = np.eye(2)[[1, 1, 0, 0]]  # the names of adapters do not matter
+    assert mismatch(right, group) == 0.0
+    assert mismatch(np.full((4, 2), 0.5), group) == pytest.approx(1.0)  # ¼ each for ½, ½, 0, 0
+    # Three of four on one adapter: ⅓ each for ½, ½, 0, 0 and 1 for ½, ½.
+    assert mismatch(np.eye(2)[[0, 0, 0, 1]], group) == pytest.approx((2 / 6 + 1 / 3 + 1 / 2 + 1 / 2) / 2)
+    assert mismatch(np.ones((4, 1)), group) == pytest.approx((1.0 + 2.0) / 2)  # one adapter for two groups
+    split = np.eye(3)[[0, 2, 1, 1]]  # a group on two adapters: the better of them has half of it
+    assert mismatch(split, group) == pytest.approx(1 / 2)

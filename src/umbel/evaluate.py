@@ -139,6 +139,9 @@ def routing(mixture: np.ndarray, group: np.ndarray | None) -> dict[str, Any]:
         dead: how many of the C no client leans on most, with a usage below 1 %.
         nmi, ari, cluster_accuracy: agreement of the heaviest route with the true groups, where these are known
             (`clustering.agreement`).
+        mismatch: the mean over groups of ‖p̂(·|c) − p(·|g)‖₁ in [0, 2], how far the clients' weights in a mean are
+            from even ones within the group; adapters and groups are paired as well as can be, and a group without
+            one counts 2 (Almansoori et al. 2025, §4, with clients counted alike).
     """
     if mixture.shape[1] == 0:
         return {}
@@ -153,7 +156,19 @@ def routing(mixture: np.ndarray, group: np.ndarray | None) -> dict[str, Any]:
     }
     if group is not None:
         figures |= _agreement(top.tobytes(), group.astype(top.dtype).tobytes(), str(top.dtype))
+        figures["mismatch"] = mismatch(mixture, group)
     return figures
+
+
+def mismatch(mixture: np.ndarray, group: np.ndarray) -> float:
+    """See `routing`; mixture (K, C), group (K,)."""
+    from scipy.optimize import linear_sum_assignment
+
+    truth = (group[:, None] == np.unique(group)).astype(float)  # (K, G)
+    weights, true_weights = (own / own.sum(0).clip(1e-30) for own in (mixture.astype(float), truth))
+    apart = np.abs(weights[:, :, None] - true_weights[:, None]).sum(0)  # (C, G)
+    paired = apart[linear_sum_assignment(apart)]
+    return float((paired.sum() + 2.0 * (truth.shape[1] - len(paired))) / truth.shape[1])
 
 
 @lru_cache(maxsize=64)
