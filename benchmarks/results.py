@@ -393,7 +393,7 @@ def main() -> None:
         "![Accuracy over rounds in the cells of Table 1](table1.svg)",
         "",
         *section("Table 1, reduced cells: ours (published), accuracy in %", REDUCED, table1_lines),
-        *section("Table 1, reduced cells: the Ensembles, two seeds", "results/table1_ensemble.json", table1_lines),
+        *section("Table 1, reduced cells: the Ensembles", "results/table1_ensemble.json", table1_lines),
         *section("Table 1, full cells: ours (published), accuracy in %", FULL, table1_lines),
         "Table 1 is that of Almansoori et al. 2025: MNIST (R: rotate, LS: label shift), reduced to 5 % of the training data in the",
         "first table. Rounds, cohort, batches and rates are the paper's; the figures are those of the last round on all clients, where",

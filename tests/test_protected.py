@@ -54,7 +54,7 @@ MASKS, ONE = Secure("masks"), Weighting("one")
 NOISE = Privacy("client", noise_multiplier=1.0, delta=1e-3)
 UNTOLD = {"flops", "steps"}  # of clients whose numbers of examples nobody knows
 SINGLE = {"worst_decile", "perplexity", "by_group", "entropy_nats", "usage", "dead", "nmi", "ari"}
-SINGLE |= {"cluster_accuracy"}  # what needs each client's own figures
+SINGLE |= {"cluster_accuracy", "mismatch"}  # what needs each client's own figures
 STEPS = ("query.advertise", "query.share", "train", "query.show")
 
 

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 import tomli_w
 
+from umbel.cli import comparing
 from umbel.errors import RunFolderError
 from umbel.folder import write
 from umbel.recipe import find, load, read
@@ -112,12 +113,13 @@ def test_the_same_label_with_other_settings_is_another_method(runs, tmp_path):
 
 
 def test_settings_that_were_not_there_yet_are_at_their_defaults(runs, tmp_path):
-    old = tmp_path / "old"
-    shutil.copytree(runs / "floral-seed0", old)
-    recipe = read_toml(old / "recipe.toml")
+    for seed in (0, 7):
+        shutil.copytree(runs / "floral-seed0", tmp_path / f"floral-seed{seed}")
+    old = tmp_path / "floral-seed7" / "recipe.toml"
+    recipe = read_toml(old)
     del recipe["robust"], recipe["method"]["floral"]["guard"]
-    (old / "recipe.toml").write_text(tomli_w.dumps(recipe | {"seed": 7}))
-    (group,) = grouped(find_runs([runs / "floral-seed0", old]))
+    old.write_text(tomli_w.dumps(recipe | {"seed": 7}))
+    (group,) = comparing._groups(tmp_path, comparing.Asked("digits", ["floral"], [0, 7], {}))
     assert [run.seed for run in group.runs] == [0, 7]
 
 

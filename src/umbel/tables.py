@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from umbel.errors import RecipeError, RunFolderError
+from umbel.errors import RunFolderError
 from umbel.folder import ONBOARDING, read_json, read_lines
 from umbel.untrusted import toml_of
 
@@ -433,19 +433,9 @@ def _settings(run: Run) -> dict[str, str]:
     """The settings that make a group, by dotted name; the method's without its label."""
     if not run.recipe:
         return {"folder": str(run.path)}  # nothing is known of what made it: a group of its own
-    recipe = {key: value for key, value in _whole(run).items() if key not in PLACES}
+    recipe = {key: value for key, value in run.recipe.items() if key not in PLACES}
     method = recipe.pop("method", {}).get(run.label, {})
     return _flat(recipe, "") | _flat(method, "")
-
-
-def _whole(run: Run) -> dict[str, Any]:
-    """The run's recipe, settings that were not there yet when it was made at their defaults."""
-    from umbel.recipe import read
-
-    try:
-        return read(run.recipe, run.label).table()
-    except RecipeError:  # another version's, or a method that is not registered here
-        return run.recipe
 
 
 def _flat(table: Mapping[str, Any], path: str) -> dict[str, str]:

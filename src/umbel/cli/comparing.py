@@ -23,7 +23,7 @@ from umbel.errors import RecipeError, RunFolderError
 
 if TYPE_CHECKING:
     from umbel.recipe import Recipe, Table
-    from umbel.tables import Group
+    from umbel.tables import Group, Run
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _groups(path: Path, asked: Asked) -> "list[Group]":
 
     names = [run_name(label, seed) for label in asked.labels for seed in asked.seeds]
     found = [path / name for name in names if (path / name / "run.json").is_file()]
-    return grouped([run for run in find_runs(found) if run.scored])
+    return grouped([replace(run, recipe=_whole(run)) for run in find_runs(found) if run.scored])
 
 
 def _check_settings(path: Path, asked: Asked) -> None:
@@ -214,6 +214,17 @@ def _check_settings(path: Path, asked: Asked) -> None:
                 raise RunFolderError(
                     f"{own} was made with other settings ({how}); name another folder with --out, or remove it"
                 )
+
+
+def _whole(run: "Run") -> "Table":
+    """The run's recipe, settings that were not there yet when it was made at their defaults."""
+    from umbel.errors import RecipeError
+    from umbel.recipe import read
+
+    try:
+        return read(run.recipe, run.label).table()
+    except RecipeError:  # another version's, or of a method that is not registered here
+        return run.recipe
 
 
 def _same(table: "Table", label: str, recipe: "Recipe") -> bool:
