@@ -17,7 +17,7 @@ from umbel.cli import app
 from umbel.cli.options import of_method
 from umbel.folder import read_lines
 
-COMMANDS = ["tasks", "methods", "run", "compare", "resume", "onboard", "export", "report"]
+COMMANDS = ["tasks", "methods", "run", "compare", "tune", "resume", "onboard", "export", "report"]
 
 
 @pytest.fixture(autouse=True)
@@ -389,6 +389,46 @@ def test_one_method_that_diverges_does_not_cost_the_others():
     assert [row["label"] for row in document["methods"] if row["runs"][0]["rounds"] == 2] == ["local"]
     assert [(one["label"], one["seed"]) for one in document["failed"]] == [("fedavg", 0)]
     assert "error: fedavg, seed 0: round 1" in result.stderr
+
+
+SEARCH = ("digits", "--methods", "fedavg,floral", "--rounds=6", "--search.local.lr=[1e-9,0.1,0.2]", "-q")
+
+
+def test_a_search_tries_every_method_with_every_point_on_training_examples():
+    found = json.loads(umbel("tune", *SEARCH, "--seeds", "100,101", "--json").stdout)
+    assert found["search"] == {"local.lr": [1e-9, 0.1, 0.2]}
+    assert found["validation"] == 0.25
+    assert [own["label"] for own in found["methods"]] == ["fedavg", "floral"]
+    for own in found["methods"]:
+        means = [score["mean"] for score in own["scores"]]
+        assert all(len(score["values"]) == 2 for score in own["scores"])
+        assert own["chosen"] == own["scores"][max(range(3), key=means.__getitem__)]["settings"]
+        assert own["at_the_edge"] == (["local.lr"] if own["chosen"] != {"local.lr": 0.1} else [])
+    # Nobody is tested on what tests are for: a score is that of a run whose test data are training examples.
+    umbel(
+        "run", "digits", "--method", "fedavg", "--rounds=6", "--local.lr=0.1", "--validation=0.25", "--seed", 100
+    )
+    alone = read_lines(Path("runs/digits-fedavg-seed100/metrics.jsonl"))[-1]["accuracy"]
+    assert found["methods"][0]["scores"][1]["values"][0] == alone
+    again = umbel("tune", *SEARCH, "--seeds", "100,101")
+    assert "on 25 % of each client's training examples, by local.lr" in again.stdout
+    best = found["methods"][1]["chosen"]["local.lr"]
+    assert f"[method.floral]  local.lr = {best}" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ((), "digits has no [search] table"),
+        (("--search.local.lr=0.1",), "search.local.lr: a list of the values to try"),
+        (("--search.local.lr=[0.1]",), "search.local.lr: a list of the values to try"),
+        (("--search.local.rl=[0.1,1]",), "search, for local: local.rl: there is no such setting"),
+        (("--search.local.lr=[0.1,1]", "--validation=1"), "validation must be in [0, 1)"),
+    ],
+)
+def test_a_search_of_nothing_is_refused_before_it_begins(args, says):
+    assert says in error("tune", "digits", *args)
+    assert not Path("runs").exists()
 
 
 def test_a_finished_run_is_resumed_to_itself():

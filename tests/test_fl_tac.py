@@ -43,7 +43,7 @@ from umbel.runs import opened, resume, run
 from umbel.schedule import Schedule
 from umbel.seeds import generator
 from umbel.tasks import Task
-from umbel.tasks.pool import pooled
+from umbel.tasks.pool import arranged, pooled
 from umbel.train import LocalTraining
 from umbel.weighting import Weighting
 
@@ -752,6 +752,18 @@ def test_a_pooled_run_goes_on_from_its_folder(tmp_path):
     assert resumed.figures["loss"] == whole.figures["loss"]
     assert resumed.task.num_clients == 3
     assert len(opened(tmp_path / "run", slots_task(), method).history) == 4
+
+
+def test_a_search_of_a_pooled_task_is_scored_on_its_slots_training_examples():
+    task = slots_task()
+    task = replace(task, train=Examples.of(regression([8, 4, 5, 6, 8, 5])))
+    searched = arranged(task, Schedule(pool=True, validation=0.25))
+    rows = {tuple(row) for row in task.train.x.flatten(1).tolist()}
+    assert searched.num_clients == 3
+    assert searched.test.num_clients == task.num_clients
+    assert {tuple(row) for row in searched.test.x.flatten(1).tolist()} <= rows
+    assert len(searched.train.y) + len(searched.test.y) == len(task.train.y)
+    assert arranged(task, Schedule()) is task
 
 
 @pytest.mark.parametrize("num_clusters", [0, 2])

@@ -14,12 +14,15 @@ A recipe file describes one task and any number of ways to train on it:
     router.kind = "oracle"
     [paper]                      # published figures, [mean, standard deviation], to be shown beside ours
     floral = [93.1, 0.4]
+    [search]                     # the values that `umbel tune` tries, each with each, for every method alike
+    local.lr = [0.05, 0.1, 0.2]
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -117,7 +120,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Table:
         key, equals, text = override.removeprefix("--").partition("=")
         if not equals:
             raise RecipeError(f"{override!r} is no override; write --key.of.setting=value")
-        _put(table, key, _value(text))
+        put(table, key, _value(text))
     return table
 
 
@@ -129,11 +132,11 @@ def read(table: Table, label: str) -> Recipe:
     """
     _check_size(table)
     schedule_keys = {f.name for f in fields(Schedule)}
-    _no_strangers(table, schedule_keys | {"task", "engine", "method", "local", "paper"}, "")
-    for key in ("task", "method", "local", "engine", *ARRANGED, "paper"):
+    _no_strangers(table, schedule_keys | {"task", "engine", "method", "local", "paper", "search"}, "")
+    for key in ("task", "method", "local", "engine", *ARRANGED, "paper", "search"):
         if not isinstance(table.get(key, {}), dict):
             raise RecipeError(f"{key}: a table is wanted, such as [{key}], got {table[key]!r}")
-    published(table)  # is checked, but decides nothing
+    published(table), searched(table)  # are checked, but decide nothing
     method_table = _method_table(table, label)
     arranged = _merged(
         {key: table.get(key, {}) for key in ARRANGED}, {key: method_table.pop(key, {}) for key in ARRANGED}
@@ -166,6 +169,33 @@ def published(table: Table) -> dict[str, tuple[float, float | None]]:
             raise RecipeError(f"paper.{label}: [mean, standard deviation] or a number is wanted (it is {value!r})")
         found[label] = (float(figures[0]), float(figures[1]) if len(figures) > 1 else None)
     return found
+
+
+def searched(table: Table) -> list[Table]:
+    """The points of [search], each the settings of a method by dotted name, in the order of the values.
+
+    Raises:
+        RecipeError: a setting has no list of two or more values.
+    """
+    grid = dict(_leaves(table.get("search", {}), ""))
+    for key, values in grid.items():
+        if not isinstance(values, list) or len(values) < 2:
+            raise RecipeError(f"search.{key}: a list of the values to try is wanted (it is {values!r})")
+    return [dict(zip(grid, point, strict=True)) for point in product(*grid.values())] if grid else []
+
+
+def put(table: Table, key: str, value: Any) -> None:
+    """Sets what has that dotted name in the table.
+
+    Raises:
+        RecipeError: the name goes through a value that is no table.
+    """
+    *above, last = key.split(".")
+    for part in above:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"--{key}: {part} is a value, not a table")
+    table[last] = value
 
 
 def build(cls: type[T], table: Any, path: str) -> T:
@@ -256,13 +286,11 @@ def _nearest(name: str, known: Any) -> str:
     return f"; did you mean {near[0]!r}?" if near else f" (there are: {', '.join(sorted(known))})"
 
 
-def _put(table: Table, key: str, value: Any) -> None:
-    *above, last = key.split(".")
-    for part in above:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise RecipeError(f"--{key}: {part} is a value, not a table")
-    table[last] = value
+def _leaves(table: Table, path: str) -> Iterator[tuple[str, Any]]:
+    """What is not a table, by its dotted name."""
+    for key, value in table.items():
+        where = f"{path}.{key}" if path else key
+        yield from _leaves(value, where) if isinstance(value, dict) else [(where, value)]
 
 
 def _value(text: str) -> Any:

@@ -230,6 +230,8 @@ def _notes(groups: Sequence[Group]) -> str:
             f"ε is what the clients' training has told of one client or example, at δ = "
             f"{', '.join(f'{delta:g}' for delta in sorted(spent))}; the figures of this page are outside it."
         )
+    if any(run.schedule.get("validation") for run in runs):
+        notes.append("Runs with validation above 0 are tested on training examples.")
     notes.append("The best mean of each column is marked.")
     if any(group.oracle for group in groups):
         notes.append("Bounds know the true groups and are not marked.")

@@ -19,7 +19,7 @@ from umbel.recipe import Recipe, build, labels, load, name_of, read
 from umbel.rounds import Progress, honest, participants, rounds, start
 from umbel.schedule import Schedule
 from umbel.tasks import Task
-from umbel.tasks.pool import pooled
+from umbel.tasks.pool import arranged
 from umbel.tree import Params
 
 Watcher = Callable[[Progress], None]
@@ -141,7 +141,7 @@ def _begin(
 ) -> Result:
     if path is not None:
         check_free(Path(path))  # before any work is done
-    task = pooled(task) if schedule.pool else task
+    task = arranged(task, schedule)
     cohort, at = start(task, method, schedule, engine)
     cost = cohort.cost(at.shared, at.store, participants(task.num_clients, schedule)[:1])
     folder = None
@@ -174,7 +174,7 @@ def _opened(path: Path, task: Task | None, method: Method | None) -> tuple[RunFo
         schedule = build(Schedule, facts.get("schedule", {}), "schedule")
         engine = build(Engine, facts.get("engine", {}), "engine")
         folder = RunFolder.opened(path, _identity(task, method, schedule))
-    task = pooled(task) if schedule.pool else task
+    task = arranged(task, schedule)
     facts = folder.facts()
     if facts.get("deployed"):
         raise RunFolderError(

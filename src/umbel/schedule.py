@@ -19,6 +19,7 @@ class Schedule:
     checkpoint_every: int = 25  # rounds; the last one always has a checkpoint
     pool: bool = False  # the slots of one owner train as one client
     held_out: float = 0.0  # the share of clients that never train, to be onboarded later
+    validation: float = 0.0  # the share of a client's training examples tested on instead of its test data
     weighting: Weighting = field(default_factory=Weighting)  # how much each client counts
     faults: Faults = field(default_factory=Faults)  # what happens by accident
     attack: Attack = field(default_factory=Attack)  # what hostile clients do
@@ -36,6 +37,8 @@ class Schedule:
             )
         if not 0 <= self.held_out < 1:
             raise RecipeError(f"held_out must be in [0, 1), got {self.held_out}")
+        if not 0 <= self.validation < 1:
+            raise RecipeError(f"validation must be in [0, 1), got {self.validation}")
         if self.asynchronous.buffer and self.faults.any:
             raise RecipeError("asynchronous.buffer: without a deadline nobody is late; take the [faults] out")
         if 0 < self.clients_per_round < self.asynchronous.buffer:

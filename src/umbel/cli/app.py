@@ -176,6 +176,44 @@ def compare(
     comparing.go(folder, cells, workers, as_json, quiet)
 
 
+@app.command(cls=Overridable)
+def tune(
+    ctx: typer.Context,
+    recipes: RecipeNames,
+    methods: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Labels of the recipes' methods; by default all.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(metavar="100,101", help="One run of each point for each.")] = "100",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="By default runs/tune-RECIPE. Finished runs in it are kept, stopped ones gone on with.",
+            metavar="FOLDER",
+        ),
+    ] = None,
+    workers: Workers = 0,
+    as_json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Search settings on training examples, alike for every method.
+
+    The values to try are in the recipe's [search] table, or given as --search.SETTING=[…]; each with each.
+    Test examples are not looked at: a quarter of each client's training examples stands in for them (validation).
+    The table says which point is best for each method, and whether it lies at the edge of what was tried.
+
+    Example: umbel tune table1/mnist_ls_5 --methods fedavg,floral
+
+    Example: umbel tune digits --search.local.lr=[0.05,0.1,0.2] --seeds 100,101,102
+    """
+    with told():
+        from umbel.cli import comparing, tuning
+
+        asked = tuning.asked_for(recipes, ctx.args, methods, numbers_of("seeds", seeds))
+        folder = out or tuning.default_folder(asked)
+        cells = comparing.begin(folder, asked)
+    tuning.go(folder, cells, workers, as_json, quiet)
+
+
 @app.command(cls=Command)
 def resume(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of a run or of a comparison.")],

@@ -124,48 +124,52 @@ def begun(folder: Path) -> dict[Path, Asked]:
 def go(folder: Path, cells: dict[Path, Asked], workers: int, json: str | None, quiet: bool) -> None:
     """Runs, or goes on with, all that was asked for; then the tables and the reports."""
     with told(folder):
-        from umbel.tables import read_run, run_name
+        failed = ran(cells, workers, quiet)
+        _show(folder, cells, failed, json)
+        if any(failed.values()):
+            raise typer.Exit(2)
 
-        names, above = _short([own.recipe for own in cells.values()])
-        wanted = [
-            (path / run_name(label, seed), own, name, label, seed)
-            for seed in dict.fromkeys(seed for own in cells.values() for seed in own.seeds)
-            for (path, own), name in zip(cells.items(), names, strict=True)
-            for label in own.labels
-            if seed in own.seeds
-        ]
-        jobs = []
-        for place, (path, own, name, label, seed) in enumerate(wanted, 1):
-            if path.exists() and read_run(path).finished:
-                continue
-            what = f"{name} {label}" if len(cells) > 1 else label
-            title = f"{place}/{len(wanted)} {what} seed {seed}"
-            jobs.append(Job(own.table, label, seed, path, title, quiet))
-        failed: dict[Path, list[dict[str, Any]]] = {path: [] for path in cells}
-        for job, error in zip(jobs, errors_of(jobs, workers), strict=True):
-            if error is not None:  # the other runs are worth having all the same
-                failed[job.folder.parent].append({"label": job.label, "seed": job.seed, "error": error})
-                where = f"{names[list(cells).index(job.folder.parent)]}, " if len(cells) > 1 else ""
-                say(f"error: {where}{job.label}, seed {job.seed}: {error}")
-        num_failed = sum(map(len, failed.values()))
-        if num_failed == len(wanted):
-            raise typer.Exit(2)
-        _show(folder, cells, names, above, failed, json)
-        if num_failed:
-            raise typer.Exit(2)
+
+def ran(cells: dict[Path, Asked], workers: int, quiet: bool) -> dict[Path, list[dict[str, Any]]]:
+    """Runs, or goes on with, all that was asked for; what failed in each cell. Ends if everything did."""
+    from umbel.tables import read_run, run_name
+
+    names, _ = _short([own.recipe for own in cells.values()])
+    wanted = [
+        (path / run_name(label, seed), own, name, label, seed)
+        for seed in dict.fromkeys(seed for own in cells.values() for seed in own.seeds)
+        for (path, own), name in zip(cells.items(), names, strict=True)
+        for label in own.labels
+        if seed in own.seeds
+    ]
+    jobs = []
+    for place, (path, own, name, label, seed) in enumerate(wanted, 1):
+        if path.exists() and read_run(path).finished:
+            continue
+        what = f"{name} {label}" if len(cells) > 1 else label
+        title = f"{place}/{len(wanted)} {what} seed {seed}"
+        jobs.append(Job(own.table, label, seed, path, title, quiet))
+    failed: dict[Path, list[dict[str, Any]]] = {path: [] for path in cells}
+    for job, error in zip(jobs, errors_of(jobs, workers), strict=True):
+        if error is not None:  # the other runs are worth having all the same
+            failed[job.folder.parent].append({"label": job.label, "seed": job.seed, "error": error})
+            where = f"{names[list(cells).index(job.folder.parent)]}, " if len(cells) > 1 else ""
+            say(f"error: {where}{job.label}, seed {job.seed}: {error}")
+    if sum(map(len, failed.values())) == len(wanted):
+        raise typer.Exit(2)
+    return failed
 
 
 def _show(
     folder: Path,
     cells: dict[Path, Asked],
-    names: Sequence[str],
-    above: str,
     failed: dict[Path, list[dict[str, Any]]],
     json: str | None,
 ) -> None:
     from umbel.report import write_report
 
-    groups = {path: _groups(path, own) for path, own in cells.items()}
+    names, above = _short([own.recipe for own in cells.values()])
+    groups = {path: groups_of(path, own) for path, own in cells.items()}
     pages = {path: write_report([path], path / "report.html") for path, found in groups.items() if found}
     documents = [
         comparison_document(path, pages.get(path), asdict(own), groups[path], failed[path])
@@ -184,7 +188,7 @@ def _show(
     print(f"reports: {folder}/*/report.html")
 
 
-def _groups(path: Path, asked: Asked) -> "list[Group]":
+def groups_of(path: Path, asked: Asked) -> "list[Group]":
     """The groups of the runs that were asked for, those that there are."""
     from umbel.tables import find_runs, grouped, run_name
 

@@ -13,7 +13,7 @@ from umbel.errors import RecipeError
 from umbel.schedule import ARRANGED, Schedule
 
 # Of a recipe; whatever else there is is a field of Schedule.
-TABLES = ("task", "engine", "method", "local", *ARRANGED)
+TABLES = ("task", "engine", "method", "local", "search", *ARRANGED)
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe's name (umbel tasks lists them) or a .toml file.")

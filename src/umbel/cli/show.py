@@ -262,6 +262,10 @@ def _notes(groups: Sequence["Group"]) -> str:
     notes = [
         f"Not finished: {run.path}, {len(run.history)} of {run.rounds} rounds." for run in runs if not run.finished
     ]
+    if shares := {run.schedule.get("validation", 0) for run in runs} - {0}:
+        notes.append(
+            f"Tested on training examples (validation = {', '.join(f'{own:g}' for own in sorted(shares))})."
+        )
     if any(group.oracle for group in groups):
         notes.append("Oracles know the clients' true groups: bounds, not contestants.")
     return "\n".join(notes)

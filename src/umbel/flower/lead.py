@@ -25,7 +25,7 @@ from umbel.rounds import Progress, participants, rounds, sampled, start
 from umbel.runs import Result, record
 from umbel.schedule import Schedule
 from umbel.tasks import Task
-from umbel.tasks.pool import pooled
+from umbel.tasks.pool import arranged
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -65,7 +65,7 @@ def lead(
     with ExitStack() as stack:
         before = None if folder is None else stopped(folder, recipe, stack)
         task = recipe.task.load(recipe.schedule.seed)
-        task = pooled(task) if recipe.schedule.pool else task
+        task = arranged(task, recipe.schedule)
         cohort, first = start(task, recipe.method, recipe.schedule, replace(recipe.engine, mode="looped"))
         cohort = replace(cohort, secret=True)
         begun = begun_anew(first) if before is None else begun_before(before, first)
@@ -128,6 +128,10 @@ def refuse_simulated(schedule: Schedule) -> None:
     if asked := [name for name, wanted in here.items() if wanted]:
         raise RecipeError(
             f"[{asked[0]}] is for the simulator so far (umbel run); leave it out of a deployed recipe"
+        )
+    if schedule.validation:
+        raise RecipeError(
+            "validation is for searches in the simulator (umbel tune); leave it out of a deployed recipe"
         )
 
 

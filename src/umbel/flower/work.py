@@ -39,7 +39,7 @@ from umbel.recipe import Recipe, Table, load, read
 from umbel.rounds import participants, sampled, start
 from umbel.tasks import Task
 from umbel.tasks.own import function_of
-from umbel.tasks.pool import pooled
+from umbel.tasks.pool import arranged
 from umbel.tasks.task import split
 from umbel.tree import Params
 from umbel.untrusted import plain
@@ -195,7 +195,7 @@ def opened(settings: NodeSettings, table: Table, label: str, folder: Path) -> Wo
     recipe = read(table, label)
     check_allowed(settings, recipe)
     task = recipe.task.load(recipe.schedule.seed)
-    task = pooled(task) if recipe.schedule.pool else task
+    task = arranged(task, recipe.schedule)
     clients = settings.numbers
     if clients[-1] >= task.num_clients:
         raise RecipeError(f"clients = {settings.clients!r}, but {task.name} has {task.num_clients}, from 0 on")

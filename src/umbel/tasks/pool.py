@@ -12,7 +12,14 @@ import torch
 
 from umbel.clients import Examples
 from umbel.errors import RecipeError
+from umbel.schedule import Schedule
 from umbel.tasks.task import Task
+
+
+def arranged(task: Task, schedule: Schedule) -> Task:
+    """The task as the schedule has it: tested on training examples where settings are searched, and pooled."""
+    task = task.for_tuning(schedule.seed, schedule.validation) if schedule.validation else task
+    return pooled(task) if schedule.pool else task
 
 
 def pooled(task: Task) -> Task:
