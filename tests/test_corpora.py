@@ -66,8 +66,7 @@ def test_what_is_missing_is_named_and_what_to_do(name, tmp_path, monkeypatch):
         read()
     for told in (file, str(tmp_path / "nowhere"), "UMBEL_DATA"):
         assert told in str(raised.value)
-    on_hub = name in ("mnist", "cifar10", "cifar100")
-    assert ("pip install umbel[hf]" in str(raised.value)) == on_hub
+    assert "pip install umbel[hf]" in str(raised.value)
 
 
 def test_the_folder_is_the_users_cache_if_none_is_named(tmp_path, monkeypatch):
@@ -91,7 +90,7 @@ def test_without_files_the_hub_is_asked(name, hub, columns, shape, tmp_path, mon
     draw = np.random.Generator(np.random.Philox(key=1))
     x = {split: draw.integers(0, 256, (n, *shape), dtype=np.uint8) for split, n in (("train", 3), ("test", 2))}
 
-    def load_dataset(asked, split):
+    def load_dataset(asked, config, split):
         assert asked == hub
         return {columns[0]: [Image.fromarray(image) for image in x[split]], columns[1]: list(range(len(x[split])))}
 
@@ -105,13 +104,54 @@ def test_without_files_the_hub_is_asked(name, hub, columns, shape, tmp_path, mon
 
 
 def test_a_hub_that_cannot_be_reached_is_told(tmp_path, monkeypatch):
-    def load_dataset(asked, split):
+    def load_dataset(asked, config, split):
         raise ConnectionError("no route to host")
 
     monkeypatch.setenv("UMBEL_DATA", str(tmp_path))
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(DataError, match=r"UMBEL_DATA.*no route to host"):
         corpora.mnist()
+
+
+def from_hub(monkeypatch, folder, columns):
+    """Makes the hub answer so, and the data folder empty."""
+
+    class Rows(dict):
+        def select(self, places):
+            return {name: [values[place] for place in places] for name, values in self.items()}
+
+    monkeypatch.setenv("UMBEL_DATA", str(folder))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, split: Rows(columns)))
+
+
+def test_the_hubs_writers_are_those_who_wrote_most_digits(tmp_path, monkeypatch):
+    # Writer w has w digits and, before them, a letter.
+    who = [(f"f{writer:04d}", place) for writer in range(15) for place in range(writer + 1)]
+    images = [Image.fromarray(np.full((28, 28), row, dtype=np.uint8)) for row in range(len(who))]
+    columns = {"image": images, "writer_id": [name for name, _ in who]}
+    from_hub(
+        monkeypatch, tmp_path, columns | {"character": [(place - 1) % 10 if place else 36 for _, place in who]}
+    )
+    written = corpora.femnist_digits()
+    assert written.writer.bincount().tolist() == list(range(3, 15))
+    expected = [row for row, (name, place) in enumerate(who) if place and name > "f0002"]
+    assert written.images.x[:, 0, 0, 0].tolist() == expected
+    assert written.images.y.tolist() == [(who[row][1] - 1) % 10 for row in expected]
+
+
+def test_the_hubs_windows_of_shakespeare_are_put_together(tmp_path, monkeypatch):
+    says = {"B": ["".join(chr(97 + n % 26) for n in range(100))], "A": ["x" * 81 + "y", "z" * 90]}
+    rows = [
+        (role, text[at : at + 80], text[at + 80])
+        for role, own in says.items()
+        for text in own
+        for at in range(len(text) - 80)
+    ]
+    from_hub(monkeypatch, tmp_path, dict(zip(("character_id", "x", "y"), zip(*rows, strict=True), strict=True)))
+    assert [(role.name, role.text) for role in corpora.shakespeare_by_role()] == [
+        ("A", "".join(says["A"])),
+        ("B", says["B"][0]),
+    ]
 
 
 # mnist and cifar10.

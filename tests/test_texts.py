@@ -34,7 +34,9 @@ from umbel.tasks.bases import load_pretrained
 from umbel.tasks.cifar import DEVIATION, MEAN
 from umbel.tasks.cifar_vit import divided
 from umbel.tasks.glue import _split, sentences
+from umbel.tasks.language import Reader, Windows
 from umbel.tasks.slots import Holders, held
+from umbel.tasks.texts import Document
 from umbel.tasks.tokens import Tokenizer
 from umbel.tasks.vectors import vectors
 
@@ -112,6 +114,20 @@ def test_no_document_that_is_tested_or_public_is_trained_on(name, small):
     assert public
     assert train.isdisjoint(test)
     assert public.isdisjoint(train | test)
+
+
+def test_a_text_that_two_categories_have_is_not_trained_on_where_it_is_tested(small):
+    reader, windows = Reader(Tokenizer("models/stories260K")), Windows(16, 0, 0.5, 0)
+    of = [[Document(kind, n, small_texts.document("x", n)) for n in range(12)] for kind in ("one", "two")]
+    found = windows.divided(of, np.eye(2, dtype=np.int64), reader, 0)
+    train, test = (
+        [{document.text for document in own[at]} for at, own in enumerate(part)]
+        for part in (found.train, found.test)
+    )
+    assert [len(own) for own in test] == [6, 6]
+    assert train[0] | train[1] | test[0] | test[1] == {document.text for document in of[0]}
+    for own in train:
+        assert own.isdisjoint(test[0] | test[1])
 
 
 @every_language_task
@@ -749,6 +765,27 @@ def test_the_true_test_parts_share_nothing_with_training(seed, real_data):
         assert len(train[category]) + len(test[category]) == len(own)
     seen, asked = ({one for own in of.values() for p, _ in own for one in parts(p)} for of in (train, test))
     assert seen.isdisjoint(asked)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_true_text_that_is_tested_or_public_is_trained_on_by_anyone(seed, real_data):
+    reader, windows = Reader(Tokenizer("models/stories260K")), Windows(64, 0, 0.2, 64)
+    captions = [texts.captions(language)[:6000] for language in ("de", "fr", "cs")]
+    for categories in (texts.speeches()[:20], captions, texts.news()):
+        found = windows.divided(categories, np.eye(len(categories), dtype=np.int64), reader, seed, seen_whole=True)
+        train, test = (
+            {plain(one) for own in part for docs in own for one in docs} for part in (found.train, found.test)
+        )
+        public = {plain(one) for own in found.public for one in own}
+        assert min(map(len, (train, test, public))) > 0
+        assert train.isdisjoint(test)
+        assert public.isdisjoint(train | test)
+
+
+def plain(document):
+    """What it says; of news the story, for one is there under two titles."""
+    text = document.text.partition("\n")[2] or document.text
+    return " ".join(text.casefold().split())
 
 
 def parts(prompt):

@@ -21,6 +21,7 @@ from torch import Tensor
 from umbel.errors import DataError
 
 TILES = 100  # images in a row of a sheet
+WRITERS = 12  # of FEMNIST
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,12 @@ def cifar100() -> Corpus:
 
 
 def femnist_digits() -> WrittenImages:
-    """Digits of FEMNIST (Caldas et al. 2018): 5,997 images, 1 × 28 × 28, by 12 writers; paper is white, 255.
+    """Digits of FEMNIST (Caldas et al. 2018), 1 × 28 × 28, by 12 writers; paper is white, 255.
+
+    The folder has 5,997 images; of the hub's 3,597 writers they are those who wrote most digits.
 
     Raises:
-        DataError: it is not in the folder.
+        DataError: it is neither in the folder nor to be had from the hub.
     """
     return _femnist_digits(data_folder())
 
@@ -106,10 +109,46 @@ def femnist_digits() -> WrittenImages:
 def shakespeare_by_role() -> tuple[Role, ...]:
     """The 37 plays of Shakespeare, 1,352 characters with all that each of them says, ordered by name.
 
+    The hub has LEAF's (Caldas et al. 2018), 1,129 characters whose speeches are not told apart.
+
+    Raises:
+        DataError: it is neither in the folder nor to be had from the hub, or pyarrow is not installed.
+    """
+    try:
+        return shakespeare_by_speech()
+    except DataError as missing:
+        return _shakespeare_from_hub(missing)
+
+
+def shakespeare_by_speech() -> tuple[Role, ...]:
+    """The folder's `shakespeare_by_role`, with a line end between speeches.
+
     Raises:
         DataError: it is not in the folder, or pyarrow is not installed.
     """
     return _shakespeare_by_role(data_folder())
+
+
+def hub_split(name: str, config: str | None, split: str, missing: DataError) -> Any:
+    """A data set of the Hugging Face hub, which `datasets` keeps in a cache of its own.
+
+    Args:
+        name: on the hub.
+        config: which of its parts, if it has several.
+        split: as the hub calls it.
+        missing: why the hub is asked.
+
+    Raises:
+        DataError: `datasets` is not installed, the hub cannot be reached, or it has no such data.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"{missing}, or pip install umbel[hf] to get {name} from the Hugging Face hub") from None
+    try:
+        return datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{missing}; nor can {name} be had from the Hugging Face hub: {error}") from error
 
 
 @lru_cache(maxsize=1)
@@ -151,7 +190,10 @@ def _cifar100(folder: Path) -> Corpus:
 
 @lru_cache(maxsize=1)
 def _femnist_digits(folder: Path) -> WrittenImages:
-    files = _paths(folder, "images/femnist_digits12.npz")
+    try:
+        files = _paths(folder, "images/femnist_digits12.npz")
+    except DataError as missing:
+        return _femnist_from_hub(missing)
     x, y, writer = _npz(files[0], "x", "y", "client")
     return WrittenImages(_images(x[:, None], y), torch.from_numpy(writer.astype(np.int64)))
 
@@ -211,22 +253,36 @@ def _sheet(path: Path) -> np.ndarray:
 
 
 def _from_hub(name: str, image: str, label: str, missing: DataError) -> Corpus:
-    """A data set of the Hugging Face hub, which `datasets` keeps in a cache of its own.
-
-    Raises:
-        DataError: `datasets` is not installed, or the hub cannot be reached.
-    """
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(f"{missing}, or pip install umbel[hf] to get {name} from the Hugging Face hub") from None
     parts = []
     for split in ("train", "test"):
-        try:
-            rows = datasets.load_dataset(name, split=split)
-        except OSError as error:
-            raise DataError(f"{missing}; nor can {name} be had from the Hugging Face hub: {error}") from error
+        rows = hub_split(name, None, split, missing)
         x = np.stack([np.asarray(picture) for picture in rows[image]])
         x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
         parts.append(_images(x, np.asarray(rows[label])))
     return Corpus(*parts)
+
+
+def _femnist_from_hub(missing: DataError) -> WrittenImages:
+    rows = hub_split("flwrlabs/femnist", None, "train", missing)
+    character, writer = np.asarray(list(rows["character"])), np.asarray(list(rows["writer_id"]))
+    digit = character < 10  # "0" to "9" come before the letters
+    names, count = np.unique(writer[digit], return_counts=True)
+    chosen = np.sort(names[np.argsort(-count, kind="stable")[:WRITERS]])
+    places = np.flatnonzero(digit & np.isin(writer, chosen))
+    x = np.stack([np.asarray(picture.convert("L")) for picture in rows.select(places.tolist())["image"]])
+    own = torch.from_numpy(np.searchsorted(chosen, writer[places]).astype(np.int64))
+    return WrittenImages(_images(x[:, None], character[places]), own)
+
+
+def _shakespeare_from_hub(missing: DataError) -> tuple[Role, ...]:
+    """LEAF's windows of 80 letters, each one letter further than the last, put together again."""
+    rows = hub_split("flwrlabs/shakespeare", None, "train", missing)
+    pieces: dict[str, list[str]] = {}
+    before = None
+    for role, window, following in zip(rows["character_id"], rows["x"], rows["y"], strict=True):
+        of = pieces.setdefault(role, [])
+        if (role, window) != before:  # another text of the role begins
+            of.append(window)
+        of.append(following)
+        before = (role, window[1:] + following)
+    return tuple(Role(name, "".join(own)) for name, own in sorted(pieces.items()))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from umbel.errors import DataError
-from umbel.tasks.corpora import data_folder, shakespeare_by_role
+from umbel.tasks.corpora import data_folder, hub_split, shakespeare_by_speech
 
 CAPTION_LANGUAGES = ("cs", "de", "en", "fr")
 PARAGRAPH_LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
@@ -103,9 +103,11 @@ def news() -> tuple[tuple[Document, ...], ...]:
         columns = from_hub(Hub("fancyzhx/ag_news", splits=("train", "test")), ["label", "text"], missing)
     titles = columns.get("title") or [""] * len(columns["text"])
     texts = [f"{title}\n{text}" if title else text for title, text in zip(titles, columns["text"], strict=True)]
-    numbered = list(enumerate(zip(columns["label"], texts, strict=True)))
+    first: dict[str, int] = {}  # news that is there under two titles has one number
+    numbers = [first.setdefault(text, place) for place, text in enumerate(columns["text"])]
+    numbered = list(zip(numbers, columns["label"], texts, strict=True))
     return tuple(
-        _documents(name, ((number, text) for number, (own, text) in numbered if own == label))
+        _documents(name, ((number, text) for number, own, text in numbered if own == label))
         for label, name in enumerate(CLASSES)
     )
 
@@ -116,7 +118,7 @@ def speeches() -> tuple[tuple[Document, ...], ...]:
     Raises:
         DataError: it is not in the folder.
     """
-    roles = sorted(shakespeare_by_role(), key=lambda role: (-len(role.text), role.name))
+    roles = sorted(shakespeare_by_speech(), key=lambda role: (-len(role.text), role.name))
     return tuple(_documents(role.name, enumerate(role.text.split("\n"))) for role in roles)
 
 
@@ -159,20 +161,14 @@ def from_hub(hub: Hub, columns: Sequence[str], missing: DataError) -> Columns:
     Raises:
         DataError: `datasets` is not installed, the hub cannot be reached, or it has no such data.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(
-            f"{missing}, or pip install umbel[hf] to get {hub.name} from the Hugging Face hub"
-        ) from None
     found: dict[str, list[Any]] = {name: [] for name in columns}
     for split in hub.splits:
+        part = hub_split(hub.name, hub.config, split, missing)
         try:
-            part = datasets.load_dataset(hub.name, hub.config, split=split)
             for name in columns:
                 found[name] += list(part[name])
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{missing}; nor can {hub.name} be had from the Hugging Face hub: {error}") from error
+        except KeyError as error:
+            raise DataError(f"{missing}; nor has {hub.name} on the Hugging Face hub: {error}") from error
     return found
 
 
