@@ -41,10 +41,10 @@ def population(num_clients: int) -> Task:
 def private_state_mb(num_clients: int) -> float:
     """What the private states of all clients take once every one was seen (C = 10), in MB of memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    store = PrivateStore(tree.broadcast(Private(torch.zeros(10), {}, torch.zeros(())), 1), num_clients)
+    store = PrivateStore(tree.broadcast(Private(torch.zeros(10), {}, {}, torch.zeros(())), 1), num_clients)
     for first in range(0, num_clients, 10_000):
         clients = np.arange(first, min(num_clients, first + 10_000))
-        store.put(clients, Private(torch.ones(len(clients), 10), {}, torch.ones(len(clients))))
+        store.put(clients, Private(torch.ones(len(clients), 10), {}, {}, torch.ones(len(clients))))
     assert len(store.seen) == num_clients
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 

@@ -75,6 +75,8 @@ CASES = {
         "layer routers": FLoRAL(3, PLAN, GRADIENT, STEPS, layer_routers=True),
         "send top": FLoRAL(3, PLAN, GRADIENT, STEPS, send_top=2, init_std=1.0),
         "frozen base": FLoRAL(3, PLAN, EM, STEPS, freeze_base=True, init_std=1.0),
+        "personal": FLoRAL(3, PLAN, EM, STEPS, init_std=1.0, personal=("*bias",)),
+        "personal, frozen": FLoRAL(3, PLAN, GRADIENT, HEAVY, freeze_base=True, personal=("*bias",)),
     },
     "ensemble": {
         "em": Ensemble(3, EM, STEPS),
@@ -117,18 +119,23 @@ CASES = {
         "weights as published": Trust(AdapterPlan(2, ("linear",)), STEPS, "weights", "paper", begin=1),
         "uniform, adamw": Trust(PLAN, ADAMW, "uniform", begin=1),
         "oracle, momentum": Trust(PLAN, HEAVY, "oracle", begin=1, mix="B"),
+        "validation, personal": Trust(PLAN, ADAMW, begin=1, trust_fraction=0.3, personal=("*bias",)),
+        "weights, personal": Trust(PLAN, HEAVY, "weights", begin=1, personal=("*bias",)),
     },
     "fedsa_lora": {
         "": FedSALoRA(PLAN, STEPS),
+        "personal": FedSALoRA(PLAN, STEPS, personal=("*bias",)),
         "frozen, momentum": FedSALoRA(replace(PLAN, realization="factored"), HEAVY, freeze_base=True),
     },
     "ffa_lora": {
         "": FFALoRA(PLAN, STEPS),
+        "personal": FFALoRA(PLAN, STEPS, personal=("*bias",)),
         "frozen, momentum": FFALoRA(replace(PLAN, realization="factored"), HEAVY, freeze_base=True),
     },
     "flexlora": {"": FlexLoRA((1, 3), PLAN, STEPS), "one rank, momentum": FlexLoRA((), PLAN, HEAVY)},
     "fedit": {
         "": FedIT(PLAN, STEPS),
+        "personal": FedIT(PLAN, HEAVY, personal=("*bias",)),
         "frozen, momentum": FedIT(replace(PLAN, realization="factored"), HEAVY, freeze_base=True),
     },
     "feddpa": {

@@ -391,7 +391,7 @@ def test_validation_trust_is_made_of_losses_on_what_is_kept_from_training(mode):
         x, y = run.cohort.train.x[own], run.cohort.train.y[own]
         for j in range(5):
             one = tree.map_tensors(lambda leaf, j=j: leaf[j : j + 1], run.shared.held)
-            params = method.personalize(replace(run.message(0), own=one, listens=torch.zeros(1, 0)), None)
+            params = method.personalize(replace(run.message(0), own=one, listens=torch.zeros(1, 0)), NOTHING_KEPT)
             loss[i, j] = nn.functional.cross_entropy(run.cohort.loss.outputs(params, x[None])[0], y).item()
     expected = softmax(-np.exp(loss)) if mode == "paper" else softmax(-loss / 0.3)
     assert_close(found.numpy(), expected.astype(np.float32), atol=1e-6, rtol=1e-4)
@@ -400,9 +400,9 @@ def test_validation_trust_is_made_of_losses_on_what_is_kept_from_training(mode):
 def test_all_adapters_are_measured_on_the_same_examples(monkeypatch):
     seen = []
 
-    def spied(loss, candidates, data, *rest):
+    def spied(loss, candidates, data, **rest):
         seen.append(data.part)
-        return losses_of(loss, candidates, data, *rest)
+        return losses_of(loss, candidates, data, **rest)
 
     monkeypatch.setattr(similarity, "losses_of", spied)
     run = Run(Trust(PLAN, STEPS, "validation", begin=1)).go().go()
@@ -584,8 +584,11 @@ def test_a_client_that_mixes_for_itself_keeps_its_row_from_mix_to_mix(chunk):
     assert_close(run.served()[1][:2], first[1][:2])
     assert_close(run.shared.trust[:2], first[1][:2])
     assert listened(run) == [[0, 1, 2, 3, 4]] * 5
-    own = method.personalize(replace(run.message(0), own=rows_of(run, 0), listens=torch.zeros(1, 0)), None)
+    own = method.personalize(replace(run.message(0), own=rows_of(run, 0), listens=torch.zeros(1, 0)), NOTHING_KEPT)
     assert equal({name: leaf[0] for name, leaf in own.items()}, served_of(run, 0))
+
+
+NOTHING_KEPT = trust.Private({}, {}, torch.ones(1))
 
 
 def rows_of(run, client):

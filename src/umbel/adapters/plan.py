@@ -1,6 +1,7 @@
 """How a module is to be adapted: by a plan of ours for any layer, or by PEFT's LoRA for a frozen base."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatch
 from fractions import Fraction
@@ -59,8 +60,10 @@ class AdapterPlan:
                 f"adapter.rank = {self.rank}: give a whole rank of at least 1, or a budget between 0 and 1"
             )
 
-    def bank(self, module: nn.Module, batch_size: int = 32, freeze: bool = False) -> Bank:
-        """The updates of `module`'s parameters under this plan.
+    def bank(
+        self, module: nn.Module, batch_size: int = 32, freeze: bool = False, left: Sequence[str] = ()
+    ) -> Bank:
+        """The updates of `module`'s parameters under this plan, but for those that patterns in `left` match.
 
         With `freeze` no parameter of the module itself is trained, otherwise none with requires_grad=False.
         What is adapted but not trained is carried by the plan, for nobody sends it.
@@ -76,7 +79,7 @@ class AdapterPlan:
             for own_name, tensor in layer.named_parameters(recurse=False):
                 name = f"{path}.{own_name}" if path else own_name
                 kind = _kind(layer, tensor)
-                if kind not in self.layers or not any(fnmatch(name, pattern) for pattern in self.targets):
+                if kind not in self.layers or not _matches(name, self.targets) or _matches(name, left):
                     continue
                 if kind in ("bias", "norm"):
                     additive.append(Additive(name, kind, tuple(tensor.shape)))
@@ -145,6 +148,10 @@ class AdapterPlan:
         # position. A convolution has many positions and a small kernel; an embedding reads few rows. Beside a
         # frozen weight (batch_size 0) the clients share that weight's matrix product.
         return plain and (kind == "embedding" or (kind == "linear" and batch_size * per_rank < prod(shape)))
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _kind(layer: nn.Module, tensor: Tensor) -> Kind:

@@ -5,6 +5,7 @@ Towards Building the Federated GPT: Federated Instruction Tuning, https://arxiv.
     model     u + B A
     client    local training on f_k in A, B (and what else the task trains) from the server's
     server    A ← Σ_k n_k A_k / Σ_k n_k , and B and the rest likewise
+    kept      tensors that `personal` names, as FedPer's; ours
 
 Its factors are averaged one by one, and the mean of products is not the product of means. The base is what the
 task has frozen; `freeze_base = true` freezes all of it. With a task of several slots an owner, `pool = true`
@@ -15,15 +16,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from umbel import mixing
+from umbel import mixing, tree
 from umbel.adapters import AdapterPlan, Bank, with_paths
 from umbel.clients import ClientData
 from umbel.methods import lora
 from umbel.methods.lora import Message, Shared, Upload
 from umbel.methods.protocol import Population, Refusals, nothing_mixed
 from umbel.methods.server import ServerOptimizer
+from umbel.methods.settling import settled
 from umbel.mixing import Change
 from umbel.model.loss import Loss
 from umbel.train import LocalTraining
@@ -32,7 +35,8 @@ from umbel.tree import Params, state
 
 @state
 class Private:
-    """Nothing stays with the client."""
+    head: Params  # `personal` tensors of the base
+    seen: Tensor  # (K,) 0 before the client's first round, 1 after it
 
 
 @dataclass(frozen=True)
@@ -41,26 +45,32 @@ class FedIT:
     local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     freeze_base: bool = False
+    personal: tuple[str, ...] = ()  # patterns of trained tensors that stay with the client, such as "classifier.*"
     refuses: ClassVar[Refusals] = {"steps": ""}
 
     def bank(self, module: nn.Module) -> Bank:
         """The plan of the adapter."""
-        return self.adapter.bank(module, self.local.batch_size, self.freeze_base)
+        return self.adapter.bank(module, self.local.batch_size, self.freeze_base, self.personal)
 
     def adapt(self, module: nn.Module) -> nn.Module:
         return with_paths(module, self.bank(module))
 
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Any]:
         bank = self.bank(module)
-        base, adapter = lora.start(module, bank, self.freeze_base, population)
-        return lora.shared_of(module, bank, base, adapter, self.server), Private()
+        base, adapter = lora.start(module, bank, self.freeze_base, population, self.personal)
+        return lora.shared_of(module, bank, base, adapter, self.server), self.fresh(module)
+
+    def fresh(self, module: nn.Module) -> Private:
+        """What a client has that nobody has seen yet."""
+        _, head = lora.parted(module, self.freeze_base, self.personal)
+        return tree.broadcast(Private(head, torch.zeros(())), 1)
 
     def send(self, shared: Shared, clients: Tensor) -> Message:
         return lora.send(shared, len(clients))
 
     def client_update(self, loss: Loss, message: Message, private: Any, data: ClientData) -> tuple[Upload, Any]:
-        _, upload = lora.train(loss, message, {}, data, self.local)
-        return upload, private
+        trained, upload = lora.train(loss, message, {}, data, self.local, head=private.head)
+        return upload, Private(trained["head"], torch.ones_like(private.seen))
 
     def contribution(self, upload: Upload) -> dict[str, Any]:
         return lora.contribution(upload)
@@ -78,10 +88,11 @@ class FedIT:
         return lora.changed(upload, message, change)
 
     def settle(self, loss: Loss, message: Message, private: Any, data: ClientData) -> Any:
-        return private
+        return settled(self, loss, message, private, data) if private.head else private
 
     def personalize(self, message: Message, private: Any) -> Params:
-        return lora.adapted(message.bank, message.base, message.adapter) | message.stats
+        head: Params = private.head
+        return lora.adapted(message.bank, message.base, message.adapter) | message.stats | head
 
     def mixture(self, message: Message, private: Any) -> Tensor:
         return nothing_mixed(len(next(iter(message.adapter.values()))))

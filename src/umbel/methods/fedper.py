@@ -11,12 +11,11 @@ this is local training.
 """
 
 from dataclasses import dataclass
-from fnmatch import fnmatch
 
 from torch import nn
 
-from umbel.errors import ModelError
 from umbel.methods.partial import Partial
+from umbel.model.loss import named_by
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,7 @@ class FedPer(Partial):
         """The tensors whose names match a pattern."""
         if not self.personal:
             return last_layer(module, names)
-        found = {name for name in names if any(fnmatch(name, pattern) for pattern in self.personal)}
-        if not found:
-            raise ModelError(
-                f"personal = {', '.join(self.personal)} matches no parameter of {type(module).__name__}; "
-                f"it has {', '.join(names)}"
-            )
-        return found
+        return named_by(self.personal, names, module)
 
 
 def last_layer(module: nn.Module, names: list[str]) -> set[str]:

@@ -32,6 +32,7 @@ from umbel.tree import Params, state
 @state
 class Private:
     own: Params  # (K, 1, …) B, and what the adapter adds to biases
+    head: Params  # `personal` tensors of the base
     seen: Tensor  # (K,) 0 before the client's first round, 1 after it
 
 
@@ -39,22 +40,24 @@ class Private:
 class FedSALoRA(FedIT):
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
         bank = self.bank(module)
-        base, adapter = lora.start(module, bank, self.freeze_base, population)
+        base, adapter = lora.start(module, bank, self.freeze_base, population, self.personal)
         common = {lora.reading(part): adapter.pop(lora.reading(part)) for part in bank.low_rank}
-        private = tree.broadcast(Private(adapter, torch.zeros(())), 1)
+        _, head = lora.parted(module, self.freeze_base, self.personal)
+        private = tree.broadcast(Private(adapter, head, torch.zeros(())), 1)
         return lora.shared_of(module, bank, base, common, self.server), private
 
     def client_update(
         self, loss: Loss, message: Message, private: Private, data: ClientData
     ) -> tuple[Upload, Private]:
-        trained, upload = lora.train(loss, message, private.own, data, self.local)
-        return upload, Private(trained["own"], torch.ones_like(private.seen))
+        trained, upload = lora.train(loss, message, private.own, data, self.local, head=private.head)
+        return upload, Private(trained["own"], trained["head"], torch.ones_like(private.seen))
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Any:
         return settled(self, loss, message, private, data)
 
     def personalize(self, message: Message, private: Private) -> Params:
-        return lora.adapted(message.bank, message.base, message.adapter | private.own) | message.stats
+        own = lora.adapted(message.bank, message.base, message.adapter | private.own)
+        return own | message.stats | private.head
 
     def mixture(self, message: Message, private: Private) -> Tensor:
         return nothing_mixed(len(private.seen))

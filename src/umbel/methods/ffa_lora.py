@@ -14,6 +14,7 @@ is exact. A₀ does not travel, for it follows from the seed. In the paper u is 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 from umbel.clients import ClientData
@@ -31,19 +32,20 @@ class FFALoRA(FedIT):
 
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
         bank = self.bank(module)
-        base, adapter = lora.start(module, bank, self.freeze_base, population)
+        base, adapter = lora.start(module, bank, self.freeze_base, population, self.personal)
         drawn = {lora.reading(part): adapter.pop(lora.reading(part)) for part in bank.low_rank}
         bank = replace(bank, frozen=bank.frozen | drawn)
-        return lora.shared_of(module, bank, base, adapter, self.server), Private()
+        return lora.shared_of(module, bank, base, adapter, self.server), self.fresh(module)
 
     def client_update(
         self, loss: Loss, message: Message, private: Private, data: ClientData
     ) -> tuple[Upload, Private]:
-        _, upload = lora.train(loss, message, {}, data, self.local, fixed(message))
-        return upload, private
+        trained, upload = lora.train(loss, message, {}, data, self.local, fixed(message), private.head)
+        return upload, Private(trained["head"], torch.ones_like(private.seen))
 
     def personalize(self, message: Message, private: Private) -> Params:
-        return lora.adapted(message.bank, message.base, message.adapter | fixed(message)) | message.stats
+        own = lora.adapted(message.bank, message.base, message.adapter | fixed(message))
+        return own | message.stats | private.head
 
 
 def fixed(message: Message) -> Params:

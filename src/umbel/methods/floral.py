@@ -5,7 +5,7 @@ Almansoori, Horváth, Takáč 2025, Algorithm 1, https://arxiv.org/abs/2410.0349
     model of client k     u + Σ_c π_kc a_c ,   π_k = softmax θ_k
     client                SGD on f_k in u, all a_c (and θ_k) at once, from the server's u and a_c
     sent                  u_k, a_kc, n_k, n_k π_kc and, for the em router, sums of losses (routing.py)
-    kept                  θ_k, the running statistics of BatchNorm layers
+    kept                  θ_k, the running statistics of BatchNorm layers, tensors of u named by `personal`
     server                u   ← Σ_k n_k u_k / Σ_k n_k
                           a_c ← a_c + g_c (Σ_k n_k π_kc a_kc / Σ_k n_k π_kc − a_c)
                           g_c = min(1, p_c / τ) ,  p_c = Σ_k n_k π_kc / Σ_k n_k
@@ -31,6 +31,7 @@ from umbel.adapters.places import among, kept_only, picked, placed, spread_out
 from umbel.adapters.precondition import precondition
 from umbel.clients import ClientData
 from umbel.errors import RecipeError
+from umbel.methods import lora
 from umbel.methods.protocol import Population, Refusals
 from umbel.methods.routing import (
     LabelLosses,
@@ -45,7 +46,7 @@ from umbel.methods.routing import (
 from umbel.methods.server import Moments, ServerOptimizer
 from umbel.methods.settling import settled
 from umbel.mixing import Change
-from umbel.model.loss import Loss, running_stats, trained_params
+from umbel.model.loss import Loss, running_stats
 from umbel.seeds import generator
 from umbel.train import Groups, LocalTraining, local_train
 from umbel.tree import Params, state
@@ -81,6 +82,7 @@ class Message:
 class Private:
     logits: Tensor  # (K, C) θ, or (K, L, C) with a router for each of L layers
     stats: Params  # running statistics, if they are private
+    own: Params  # `personal` tensors of the base
     seen: Tensor  # (K,) 0 before the client's first round, 1 after it
 
 
@@ -118,6 +120,7 @@ class FLoRAL:
     send_top: int = 0  # how many adapters a client uploads, the heaviest; 0: all
     prune_below: float = 0.0  # once routes have settled, adapters with a smaller share of examples are dropped
     restart_below: float = 0.0  # while routes are explored, adapters with a smaller share start anew
+    personal: tuple[str, ...] = ()  # patterns of trained tensors that stay with the client, such as "classifier.*"
 
     def __post_init__(self) -> None:
         if self.num_adapters < 1:
@@ -157,7 +160,7 @@ class FLoRAL:
     def bank(self, module: nn.Module) -> Bank:
         dense = self.averaging == "delta"  # a remainder is added to the weight itself
         plan = replace(self.adapter, realization="merged") if dense else self.adapter
-        return plan.bank(module, self.local.batch_size, self.freeze_base)
+        return plan.bank(module, self.local.batch_size, self.freeze_base, self.personal)
 
     def b_std(self, bank: Bank) -> float:
         """Of s B at the start, times √rank: less with PEFT, for a large one spoils a pretrained model."""
@@ -168,7 +171,7 @@ class FLoRAL:
 
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
         bank = self.bank(module)
-        base = {} if self.freeze_base else trained_params(module, needed=False)
+        base, own = lora.parted(module, self.freeze_base, self.personal)
         dtype = bank.dtype(module)
         drawn = bank.init(self.num_adapters, generator(population.seed, "adapters"), self.b_std(bank))
         adapters = {name: leaf.to(dtype) for name, leaf in drawn.items()}
@@ -195,7 +198,7 @@ class FLoRAL:
             else torch.zeros(self.num_adapters)
         )
         return shared, tree.broadcast(
-            Private(logits, stats if self.batch_stats == "private" else {}, torch.zeros(())), 1
+            Private(logits, stats if self.batch_stats == "private" else {}, own, torch.zeros(())), 1
         )
 
     def send(self, shared: Shared, clients: Tensor) -> Message:
@@ -225,8 +228,12 @@ class FLoRAL:
         """The model, leading axis 1, that uses this one of the C adapters, of whole rank, and no other.
 
         Raises:
-            RecipeError: there is no such adapter, or no longer.
+            RecipeError: there is no such adapter, or no longer, or each client has tensors of its own beside it.
         """
+        if self.personal:
+            raise RecipeError(
+                f"an adapter is no model without a client's own {', '.join(self.personal)}; export clients"
+            )
         alive = shared.alive.tolist()
         if adapter not in alive:
             raise RecipeError(f"adapter {adapter}: the run has the adapters {', '.join(map(str, alive))}")
@@ -257,12 +264,13 @@ class FLoRAL:
                 theta = theta + noise[:, step].view(len(theta), *[1] * (theta.dim() - 2), -1)
             probs = among(theta, message.alive).softmax(-1)
             mixed = mix(bank, groups["base"], groups["adapters"], probs, message.remainder, gates=True)
-            return loss(mixed | groups["stats"], batch)
+            return loss(mixed | groups["own"] | groups["stats"], batch)
 
-        lr = {"base": local.lr, "adapters": local.lr * self.adapter_lr}
+        lr = {"base": local.lr, "own": local.lr, "adapters": local.lr * self.adapter_lr}
+        start = {"base": message.base, "own": private.own, "adapters": message.adapters, "stats": stats}
         trained, mean_loss = local_train(
             objective,
-            {"base": message.base, "adapters": message.adapters, "stats": stats, "router": {"logits": logits}},
+            start | {"router": {"logits": logits}},
             data,
             local,
             lr | ({"router": router.lr} if router.kind == "gradient" else {}),
@@ -287,7 +295,7 @@ class FLoRAL:
             bank,
         )
         kept = trained["stats"] if self.batch_stats == "private" else {}
-        return upload, Private(logits, kept, torch.ones_like(private.seen))
+        return upload, Private(logits, kept, trained["own"], torch.ones_like(private.seen))
 
     def contribution(self, upload: Upload) -> dict[str, Any]:
         # What was not sent counts nothing: its place in the sums is zero, and so is its weight.
@@ -365,8 +373,8 @@ class FLoRAL:
         return moved | {"base": base, "adapters": {"values": values}}
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
-        """The routes to the adapters as they are now, and running statistics for clients that have none yet."""
-        if private.stats:
+        """The routes to the adapters as they are now; for clients never seen, all else that they keep."""
+        if private.stats or private.own:
             private = settled(self, loss, message, private, data)
         if self.router.kind != "em":
             return private
@@ -377,7 +385,7 @@ class FLoRAL:
     def personalize(self, message: Message, private: Private) -> Params:
         probs = among(self._logits(message, private), message.alive).softmax(-1)
         mixed = mix(message.bank, message.base, message.adapters, probs, message.remainder)
-        return mixed | message.stats | private.stats
+        return mixed | message.stats | private.stats | private.own
 
     def mixture(self, message: Message, private: Private) -> Tensor:
         """(K, C) π: the client's own, or the oracle's; 0 for pruned adapters, the mean of all layers' routers."""
@@ -400,7 +408,7 @@ class FLoRAL:
 
     def _losses(self, loss: Loss, message: Message, private: Private, data: ClientData) -> LabelLosses:
         """With each received adapter alone; clients of unequal ranks have received other adapters."""
-        num_labels, stats = max(1, message.told.frequency.shape[1]), message.stats | private.stats
+        num_labels, stats = max(1, message.told.frequency.shape[1]), message.stats | private.stats | private.own
         if message.rank_share.dim() > 1:
             return losses_of(loss, each_alone(message), data, num_labels, stats, message.told.exploring)
         num_clients, some = len(data.clients), next(iter(message.adapters.values()))

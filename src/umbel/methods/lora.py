@@ -5,6 +5,7 @@
 They differ in which of u, A and B are trained, sent and averaged, and how.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from umbel.clients import ClientData
 from umbel.methods.protocol import Population
 from umbel.methods.server import Moments, ServerOptimizer
 from umbel.mixing import Change
-from umbel.model.loss import Loss, running_stats, trained_params
+from umbel.model.loss import Loss, named_by, running_stats, trained_params
 from umbel.seeds import generator
 from umbel.train import Groups, LocalTraining, local_train
 from umbel.tree import Params, state
@@ -52,9 +53,25 @@ class Upload:
     loss: Tensor  # (K,)
 
 
-def start(module: nn.Module, bank: Bank, freeze_base: bool, population: Population) -> tuple[Params, Params]:
-    """The base, and LoRA's own start of the whole adapter (leading axis 1), at which the model is the base."""
-    base = {} if freeze_base else trained_params(module, needed=False)
+def parted(module: nn.Module, freeze_base: bool, personal: Sequence[str]) -> tuple[Params, Params]:
+    """What the module trains: what is sent, and what patterns in `personal` keep with the client.
+
+    Of a frozen base only the second is trained.
+
+    Raises:
+        ModelError: a pattern names nothing that is trained.
+    """
+    trained = trained_params(module, needed=False)
+    stays = named_by(personal, trained, module)
+    own = {name: leaf for name, leaf in trained.items() if name in stays}
+    return {} if freeze_base else {name: leaf for name, leaf in trained.items() if name not in stays}, own
+
+
+def start(
+    module: nn.Module, bank: Bank, freeze_base: bool, population: Population, personal: Sequence[str] = ()
+) -> tuple[Params, Params]:
+    """The base that is sent, and LoRA's own start of the whole adapter (leading axis 1): the model is the base."""
+    base, _ = parted(module, freeze_base, personal)
     dtype = bank.dtype(module)
     drawn = bank.init(1, generator(population.seed, "adapters"), 0.0)
     return base, {name: leaf.to(dtype) for name, leaf in drawn.items()}
@@ -81,9 +98,15 @@ def adapted(bank: Bank, base: Params, adapter: Params, gates: bool = False) -> P
 
 
 def train(
-    loss: Loss, message: Message, own: Params, data: ClientData, local: LocalTraining, fixed: Params | None = None
+    loss: Loss,
+    message: Message,
+    own: Params,
+    data: ClientData,
+    local: LocalTraining,
+    fixed: Params | None = None,
+    head: Params | None = None,
 ) -> tuple[Groups, Upload]:
-    """What training made of the groups "base", "adapter", "stats" and `own`, and the upload of the first three.
+    """What training made of "base", "adapter", "stats", `own` and `head`, and the upload of the first three.
 
     Args:
         loss: of the module with its low-rank paths.
@@ -92,18 +115,21 @@ def train(
         data: what they train on.
         local: how.
         fixed: the part of the adapter that is not trained.
+        head: their own part of the base.
     """
 
     def objective(groups: Groups, batch: Any, _step: int) -> Tensor:
         adapter = groups["adapter"] | groups["own"] | (fixed or {})
-        return loss(adapted(message.bank, groups["base"], adapter, gates=True) | groups["stats"], batch)
+        mixed = adapted(message.bank, groups["base"], adapter, gates=True)
+        return loss(mixed | groups["head"] | groups["stats"], batch)
 
+    start = {"base": message.base, "adapter": message.adapter, "own": own, "head": head or {}}
     trained, mean_loss = local_train(
         objective,
-        {"base": message.base, "adapter": message.adapter, "own": own, "stats": message.stats},
+        start | {"stats": message.stats},
         data,
         local,
-        dict.fromkeys(("base", "adapter", "own"), local.lr),
+        dict.fromkeys(start, local.lr),
     )
     return trained, Upload(trained["base"], trained["adapter"], trained["stats"], data.weight, mean_loss)
 

@@ -80,8 +80,11 @@ def _rank_first(factor: Tensor, axis: int) -> Tensor:
     return factor.movedim(axis, 1).flatten(2).contiguous()
 
 
-def cross_losses(loss: Loss, models: Params, data: ClientData) -> Tensor:
-    """(K, N) the loss of each of the K clients' examples, the same for all, under each of the N models."""
+def cross_losses(loss: Loss, models: Params, data: ClientData, own: Params | None = None) -> Tensor:
+    """(K, N) the loss of each of the K clients' examples, the same for all, under each of the N models.
+
+    `own` (K, …) are tensors that are each client's own in all of them.
+    """
     some = next(iter(models.values()))
     places = max(1, data.examples.y[0].numel())
     rows = len(data.clients) * int(data.num_examples.max()) * places  # of one model in a forward pass
@@ -89,7 +92,7 @@ def cross_losses(loss: Loss, models: Params, data: ClientData) -> Tensor:
     parts = [
         {name: leaf[first : first + size] for name, leaf in models.items()} for first in range(0, len(some), size)
     ]
-    return torch.cat([losses_of(loss, part, data).mean for part in parts], 1)
+    return torch.cat([losses_of(loss, part, data, private=own).mean for part in parts], 1)
 
 
 @dataclass(frozen=True)

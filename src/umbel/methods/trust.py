@@ -26,7 +26,7 @@ from umbel.clients import ClientData
 from umbel.errors import RecipeError, RoundError
 from umbel.methods import lora, similarity, trusting
 from umbel.methods.protocol import Population, Refusals
-from umbel.methods.settling import choose
+from umbel.methods.settling import choose, settled
 from umbel.methods.similarity import Public
 from umbel.methods.trusting import Mix, Topology, figures_of, usable
 from umbel.mixing import Change
@@ -35,7 +35,7 @@ from umbel.seeds import generator
 from umbel.train import MOMENTS, Groups, LocalTraining, local_train, no_moments
 from umbel.tree import Params, state
 
-TRAINED = ("base", "adapter")  # parts of φ; the third, "stats", are BatchNorm's running statistics
+TRAINED = ("base", "adapter", "head")  # the first two are φ, with "stats", BatchNorm's running statistics
 
 
 @state
@@ -67,6 +67,8 @@ class Message:
 @state
 class Private:
     moments: Params  # (K, …) of AdamW
+    head: Params  # (K, …) `personal` tensors of the base
+    seen: Tensor  # (K,) 0 before the client's first round, 1 after it
 
 
 @state
@@ -74,6 +76,7 @@ class Served:
     """What a client has mixed for itself."""
 
     mixed: Groups  # (K, …)
+    head: Params  # (K, …)
     trust: Tensor  # (K, clients)
 
 
@@ -109,6 +112,7 @@ class Trust:
         keep_moments: AdamW goes on from round to round, whatever is mixed.
         shared_start: all begin with the same A.
         freeze_base: nothing but the adapter is trained.
+        personal: patterns of trained tensors that stay with the client and are mixed with nobody's.
     """
 
     adapter: AdapterPlan = field(default_factory=AdapterPlan)
@@ -129,6 +133,7 @@ class Trust:
     keep_moments: bool = True
     shared_start: bool = True
     freeze_base: bool = False
+    personal: tuple[str, ...] = ()
     mixes_clients: ClassVar[bool] = True
     refuses: ClassVar[Refusals] = {
         "sum": "whom a client trusts is found by comparing single adapters",
@@ -155,7 +160,7 @@ class Trust:
 
     def bank(self, module: nn.Module) -> Bank:
         """The plan of the adapter."""
-        return self.adapter.bank(module, self.local.batch_size, self.freeze_base)
+        return self.adapter.bank(module, self.local.batch_size, self.freeze_base, self.personal)
 
     def adapt(self, module: nn.Module) -> nn.Module:
         return with_paths(module, self.bank(module))
@@ -167,7 +172,8 @@ class Trust:
         if self.scheme == "predictions":
             public = similarity.public_of(module, population, self.mode == "paper", self.top)
             predictions = similarity.no_answers(public, next(module.parameters()).dtype, num_clients)
-        base, adapter = lora.start(module, bank, self.freeze_base, population)
+        base, adapter = lora.start(module, bank, self.freeze_base, population, self.personal)
+        head = tree.broadcast(lora.parted(module, self.freeze_base, self.personal)[1], 1)
         stats = {name: leaf.detach().clone() for name, leaf in running_stats(module).items()}
         held = tree.broadcast({"base": base, "adapter": adapter, "stats": stats}, num_clients)
         if not self.shared_start:
@@ -179,8 +185,8 @@ class Trust:
         known = trust, never, predictions, never.clone(), linked, group, rounds, figures_of(trust, group, never)
         shared = Shared(tree.map_tensors(torch.clone, held), *known, bank, public)
         kept = self.keep_moments and self.local.optimizer == "adamw"
-        first = {part: {name: leaf[:1] for name, leaf in held[part].items()} for part in TRAINED}
-        return shared, Private(no_moments(first) if kept else {})
+        first = {part: {name: leaf[:1] for name, leaf in held[part].items()} for part in ("base", "adapter")}
+        return shared, Private(no_moments(first | {"head": head}) if kept else {}, head, torch.zeros(1))
 
     def send(self, shared: Shared, clients: Tensor) -> Message:
         who, size = clients.to(shared.trust.device), len(clients)
@@ -200,8 +206,8 @@ class Trust:
     def client_update(
         self, loss: Loss, message: Message, private: Private, data: ClientData
     ) -> tuple[Upload, Private]:
-        train, served = self._split(data)[0], self.settle(loss, message, private, data)
-        start = {**self._served(message, served), MOMENTS: private.moments}
+        train, served = self._split(data)[0], self._mixed(loss, message, private, data)
+        start = {**self._served(message, served), "head": private.head, MOMENTS: private.moments}
         trained, mean_loss = local_train(
             lambda groups, batch, _step: loss(model_of(message.bank, groups, gates=True), batch),
             start if private.moments else {part: leaf for part, leaf in start.items() if part != MOMENTS},
@@ -209,14 +215,16 @@ class Trust:
             self.local,
             dict.fromkeys(TRAINED, self.local.lr),
         )
-        kept = trained.pop(MOMENTS, {})
+        kept, head = trained.pop(MOMENTS, {}), trained.pop("head")
         predictions = {}
         if message.public and (self.mixes(data.round) or data.round == 1):
             if self.mode == "umbel" and loss.name != "cross_entropy":
                 raise RecipeError("trust: predictions are probabilities; with this loss, take mode = 'paper'")
-            predictions = similarity.predicted(loss, model_of(message.bank, trained), message.public)
+            predictions = similarity.predicted(loss, model_of(message.bank, trained) | head, message.public)
         found = served.trust if isinstance(served, Served) else message.trust[:, :0]
-        return Upload(trained, predictions, found, message.client, mean_loss), Private(kept)
+        return Upload(trained, predictions, found, message.client, mean_loss), Private(
+            kept, head, torch.ones_like(private.seen)
+        )
 
     def contribution(self, upload: Upload) -> dict[str, Any]:
         return {}  # no sum over clients will do
@@ -242,19 +250,27 @@ class Trust:
         return replace(upload, adapters=adapters)
 
     def settle(self, loss: Loss, message: Message, private: Any, data: ClientData) -> Any:
+        """What a client that mixes for itself makes of what it received; a head for those never seen."""
+        if private.head:
+            private = settled(self, loss, message, private, data)
+        return self._mixed(loss, message, private, data)
+
+    def _mixed(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Any:
         """What a client that mixes for itself makes of what it received."""
         if not message.listens.shape[1]:
             return private
+        head = private.head
         held = tree.map_tensors(lambda leaf: leaf[0], message.everyone)
-        scores = -similarity.cross_losses(loss, model_of(message.bank, held), self._split(data)[1])
+        scores = -similarity.cross_losses(loss, model_of(message.bank, held), self._split(data)[1], head)
         if self.mode == "paper":
             scores = -(-scores.double()).exp()
         weights = self._weights(scores, message.listens, message.client).to(message.trust.dtype)
-        mixed = Served(trusting.combined(message.bank, held, weights, message.client, self.mix), weights)
-        return choose(message.listens.any(1), mixed, Served(self._served(message, None), message.trust))
+        mixed = Served(trusting.combined(message.bank, held, weights, message.client, self.mix), head, weights)
+        return choose(message.listens.any(1), mixed, Served(self._served(message, None), head, message.trust))
 
     def personalize(self, message: Message, private: Any) -> Params:
-        return model_of(message.bank, self._served(message, private))
+        own: Params = private.head
+        return model_of(message.bank, self._served(message, private)) | own
 
     def mixture(self, message: Message, private: Any) -> Tensor:
         return private.trust if isinstance(private, Served) else message.trust
@@ -318,5 +334,5 @@ class Trust:
 
 
 def model_of(bank: Bank, groups: Groups, gates: bool = False) -> Params:
-    """The tensors of K clients' models with their φ (K, …); `gates` see `mix`."""
-    return lora.adapted(bank, groups["base"], groups["adapter"], gates) | groups["stats"]
+    """The tensors of K clients' models with their φ (K, …), and heads that are there; `gates` see `mix`."""
+    return lora.adapted(bank, groups["base"], groups["adapter"], gates) | groups["stats"] | groups.get("head", {})

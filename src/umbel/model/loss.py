@@ -1,8 +1,9 @@
 """The loss of K clients at once: one module, K sets of tensors, K batches, K numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from typing import Literal
 
@@ -170,6 +171,22 @@ def trained_params(module: nn.Module, needed: bool = True) -> Params:
             f"use a method with adapters, such as floral"
         )
     return found
+
+
+def named_by(patterns: Sequence[str], names: Iterable[str], module: nn.Module) -> set[str]:
+    """Those of the module's tensors that a pattern (`*` matches anything) names.
+
+    Raises:
+        ModelError: a pattern names none.
+    """
+    known = list(names)
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in known):
+            raise ModelError(
+                f"personal: {pattern} matches no parameter of {type(module).__name__} that is trained; "
+                f"it has {', '.join(known) or 'none'}"
+            )
+    return {name for name in known if any(fnmatch(name, pattern) for pattern in patterns)}
 
 
 def running_stats(module: nn.Module) -> Params:
