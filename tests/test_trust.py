@@ -42,6 +42,7 @@ from umbel.schedule import Schedule
 from umbel.seeds import seeded
 from umbel.tasks import Task
 from umbel.tasks.digits import Digits
+from umbel.tasks.language import parts_of, shares_of
 from umbel.train import LocalTraining, local_train
 
 PLAN = AdapterPlan(2, ("linear", "bias"))
@@ -69,9 +70,12 @@ PUBLIC = torch.randn(7, 4, generator=torch.Generator().manual_seed(1)).double()
 class Run:
     """A few rounds with public inputs, each with clients of its own."""
 
-    def __init__(self, method, module=None, clients=None, chunk=64, public=PUBLIC, group=GROUP, seed=0):
+    def __init__(
+        self, method, module=None, clients=None, chunk=64, public=PUBLIC, group=GROUP, seed=0, shares=None
+    ):
         module, clients = module or net(), clients or labelled()
-        known = Population(len(clients), seed, None if group is None else group[: len(clients)], public=public)
+        group = None if group is None else group[: len(clients)]
+        known = Population(len(clients), seed, group, public=public, shares=shares)
         self.method, self.everyone = method, np.arange(len(clients))
         self.shared, fresh = method.init(module, known)
         self.store = PrivateStore(fresh, len(clients))
@@ -480,6 +484,23 @@ def test_evaluation_is_the_same_every_time():
 
 
 # The references.
+
+
+def test_an_oracle_of_mixed_clients_trusts_by_what_they_have_in_common():
+    parts = torch.tensor(
+        [[0.75, 0.25, 0.0], [0.25, 0.75, 0.0], [0.75, 0.25, 0.0], [0.25, 0.75, 0.0], [0.0, 0.0, 1.0]]
+    )
+    run = Run(Trust(PLAN, STEPS, "oracle", begin=1), shares=parts).go()
+    common = (parts @ parts.T).double()
+    assert_close(run.shared.trust.double(), common / common.sum(1, keepdim=True), atol=1e-6, rtol=0)
+    assert run.shared.trust[0, :4].tolist() == pytest.approx([0.3125, 0.1875, 0.3125, 0.1875])  # as published
+
+
+@pytest.mark.parametrize("heterogeneity", ["specific", "mixed"])
+def test_tasks_of_texts_say_what_part_of_a_client_is_of_which_category(heterogeneity):
+    parts = parts_of(shares_of(3, 2, heterogeneity, paired=False))
+    assert parts.sum(1).tolist() == [1.0] * 6
+    assert sorted(parts[0].tolist()) == ([0.0, 0.0, 1.0] if heterogeneity == "specific" else [0.0, 0.25, 0.75])
 
 
 def test_the_oracles_rows_are_even_within_the_group_and_sum_to_1():

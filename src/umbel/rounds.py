@@ -127,7 +127,16 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
     group = None if task.group is None or task.serves is not None else task.group.cpu()
     shared, fresh = method.init(
         model,
-        Population(task.num_clients, schedule.seed, group, num_rounds, task.num_labels, task.public, task.owner),
+        Population(
+            task.num_clients,
+            schedule.seed,
+            group,
+            num_rounds,
+            task.num_labels,
+            task.public,
+            task.owner,
+            None if task.shares is None else task.shares.cpu(),
+        ),
     )
     shared, fresh = (tree.map_tensors(lambda leaf: leaf.to(device), state) for state in (shared, fresh))
     module = stackable(seed_dropout(method.adapt(model))).to(device)

@@ -35,6 +35,7 @@ class Population:
     num_labels: int = 1  # of a classification; 1 where targets are something else
     public: Tensor | None = None  # (P, …) inputs that everyone has
     owner: Tensor | None = None  # (clients,) whose slot each client is; None: everyone its own
+    shares: Tensor | None = None  # (clients, categories) D, where a benchmark knows it; only oracles look at it
 
 
 class Method(Protocol):

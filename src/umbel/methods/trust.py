@@ -46,7 +46,8 @@ class Shared:
     predictions: Params  # (clients, M, k) on the public inputs
     predicted: Tensor  # (clients,) int64 the round they are of; 0: none yet
     linked: Tensor  # (clients, clients) bool, who may listen to whom
-    group: Tensor  # (clients,) int64 the hidden truth, for oracles and figures; (0,) where there is none
+    group: Tensor  # (clients,) int64 the hidden truth, for figures; (0,) where there is none
+    likeness: Tensor  # (clients, clients) D Dᵀ, for the oracle; (0, 0) for all others
     round: Tensor  # () int64 rounds done
     figures: dict[str, Tensor]
     bank: Bank
@@ -94,7 +95,8 @@ class Trust:
     """every client mixes its adapter with those of the clients that it trusts (Wagner et al. 2024).
 
     Attributes:
-        scheme: what trust is made of; "oracle" trusts its own group evenly, "uniform" everyone, "none" itself.
+        scheme: what trust is made of; "oracle" trusts by D Dᵀ of the clients' true categories, a client's group
+            evenly where each has one; "uniform" everyone, "none" itself.
         mode: "paper" has the published formulas at T = 1, "umbel" ours.
         temperature: T of "umbel": in cosines, in units of the loss, or as a share of a row's mean divergence;
             0: the scheme's own, 0.3 of "validation" and 0.1 of the others.
@@ -182,8 +184,10 @@ class Trust:
         never = torch.zeros(num_clients, dtype=torch.long)
         group = population.group if population.group is not None else torch.empty(0, dtype=torch.long)
         trust, rounds = torch.eye(num_clients), torch.zeros((), dtype=torch.long)
-        known = trust, never, predictions, never.clone(), linked, group, rounds, figures_of(trust, group, never)
-        shared = Shared(tree.map_tensors(torch.clone, held), *known, bank, public)
+        likeness = trusting.likeness_of(population) if self.scheme == "oracle" else torch.empty(0, 0)
+        known = trust, never, predictions, never.clone(), linked, group, likeness, rounds
+        figures = figures_of(trust, group, never)
+        shared = Shared(tree.map_tensors(torch.clone, held), *known, figures, bank, public)
         kept = self.keep_moments and self.local.optimizer == "adamw"
         first = {part: {name: leaf[:1] for name, leaf in held[part].items()} for part in ("base", "adapter")}
         return shared, Private(no_moments(first | {"head": head}) if kept else {}, head, torch.zeros(1))
@@ -313,12 +317,14 @@ class Trust:
             if self.mode == "umbel":
                 return -similarity.divergences(answers, new.public.num_labels)
             return similarity.published_scores(similarity.logit_distances(answers, new.public.num_labels))
+        if self.scheme == "oracle":
+            return new.likeness[some.unsqueeze(1), some].log()
         return torch.zeros(len(some), len(some))  # all whom it may listen to are alike
 
     def _weights(self, scores: Tensor, allowed: Tensor, own: Tensor) -> Tensor:
         """(K, clients) rows of W."""
         temperature: Tensor | float = 1.0
-        if self.mode == "umbel":
+        if self.mode == "umbel" and self.scheme != "oracle":
             if self.scheme in ("weights", "predictions"):
                 scores = trusting.nearest_for_own(scores, allowed, own)
             relative = self.scheme == "predictions"

@@ -106,10 +106,22 @@ def linked_of(scheme: str, topology: Topology, population: Population) -> Tensor
                 )
             linked[pair[0], pair[1]] = linked[pair[1], pair[0]] = True
     if scheme == "oracle":
-        if population.group is None:
+        if population.group is None and population.shares is None:
             raise RecipeError("scheme = 'oracle' needs a task with known groups; this one has none")
-        linked &= population.group.unsqueeze(0) == population.group.unsqueeze(1)
+        linked &= likeness_of(population) > 0
     return linked
+
+
+def likeness_of(population: Population) -> Tensor:
+    """(clients, clients) what an oracle's trust is in proportion to: D Dᵀ, or who is in whose group.
+
+    It is (0, 0) where neither mixtures nor groups are known.
+    """
+    if population.shares is not None:
+        return population.shares @ population.shares.T
+    if population.group is None:
+        return torch.empty(0, 0)
+    return (population.group.unsqueeze(0) == population.group.unsqueeze(1)).float()
 
 
 def _edges(topology: Topology, size: int) -> Iterable[tuple[int, int]]:

@@ -16,7 +16,7 @@ from umbel.clients import Examples
 from umbel.errors import RecipeError
 from umbel.model.pretrained import Kind, Pretrained
 from umbel.tasks.bases import Precision, load_pretrained
-from umbel.tasks.language import Heterogeneity, Reader, Windows, shares_of
+from umbel.tasks.language import Heterogeneity, Reader, Windows, parts_of, shares_of
 from umbel.tasks.task import Task
 from umbel.tasks.texts import CLASSES, Document, news
 from umbel.tasks.tokens import Tokenizer
@@ -52,9 +52,9 @@ class AGNews:
             train, test, public = self._labelled(shares, tokenizer, model, seed)
         else:
             train, test, public = self._windows.of(news(), shares, tokenizer, seed)
-        group = torch.from_numpy(shares.argmax(1))
+        group, parts = torch.from_numpy(shares.argmax(1)), parts_of(shares)
         name = f"ag_news/{self.task}/{self.heterogeneity}"
-        return Task(name, model, "cross_entropy", train, test, group, public=public)
+        return Task(name, model, "cross_entropy", train, test, group, public=public, shares=parts)
 
     def _labelled(
         self, shares: np.ndarray, tokenizer: Tokenizer, model: Pretrained, seed: int

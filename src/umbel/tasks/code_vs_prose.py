@@ -12,7 +12,7 @@ import torch
 
 from umbel.errors import RecipeError
 from umbel.tasks.bases import Precision, load_pretrained
-from umbel.tasks.language import Heterogeneity, Windows, shares_of
+from umbel.tasks.language import Heterogeneity, Windows, parts_of, shares_of
 from umbel.tasks.task import Task
 from umbel.tasks.texts import articles, modules
 from umbel.tasks.tokens import Tokenizer
@@ -41,10 +41,9 @@ class CodeVsProse:
         shares = shares_of(2, self.clients_per_kind, self.heterogeneity, paired=True)
         train, test, public = self._windows.of([modules(), articles()], shares, Tokenizer(self.base), seed)
         model = load_pretrained(self.base, "causal_lm", precision=self.precision, bits=self.bits)
-        group = torch.from_numpy(shares.argmax(1))
-        return Task(
-            f"code_vs_prose/{self.heterogeneity}", model, "cross_entropy", train, test, group, public=public
-        )
+        group, parts = torch.from_numpy(shares.argmax(1)), parts_of(shares)
+        name = f"code_vs_prose/{self.heterogeneity}"
+        return Task(name, model, "cross_entropy", train, test, group, public=public, shares=parts)
 
     @property
     def _windows(self) -> Windows:

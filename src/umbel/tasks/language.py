@@ -201,6 +201,11 @@ def shares_of(num_categories: int, per_category: int, heterogeneity: Heterogenei
     return shares
 
 
+def parts_of(shares: np.ndarray) -> Tensor:
+    """(clients, categories) float32 D, the part of a client's windows that is of each category."""
+    return torch.from_numpy(shares / shares.sum(1, keepdims=True)).float()
+
+
 def _key(document: Document) -> tuple[str, int]:
     return document.source, document.number
 

@@ -13,7 +13,7 @@ import torch
 
 from umbel.errors import RecipeError
 from umbel.tasks.bases import Precision, load_pretrained
-from umbel.tasks.language import Heterogeneity, Windows, shares_of
+from umbel.tasks.language import Heterogeneity, Windows, parts_of, shares_of
 from umbel.tasks.task import Task
 from umbel.tasks.texts import CAPTION_LANGUAGES, PARAGRAPH_LANGUAGES, Document, captions, paragraphs
 from umbel.tasks.tokens import Tokenizer
@@ -56,10 +56,9 @@ class Multilingual:
         categories = [own_documents(self.text, language) for language in self.languages]
         train, test, public = self._windows.of(categories, shares, Tokenizer(self.base), seed)
         model = load_pretrained(self.base, "causal_lm", precision=self.precision, bits=self.bits)
-        group = torch.from_numpy(shares.argmax(1))
-        return Task(
-            f"multilingual/{self.heterogeneity}", model, "cross_entropy", train, test, group, public=public
-        )
+        group, parts = torch.from_numpy(shares.argmax(1)), parts_of(shares)
+        name = f"multilingual/{self.heterogeneity}"
+        return Task(name, model, "cross_entropy", train, test, group, public=public, shares=parts)
 
     @property
     def _windows(self) -> Windows:

@@ -38,4 +38,4 @@ def pooled(task: Task) -> Task:
     index = torch.from_numpy(np.concatenate(rows)).to(train.x.device)
     start = np.concatenate([[0], count.cumsum()[:-1]])
     whole = Examples(train.x[index], train.y[index], start, count, np.bincount(serves))
-    return replace(task, train=whole, owner=None, serves=torch.from_numpy(serves))
+    return replace(task, train=whole, owner=None, serves=torch.from_numpy(serves), shares=None)

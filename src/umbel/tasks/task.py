@@ -24,6 +24,8 @@ class Task:
         augment: changes the inputs of training batches at random, never those of test data.
         public: (P, …) inputs that everyone has.
         owner: (clients,) whose slot each client is; None: everyone its own.
+        shares: (clients, categories) float32, what part of a client's data is of which category; rows
+            sum to 1. Only oracles look at it.
         serves: (tests,) whose model answers each test set, whose group `group` then is; None: there is a test set
             for each client.
     """
@@ -38,6 +40,7 @@ class Task:
     public: Tensor | None = None
     owner: Tensor | None = None
     serves: Tensor | None = None
+    shares: Tensor | None = None
 
     def __post_init__(self) -> None:
         tested = self.test.num_clients if self.serves is None else int(self.serves.max()) + 1
