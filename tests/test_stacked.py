@@ -1,6 +1,7 @@
 """Layers with a leading client axis: the rows of many clients in one pass are what each client alone computes."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +9,17 @@ from torch import nn
 from torch.func import functional_call
 from torch.testing import assert_close
 
+import umbel
+from umbel.cohort import PROBED_STEPS, Cohort, Engine
+from umbel.methods import FedAvg
 from umbel.model.dropout import KEY, seed_dropout
 from umbel.model.loss import Loss
 from umbel.model.nets import CharLSTM, CharTransformer, cifar10_cnn, mlp
 from umbel.model.stacked import linear, low_rank, stackable, takes_client_axis
+from umbel.rounds import start
+from umbel.schedule import Schedule
 from umbel.seeds import seeded
+from umbel.train import LocalTraining
 
 K, B = 3, 4
 
@@ -143,3 +150,24 @@ def test_a_module_whose_rows_may_meet_goes_another_way():
 def test_an_mlp_is_taken_whole():
     module = stackable(mlp(6, 5, 3))
     assert takes_client_axis(module) == {name for name, _ in module.named_parameters()}
+
+
+def test_whether_to_stack_is_tried_on_a_few_steps_however_long_a_round_is(monkeypatch):
+    steps, update = [], Cohort.update
+
+    def spied(cohort, *rest):
+        steps.append(cohort.method.local.steps)
+        return update(cohort, *rest)
+
+    clients = [(torch.randn(40, 3), torch.randint(0, 2, (40,))) for _ in range(4)]
+    task = umbel.task_of(nn.Linear(3, 2), clients)
+    local = LocalTraining(lr=0.1, batch_size=4, epochs=50)
+    method, schedule = FedAvg(local), Schedule(rounds=1)
+    monkeypatch.setattr(Cohort, "cost", lambda *_: None)
+    monkeypatch.setattr(Cohort, "update", spied)
+    start(task, method, schedule, Engine())
+    assert steps
+    assert set(steps) == {PROBED_STEPS}
+    steps.clear()
+    start(task, replace(method, local=replace(local, epochs=1, batch_size=40)), schedule, Engine())
+    assert set(steps) == {0}  # one step is few enough

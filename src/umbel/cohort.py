@@ -25,6 +25,8 @@ from umbel.weighting import Weighting
 
 COUNTED_BATCH = 64  # examples in a batch whose work is counted, at most
 PROBED_CLIENTS = 8  # how many clients `auto` times, stacked and looped
+PROBED_STEPS = 3
+PROBED_SECONDS = 2.0  # after which a trial is not repeated
 
 
 @dataclass(frozen=True)
@@ -369,24 +371,31 @@ class Tally:
 def chunk_size(engine: Engine, cohort: Cohort, shared: Any, store: PrivateStore, clients: np.ndarray) -> int:
     """How many clients to stack: what the engine's settings say, or what is faster on this machine.
 
-    Nothing is changed: a method's functions are pure, so a trial leaves no trace.
+    Nothing is changed: a method's functions are pure, so a trial leaves no trace. It is of a few steps only.
     """
     if engine.mode == "looped" or len(clients) == 1:
         return 1
-    chunk = engine.chunk or _fitting(engine, cohort, shared, store, clients)
+    local: Any = cohort.method.local
+    if _num_steps(cohort, clients[:1]) > PROBED_STEPS:
+        local = replace(local, epochs=1, steps=PROBED_STEPS)
+    brief = replace(cohort, method=replace(cohort.method, local=local))  # type: ignore[type-var]
+    chunk = engine.chunk or _fitting(engine, brief, shared, store, clients)
     if engine.mode == "stacked" or chunk == 1:
         return chunk
     trial = clients[: min(PROBED_CLIENTS, chunk)]
 
     def seconds(size: int) -> float:
         parts = [trial[i : i + size] for i in range(0, len(trial), size)]
-        best = float("inf")
+        best, spent = float("inf"), 0.0
         for _ in range(3):
             begin = perf_counter()
             for part in parts:
-                upload, _ = cohort.update(shared, store, part, 1)
+                upload, _ = brief.update(shared, store, part, 1)
                 float(upload.loss.sum())  # waits for a GPU to finish
-            best = min(best, perf_counter() - begin)
+            took = perf_counter() - begin
+            best, spent = min(best, took), spent + took
+            if spent > PROBED_SECONDS:
+                break
         return best
 
     looped = seconds(1)
@@ -394,6 +403,13 @@ def chunk_size(engine: Engine, cohort: Cohort, shared: Any, store: PrivateStore,
         return chunk if seconds(len(trial)) <= looped else 1
     except ModelError:  # a layer that cannot be stacked
         return 1
+
+
+def _num_steps(cohort: Cohort, clients: np.ndarray) -> int:
+    """The steps of these clients' round, of the one that has most."""
+    local = cohort.method.local
+    data = ClientData(cohort.train, clients, cohort.seed, 1)
+    return data.num_steps(local.batch_size, local.epochs, local.steps)
 
 
 def _fitting(engine: Engine, cohort: Cohort, shared: Any, store: PrivateStore, clients: np.ndarray) -> int:
@@ -408,7 +424,5 @@ def _fitting(engine: Engine, cohort: Cohort, shared: Any, store: PrivateStore, c
     one = clients[:1]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda leaf: leaf):
         upload, private = cohort.update(shared, store, one, 1)
-    local = cohort.method.local
-    steps = ClientData(cohort.train, one, cohort.seed, 1).num_steps(local.batch_size, local.epochs, local.steps)
-    per_client = 4 * (tree.row_bytes(upload) + tree.row_bytes(private)) + 2 * saved // steps
+    per_client = 4 * (tree.row_bytes(upload) + tree.row_bytes(private)) + 2 * saved // _num_steps(cohort, one)
     return int(max(1, min(len(clients), engine.memory_gb * 1e9 // max(1, per_client))))

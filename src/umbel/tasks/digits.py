@@ -29,6 +29,7 @@ class Digits:
     num_groups: int = 4
     test_fraction: float = 0.3
     hidden: int = 64
+    batch_norm: bool = False  # behind the hidden layer
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_groups <= 4 or not 1 <= self.num_clients <= 400:
@@ -48,7 +49,9 @@ class Digits:
             clients.append(self._seen_by(client % self.num_groups, images[rows], labels[rows]))
         train, test = split(Examples.of(clients), self.test_fraction, seed)
         with seeded(seed, "model"):
-            model = nn.Sequential(nn.Flatten(), nn.Linear(64, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 10))
+            norm = [nn.BatchNorm1d(self.hidden)] if self.batch_norm else []
+            hidden, head = nn.Linear(64, self.hidden), nn.Linear(self.hidden, 10)
+            model = nn.Sequential(nn.Flatten(), hidden, *norm, nn.ReLU(), head)
         group = torch.from_numpy(np.arange(self.num_clients) % self.num_groups)
         return Task(f"digits/{self.variant}", model, "cross_entropy", train, test, group)
 
