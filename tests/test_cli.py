@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -413,15 +414,86 @@ def test_a_search_tries_every_method_with_every_point_on_training_examples():
     again = umbel("tune", *SEARCH, "--seeds", "100,101")
     assert "on 25 % of each client's training examples, by local.lr" in again.stdout
     best = found["methods"][1]["chosen"]["local.lr"]
-    assert f"[method.floral]  local.lr = {best}" in again.stdout
+    assert f"[method.floral]\nlocal.lr = {best}" in again.stdout
+    assert umbel("resume", "runs/tune-digits", "-q").stdout == again.stdout
+    told = again.stdout.partition("into the recipe:")[2]
+    assert tomllib.loads(told)["method"]["fedavg"] == {"local": {"lr": found["methods"][0]["chosen"]["local.lr"]}}
+
+
+def test_a_search_of_lists_and_names_is_told_as_a_recipe_has_it():
+    args = ("digits", "--methods", "floral", "--rounds=2", "-q", '--search.router.kind=["em","gradient"]')
+    layers = '--search.adapter.targets=[["*1.weight"],["?.weight"],["*"],["?.*"],["1.*"]]'
+    shown = umbel("tune", *args, layers, "--json", "found.json").stdout
+    found = json.loads(Path("found.json").read_text())["methods"][0]
+    assert len(found["scores"]) == 10
+    assert len(list(Path("runs/tune-digits").glob("*/run.json"))) == 10  # no two of them in one folder
+    written = tomllib.loads(shown.partition("into the recipe:")[2])["method"]["floral"]
+    assert written == {
+        "router": {"kind": found["chosen"]["router.kind"]},
+        "adapter": {"targets": found["chosen"]["adapter.targets"]},
+    }
+    assert "router.kind / adapter.targets" in shown  # ten points are rows, not columns
+
+
+def test_what_diverged_is_not_chosen_for_its_last_finite_score():
+    args = (
+        "synthetic_linear",
+        "--methods",
+        "fedavg",
+        "--rounds=30",
+        "--evaluate_every=5",
+        "-q",
+        "--seeds",
+        "100,101",
+    )
+    result = umbel("tune", *args, "--search.local.lr=[0.001,30.0]", "--json", "found.json", code=2)
+    assert "not every seed's run came to its end" in result.stdout
+    (found,) = json.loads(Path("found.json").read_text())["methods"]
+    assert found["scores"][1]["mean"] is None
+    assert found["chosen"] == {"local.lr": 0.001}
+
+
+def test_a_search_in_which_nothing_has_a_score_is_told_and_others_are_shown():
+    Path("bad.toml").write_text("""
+rounds = 10
+evaluate_every = 5
+[task]
+name = "synthetic_linear"
+[method.fedavg]
+[search]
+local.lr = [1e30, 1e31]
+""")
+    Path("good.toml").write_text(Path("bad.toml").read_text().replace("1e30, 1e31", "0.01, 0.02"))
+    shown = umbel("tune", "bad.toml", "good.toml", "-q", "--json", "found.json", code=2).stdout
+    assert "no run has a score" in shown
+    cells = json.loads(Path("found.json").read_text())["cells"]
+    assert [cell["methods"][0]["chosen"] is None for cell in cells] == [True, False]
+
+
+def test_only_a_search_takes_what_is_to_be_searched():
+    assert "--search.local.lr" in error("run", "digits", "--method", "fedavg", "--search.local.lr=[0.1,1]")
+    assert "--search.local.lr" in error("compare", "digits", "--search.local.lr=[0.1,1]")
+
+
+def test_reading_a_recipe_forms_no_grid():
+    table = {"task": {"name": "digits"}, "method": {"local": {}}}
+    table["search"] = {f"k{n}": [0, 1] for n in range(60)}
+    assert recipe.read(table, "local").label == "local"
 
 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
         ((), "digits has no [search] table"),
-        (("--search.local.lr=0.1",), "search.local.lr: a list of the values to try"),
-        (("--search.local.lr=[0.1]",), "search.local.lr: a list of the values to try"),
+        (("--search.local.lr=0.1",), "search.local.lr: a list of values to try"),
+        (("--search.local.lr=[0.1]",), "search.local.lr: a list of values to try"),
+        (("--search.local.lr=[0.1,0.1]",), "search.local.lr: a list of values to try, each once"),
+        (('--search.like=["fedavg","local"]',), "search.like: methods are compared"),
+        (("--search.local.lr=[0.1,1]", "--validation=0"), "validation = 0 would search on test examples"),
+        (
+            [f"--search.local.{key}={list(range(1, 12))}" for key in ("batch_size", "epochs", "steps")],
+            "search: up to local.steps there are 1,331 points",
+        ),
         (("--search.local.rl=[0.1,1]",), "search, for local: local.rl: there is no such setting"),
         (("--search.local.lr=[0.1,1]", "--validation=1"), "validation must be in [0, 1)"),
     ],

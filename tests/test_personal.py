@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from simulate import StoppedError, simulate, stop_after
 from umbel import tree
@@ -16,6 +17,7 @@ from umbel.errors import ModelError, RecipeError
 from umbel.methods import FedIT, FedSALoRA, FFALoRA, FLoRAL, Population, Trust
 from umbel.methods.routing import Router
 from umbel.model.loss import Loss
+from umbel.model.pretrained import of_transformers
 from umbel.onboarding import onboard
 from umbel.runs import resume, run
 from umbel.schedule import Schedule
@@ -100,6 +102,20 @@ def test_personal_heads_fit_clients_whose_labels_are_turned(method):
     assert with_own > 75
     if not isinstance(method, FLoRAL | Trust | FedSALoRA):  # those have other ways to tell clients apart
         assert without < with_own - 10
+
+
+def test_heads_of_pretrained_models_are_named_with_a_star():
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "vocab_size": 9,
+    }
+    bert = of_transformers(BertForSequenceClassification(BertConfig(**sizes, num_labels=2)))
+    method = FLoRAL(2, AdapterPlan(peft={"r": 2, "target_modules": ["query"]}), personal=("*classifier.*",))
+    _, private = method.init(bert, Population(2, 0))
+    assert set(private.own) == {"model.classifier.weight", "model.classifier.bias"}
 
 
 def test_what_is_frozen_stays_and_the_head_beside_it_is_trained():

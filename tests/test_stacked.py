@@ -169,5 +169,11 @@ def test_whether_to_stack_is_tried_on_a_few_steps_however_long_a_round_is(monkey
     assert steps
     assert set(steps) == {PROBED_STEPS}
     steps.clear()
+    few = umbel.task_of(nn.Linear(3, 2), [tuple(part[:12] for part in clients[0]), *clients[1:]])
+    start(
+        few, replace(method, local=replace(local, epochs=1)), schedule, Engine()
+    )  # the first client has three steps
+    assert set(steps) == {PROBED_STEPS}
+    steps.clear()
     start(task, replace(method, local=replace(local, epochs=1, batch_size=40)), schedule, Engine())
     assert set(steps) == {0}  # one step is few enough

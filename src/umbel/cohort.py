@@ -376,7 +376,7 @@ def chunk_size(engine: Engine, cohort: Cohort, shared: Any, store: PrivateStore,
     if engine.mode == "looped" or len(clients) == 1:
         return 1
     local: Any = cohort.method.local
-    if _num_steps(cohort, clients[:1]) > PROBED_STEPS:
+    if _num_steps(cohort, clients) > PROBED_STEPS:
         local = replace(local, epochs=1, steps=PROBED_STEPS)
     brief = replace(cohort, method=replace(cohort.method, local=local))  # type: ignore[type-var]
     chunk = engine.chunk or _fitting(engine, brief, shared, store, clients)

@@ -154,7 +154,8 @@ class RunFolder:
                 continue
             if identity != self.identity:
                 raise RunFolderError(
-                    f"{file} is a checkpoint of another recipe; resume with the recipe.toml it was started with"
+                    f"{file} is a checkpoint of another recipe or of another version of umbel, with other "
+                    f"settings; resume with the recipe.toml and the version it was started with"
                 )
             if not file.is_file() or _digest(file) != digest:
                 refused.append(f"{file} is damaged: it does not match its checksum")

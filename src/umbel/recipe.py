@@ -22,7 +22,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from importlib.resources import files
-from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -171,17 +170,19 @@ def published(table: Table) -> dict[str, tuple[float, float | None]]:
     return found
 
 
-def searched(table: Table) -> list[Table]:
-    """The points of [search], each the settings of a method by dotted name, in the order of the values.
+def searched(table: Table) -> dict[str, list[Any]]:
+    """The values of [search] that are to be tried, by the dotted name of a method's setting.
 
     Raises:
-        RecipeError: a setting has no list of two or more values.
+        RecipeError: a setting has no list of two or more values, or is not one to be searched.
     """
     grid = dict(_leaves(table.get("search", {}), ""))
     for key, values in grid.items():
-        if not isinstance(values, list) or len(values) < 2:
-            raise RecipeError(f"search.{key}: a list of the values to try is wanted (it is {values!r})")
-    return [dict(zip(grid, point, strict=True)) for point in product(*grid.values())] if grid else []
+        if key in ("like", "name"):
+            raise RecipeError(f"search.{key}: methods are compared, not searched; name them with --methods")
+        if not isinstance(values, list) or len(values) < 2 or any(values.count(value) > 1 for value in values):
+            raise RecipeError(f"search.{key}: a list of values to try, each once, is wanted (it is {values!r})")
+    return grid
 
 
 def put(table: Table, key: str, value: Any) -> None:

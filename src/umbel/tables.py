@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
@@ -12,6 +13,8 @@ from umbel.folder import ONBOARDING, read_json, read_lines
 from umbel.untrusted import toml_of
 
 COMPARISON = "compare.toml"  # in the folder of a comparison: what `umbel compare` was asked for
+LONGEST_NAME = 120  # of a run's folder, without the seed
+PLAIN = "-_. ="  # what may be in a label, beside letters and digits, and is no reason to mark its folder
 PLACES = ("seed", "engine", "checkpoint_every")  # settings that may differ within a group
 
 
@@ -402,7 +405,10 @@ def _below(folder: Path) -> list[Path]:
 
 def run_name(label: str, seed: int) -> str:
     """What the run's folder is called in a comparison."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in label) + f"-seed{seed}"
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in label)
+    if len(name) > LONGEST_NAME or any(c not in PLAIN for c in label if not c.isalnum()):
+        name = f"{name[:LONGEST_NAME]}-{sha256(label.encode()).hexdigest()[:8]}"  # labels may differ there only
+    return f"{name}-seed{seed}"
 
 
 def _rounds(path: Path) -> list[dict[str, Any]]:

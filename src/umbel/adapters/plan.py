@@ -96,9 +96,10 @@ class AdapterPlan:
         )
         updates = tuple(update for update in additive if update.name in first)
         if not parts and not updates:
+            apart = f", and is not personal ({', '.join(left)})" if left else ""
             raise ModelError(
                 f"no parameter of {type(module).__name__} is of the kinds {', '.join(self.layers)} and matches "
-                f"{', '.join(self.targets)}; set adapter.layers or adapter.targets"
+                f"{', '.join(self.targets)}{apart}; set adapter.layers or adapter.targets"
             )
         merged = [part.name for part in parts if not part.factored] + [update.name for update in updates]
         untrained = [name for name in merged if freeze or not first[name].requires_grad]

@@ -16,6 +16,7 @@ from umbel.cli.options import (
     Quiet,
     RecipeName,
     RecipeNames,
+    Searching,
     Workers,
     chosen_label,
     numbers_of,
@@ -176,7 +177,7 @@ def compare(
     comparing.go(folder, cells, workers, as_json, quiet)
 
 
-@app.command(cls=Overridable)
+@app.command(cls=Searching)
 def tune(
     ctx: typer.Context,
     recipes: RecipeNames,
@@ -216,7 +217,7 @@ def tune(
 
 @app.command(cls=Command)
 def resume(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of a run or of a comparison.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of a run, a comparison or a search.")],
     workers: Workers = 0,
     as_json: Json = None,
     quiet: Quiet = False,
@@ -228,7 +229,7 @@ def resume(
     Example: umbel resume runs/compare-digits
     """
     with told(folder):
-        from umbel.cli import comparing
+        from umbel.cli import comparing, tuning
         from umbel.tables import COMPARISON, read_run
 
         if not (folder / COMPARISON).is_file():
@@ -237,7 +238,8 @@ def resume(
             show_run(folder, known.label, known.seed, result, as_json)
             return
         cells = comparing.begun(folder)
-    comparing.go(folder, cells, workers, as_json, quiet)
+        searching = all(map(tuning.is_search, cells.values()))
+    (tuning if searching else comparing).go(folder, cells, workers, as_json, quiet)
 
 
 @app.command(cls=Command)

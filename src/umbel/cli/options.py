@@ -13,7 +13,7 @@ from umbel.errors import RecipeError
 from umbel.schedule import ARRANGED, Schedule
 
 # Of a recipe; whatever else there is is a field of Schedule.
-TABLES = ("task", "engine", "method", "local", "search", *ARRANGED)
+TABLES = ("task", "engine", "method", "local", *ARRANGED)
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe's name (umbel tasks lists them) or a .toml file.")
@@ -52,12 +52,20 @@ class Command(TyperCommand):
 class Overridable(Command):
     """A command that also takes a recipe's settings as options, --a.b=c or --a.b c; they end up in `ctx.args`."""
 
+    tables = TABLES
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         known = {name for option in self.params for name in (*option.opts, *option.secondary_opts)}
-        kept, overrides = split_overrides(args, known | set(ctx.help_option_names))
+        kept, overrides = split_overrides(args, known | set(ctx.help_option_names), self.tables)
         rest = super().parse_args(ctx, kept)
         ctx.args = overrides
         return rest
+
+
+class Searching(Overridable):
+    """One that takes what a search tries as well."""
+
+    tables = (*TABLES, "search")
 
 
 def with_json_place(args: Sequence[str]) -> list[str]:
@@ -72,7 +80,9 @@ def with_json_place(args: Sequence[str]) -> list[str]:
     return placed
 
 
-def split_overrides(args: Sequence[str], known: set[str]) -> tuple[list[str], list[str]]:
+def split_overrides(
+    args: Sequence[str], known: set[str], tables: Sequence[str] = TABLES
+) -> tuple[list[str], list[str]]:
     """The arguments that the command itself knows, and the recipe's settings as "a.b=c".
 
     An option that is neither ends the program, naming the nearest one.
@@ -88,7 +98,7 @@ def split_overrides(args: Sequence[str], known: set[str]) -> tuple[list[str], li
         if not arg.startswith("--") or name in known:
             kept.append(arg)
             continue
-        _check_name(name, known)
+        _check_name(name, known, tables)
         if not equals:
             if not rest or rest[0].startswith("--"):
                 fail(f"{name} needs a value: {name}=…")
@@ -157,15 +167,15 @@ def _lineage(table: dict[str, Any], label: str) -> list[str]:
         found.append(like)
 
 
-def _check_name(name: str, known: set[str]) -> None:
+def _check_name(name: str, known: set[str], tables: Sequence[str]) -> None:
     """Ends the program if "--name" is no option and cannot be a setting of a recipe."""
     first, *rest = name.removeprefix("--").split(".")
-    plain = {field.name for field in fields(Schedule)} - set(TABLES)
-    if (first in TABLES and rest) or (first in plain and not rest):
+    plain = {field.name for field in fields(Schedule)} - set(tables)
+    if (first in tables and rest) or (first in plain and not rest):
         return
-    if first in TABLES:
+    if first in tables:
         fail(f"{name} is a table of settings; give one of them: {name}.SETTING=…")
-    options = sorted(known | {f"--{key}" for key in plain} | {f"--{key}.…" for key in TABLES})
+    options = sorted(known | {f"--{key}" for key in plain} | {f"--{key}.…" for key in tables})
     near = get_close_matches(name, options, n=1)
     meant = (
         f"did you mean {near[0]}?" if near else f"there are {', '.join(o for o in options if o.startswith('--'))}"

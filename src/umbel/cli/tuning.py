@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import isfinite
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from umbel.tables import Column, Group, Spread
 
 FRACTION = 0.25  # of each client's training examples, to test on
+MOST_POINTS = 1000
+MOST_COLUMNS = 8  # of a table; more points are its rows
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Found:
 
     label: str
     points: "list[Table]"  # settings by dotted name
-    scores: "list[Spread | None]"  # None where no run has a finite score
+    scores: "list[Spread | None]"  # None where not every seed's run came to its end with a finite score
     chosen: int | None  # the best mean's place; the first of them where several are best
 
     def edges(self, grid: "dict[str, list[Any]]") -> list[str]:
@@ -59,6 +63,11 @@ def default_folder(asked: Sequence[Asked]) -> Path:
     return folder.with_name(f"tune-{folder.name.removeprefix('compare-')}")
 
 
+def is_search(asked: Asked) -> bool:
+    """Whether a comparison was begun as a search."""
+    return bool(asked.table.get("search")) and all(_method_of(asked, label) != label for label in asked.labels)
+
+
 def go(folder: Path, cells: dict[Path, Asked], workers: int, json: str | None, quiet: bool) -> None:
     """Runs, or goes on with, all that was asked for; then the tables, and what to write into the recipe."""
     with told(folder):
@@ -78,22 +87,19 @@ def go(folder: Path, cells: dict[Path, Asked], workers: int, json: str | None, q
 
 def _spread_out(asked: Asked) -> Asked:
     """The same recipe with a method for every point of the grid."""
-    from umbel.recipe import put, read, searched
+    from umbel.recipe import put, read
 
-    points = searched(asked.table)
-    if not points:
+    share = asked.table.get("validation", FRACTION)
+    if not share:
         raise RecipeError(
-            f"{asked.recipe} has no [search] table of values to try; give them as --search.local.lr=[0.03,0.1,0.3]"
+            "validation = 0 would search on test examples; leave it out, or give a share of training ones"
         )
     variants: dict[str, dict[str, Any]] = {}
-    for label, point in product(asked.labels, points):
+    for label, point in product(asked.labels, _points(asked)):
         own = variants[_variant(label, point)] = {"like": label}
         for key, value in point.items():
             put(own, key, value)
-    table = asked.table | {
-        "validation": asked.table.get("validation") or FRACTION,
-        "method": asked.table.get("method", {}) | variants,
-    }
+    table = asked.table | {"validation": share, "method": asked.table.get("method", {}) | variants}
     for label, own in variants.items():
         try:
             read(table, label)
@@ -103,20 +109,46 @@ def _spread_out(asked: Asked) -> Asked:
     return replace(asked, labels=list(variants), table=table)
 
 
+def _points(asked: Asked) -> "list[Table]":
+    """The points of the grid, each the settings of a method by dotted name, in the order of the values.
+
+    Raises:
+        RecipeError: there are none, or too many.
+    """
+    from umbel.recipe import searched
+
+    grid = searched(asked.table)
+    if not grid:
+        raise RecipeError(
+            f"{asked.recipe} has no [search] table of values to try; give them as --search.local.lr=[0.03,0.1,0.3]"
+        )
+    count = 1
+    for key, values in grid.items():
+        count *= len(values)
+        if count > MOST_POINTS:
+            raise RecipeError(f"search: up to {key} there are {count:,} points, and {MOST_POINTS:,} are the most")
+    return [dict(zip(grid, point, strict=True)) for point in product(*grid.values())]
+
+
 def _variant(label: str, point: "Table") -> str:
     return " ".join([label, *(f"{key}={value}" for key, value in point.items())])
+
+
+def _method_of(asked: Asked, label: str) -> str:
+    """Which of the recipe's methods a variant is of; the label itself where it is none."""
+    own = asked.table.get("method", {}).get(label, {})
+    return own["like"] if " " in label and "like" in own else label
 
 
 def _told_of(asked: Asked, groups: "Sequence[Group]", printed: bool) -> dict[str, Any]:
     """One recipe's search as a document; its table is printed if asked for."""
     from umbel.recipe import searched
-    from umbel.tables import columns
+    from umbel.tables import Column, columns
 
-    points = searched(asked.table)
-    methods = list(dict.fromkeys(asked.table["method"][label]["like"] for label in asked.labels))
-    column = columns(groups)[0]
-    found = [_found(label, points, groups, column) for label in methods]
-    grid = {key: list(dict.fromkeys(point[key] for point in points)) for key in points[0]}
+    grid, points = searched(asked.table), _points(asked)
+    column = next(iter(columns(groups)), Column("loss", "loss", -1, ""))  # no run may have a score
+    methods = dict.fromkeys(_method_of(asked, label) for label in asked.labels)
+    found = [_found(label, points, groups, column, asked.seeds) for label in methods]
     if printed:
         _print(asked, found, column, grid)
     return {
@@ -140,17 +172,24 @@ def _told_of(asked: Asked, groups: "Sequence[Group]", printed: bool) -> dict[str
     }
 
 
-def _found(label: str, points: "list[Table]", groups: "Sequence[Group]", column: "Column") -> Found:
-    from umbel.tables import spread
-
+def _found(
+    label: str, points: "list[Table]", groups: "Sequence[Group]", column: "Column", seeds: Sequence[int]
+) -> Found:
     by_label = {group.label: group for group in groups}
-    variants = [by_label.get(_variant(label, point)) for point in points]
-    scores = [None if group is None else spread(group, column.key) for group in variants]
-    # A point at which a seed failed or diverged is not chosen by its other seeds.
-    most = max((len(score.values) for score in scores if score is not None), default=0)
-    whole = [place for place, score in enumerate(scores) if score is not None and len(score.values) == most]
-    means = {place: column.better * score.mean for place in whole if (score := scores[place]) is not None}
+    scores = [_score(by_label.get(_variant(label, point)), column, seeds) for point in points]
+    means = {place: column.better * score.mean for place, score in enumerate(scores) if score is not None}
     return Found(label, points, scores, max(means, key=lambda place: means[place]) if means else None)
+
+
+def _score(group: "Group | None", column: "Column", seeds: Sequence[int]) -> "Spread | None":
+    """Over all seeds; of a run that diverged the last score before that says nothing."""
+    from umbel.tables import Spread, totals
+
+    runs = {run.seed: run for run in (group.runs if group is not None else ()) if run.finished}
+    values = [totals(runs[seed]).get(column.key, float("nan")) for seed in seeds if seed in runs]
+    if len(values) < len(seeds) or not all(map(isfinite, values)):
+        return None
+    return Spread(fmean(values), stdev(values) if len(values) > 1 else None, values)
 
 
 def _print(asked: Asked, found: Sequence[Found], column: "Column", grid: "dict[str, list[Any]]") -> None:
@@ -161,32 +200,53 @@ def _print(asked: Asked, found: Sequence[Found], column: "Column", grid: "dict[s
     from umbel.cli.said import print_table
     from umbel.tables import written
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1))
-    table.add_column("method", no_wrap=True)
-    for point in found[0].points:
-        table.add_column(" / ".join(str(value) for value in point.values()), justify="right")
-    notes = ["", "The best, to be written into the recipe:"]
-    for own in found:
-        texts = [
+    names = [" / ".join(str(value) for value in point.values()) for point in found[0].points]
+    cells = {
+        own.label: [
             Text(written(score, column.unit), style="bold green" if place == own.chosen else "")
             for place, score in enumerate(own.scores)
         ]
-        table.add_row(own.label, *texts)
-        if own.chosen is None:
-            notes.append(f"  {own.label}: none, for no run has a score")
-            continue
-        edges = own.edges(grid)
-        beyond = f"   # {' and '.join(edges)}: at the edge of what was tried" if edges else ""
-        best = ", ".join(f"{key} = {value}" for key, value in own.points[own.chosen].items())
-        notes.append(f"  [method.{own.label}]  {best}{beyond}")
+        for own in found
+    }
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1))
+    across = len(names) <= MOST_COLUMNS
+    table.add_column("method" if across else " / ".join(grid), no_wrap=True)
+    for heading in names if across else cells:
+        table.add_column(heading, justify="right")
+    if across:
+        for label, texts in cells.items():
+            table.add_row(label, *texts)
+    else:
+        for place, name in enumerate(names):
+            table.add_row(name, *(texts[place] for texts in cells.values()))
     seeds = ", ".join(map(str, asked.seeds))
     share = f"{100 * asked.table['validation']:g} % of each client's training examples"
     unit = ", %" if column.unit == "%" else ""
-    print_table(
-        f"{asked.recipe}, seeds {seeds}: {column.title}{unit}, on {share}, by {' / '.join(grid)}",
-        table,
-        "\n".join(notes),
-    )
+    title = f"{asked.recipe}, seeds {seeds}: {column.title}{unit}, on {share}, by {' / '.join(grid)}"
+    print_table(title, table, "\n".join(_advice(found, grid)))
+
+
+def _advice(found: Sequence[Found], grid: "dict[str, list[Any]]") -> list[str]:
+    """The best settings as lines of a recipe."""
+    lines = []
+    if any(score is None for own in found for score in own.scores):
+        lines.append("–: not every seed's run came to its end with a finite score.")
+    lines += ["", "The best, to be written into the recipe:"]
+    for own in found:
+        lines += ["", f"[method.{own.label}]" + ("   # nothing: no run has a score" if own.chosen is None else "")]
+        for key, value in (own.points[own.chosen] if own.chosen is not None else {}).items():
+            edge = "   # at the edge of what was tried" if key in own.edges(grid) else ""
+            lines.append(f"{key} = {_toml(value)}{edge}")
+    return lines
+
+
+def _toml(value: Any) -> str:
+    """The value as a recipe has it, in one line."""
+    import tomli_w
+
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")
 
 
 def _is_number(value: Any) -> bool:

@@ -45,7 +45,7 @@ class FedIT:
     local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     freeze_base: bool = False
-    personal: tuple[str, ...] = ()  # patterns of trained tensors that stay with the client, such as "classifier.*"
+    personal: tuple[str, ...] = ()  # patterns of trained tensors that stay with the client: "*classifier.*"
     refuses: ClassVar[Refusals] = {"steps": ""}
 
     def bank(self, module: nn.Module) -> Bank:

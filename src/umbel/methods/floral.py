@@ -120,7 +120,7 @@ class FLoRAL:
     send_top: int = 0  # how many adapters a client uploads, the heaviest; 0: all
     prune_below: float = 0.0  # once routes have settled, adapters with a smaller share of examples are dropped
     restart_below: float = 0.0  # while routes are explored, adapters with a smaller share start anew
-    personal: tuple[str, ...] = ()  # patterns of trained tensors that stay with the client, such as "classifier.*"
+    personal: tuple[str, ...] = ()  # patterns of trained tensors that stay with the client: "*classifier.*"
 
     def __post_init__(self) -> None:
         if self.num_adapters < 1:

@@ -114,10 +114,7 @@ def shakespeare_by_role() -> tuple[Role, ...]:
     Raises:
         DataError: it is neither in the folder nor to be had from the hub, or pyarrow is not installed.
     """
-    try:
-        return shakespeare_by_speech()
-    except DataError as missing:
-        return _shakespeare_from_hub(missing)
+    return _shakespeare(data_folder())
 
 
 def shakespeare_by_speech() -> tuple[Role, ...]:
@@ -196,6 +193,14 @@ def _femnist_digits(folder: Path) -> WrittenImages:
         return _femnist_from_hub(missing)
     x, y, writer = _npz(files[0], "x", "y", "client")
     return WrittenImages(_images(x[:, None], y), torch.from_numpy(writer.astype(np.int64)))
+
+
+@lru_cache(maxsize=1)
+def _shakespeare(folder: Path) -> tuple[Role, ...]:
+    try:
+        return _shakespeare_by_role(folder)
+    except DataError as missing:
+        return _shakespeare_from_hub(missing)
 
 
 @lru_cache(maxsize=1)
