@@ -105,14 +105,10 @@ def test_personal_heads_fit_clients_whose_labels_are_turned(method):
 
 
 def test_heads_of_pretrained_models_are_named_with_a_star():
-    sizes = {
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 8,
-        "vocab_size": 9,
-    }
-    bert = of_transformers(BertForSequenceClassification(BertConfig(**sizes, num_labels=2)))
+    sizes = BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9
+    )
+    bert = of_transformers(BertForSequenceClassification(sizes), "text")
     method = FLoRAL(2, AdapterPlan(peft={"r": 2, "target_modules": ["query"]}), personal=("*classifier.*",))
     _, private = method.init(bert, Population(2, 0))
     assert set(private.own) == {"model.classifier.weight", "model.classifier.bias"}
