@@ -119,7 +119,7 @@ def test_settings_that_were_not_there_yet_are_at_their_defaults(runs, tmp_path):
     recipe = read_toml(old)
     del recipe["robust"], recipe["method"]["floral"]["guard"]
     old.write_text(tomli_w.dumps(recipe | {"seed": 7}))
-    (group,) = comparing._groups(tmp_path, comparing.Asked("digits", ["floral"], [0, 7], {}))
+    (group,) = comparing.groups_of(tmp_path, comparing.Asked("digits", ["floral"], [0, 7], {}))
     assert [run.seed for run in group.runs] == [0, 7]
 
 

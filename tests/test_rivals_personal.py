@@ -354,7 +354,7 @@ def test_fed_pers_head_stays_and_its_body_is_averaged(personal):
 
 
 def test_fed_per_names_what_a_pattern_misses():
-    with pytest.raises(ModelError, match=r"personal = head\.\* matches no parameter .* 0\.weight"):
+    with pytest.raises(ModelError, match=r"personal: head\.\* matches no parameter .* 0\.weight"):
         FedPer(STEPS, personal=("head.*",)).init(net(), Population(2, 0))
 
 
