@@ -12,6 +12,8 @@ from umbel.cli.jobs import resumed, trained
 from umbel.cli.options import (
     Command,
     Json,
+    Methods,
+    Out,
     Overridable,
     Quiet,
     RecipeName,
@@ -138,17 +140,9 @@ def run(
 def compare(
     ctx: typer.Context,
     recipes: RecipeNames,
-    methods: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Labels of the recipes' methods; by default all.")
-    ] = None,
+    methods: Methods = None,
     seeds: Annotated[str, typer.Option(metavar="0,1,2", help="One run of each method for each.")] = "0,1,2",
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="By default runs/compare-RECIPE. Finished runs in it are kept, stopped ones gone on with.",
-            metavar="FOLDER",
-        ),
-    ] = None,
+    out: Out = None,
     workers: Workers = 0,
     as_json: Json = None,
     quiet: Quiet = False,
@@ -181,17 +175,9 @@ def compare(
 def tune(
     ctx: typer.Context,
     recipes: RecipeNames,
-    methods: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Labels of the recipes' methods; by default all.")
-    ] = None,
+    methods: Methods = None,
     seeds: Annotated[str, typer.Option(metavar="100,101", help="One run of each point for each.")] = "100",
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="By default runs/tune-RECIPE. Finished runs in it are kept, stopped ones gone on with.",
-            metavar="FOLDER",
-        ),
-    ] = None,
+    out: Out = None,
     workers: Workers = 0,
     as_json: Json = None,
     quiet: Quiet = False,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,16 @@ RecipeName = Annotated[
 ]
 RecipeNames = Annotated[
     list[str], typer.Argument(metavar="RECIPE…", help="Recipes' names (umbel tasks lists them) or .toml files.")
+]
+Methods = Annotated[
+    str | None, typer.Option(metavar="A,B", help="Labels of the recipes' methods; by default all.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="By default runs/… after the recipe. Finished runs in it are kept, stopped ones gone on with.",
+        metavar="FOLDER",
+    ),
 ]
 Json = Annotated[
     str | None,

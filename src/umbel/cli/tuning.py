@@ -7,9 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from math import isfinite
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -183,13 +181,12 @@ def _found(
 
 def _score(group: "Group | None", column: "Column", seeds: Sequence[int]) -> "Spread | None":
     """Over all seeds; of a run that diverged the last score before that says nothing."""
-    from umbel.tables import Spread, totals
+    from umbel.tables import spread
 
-    runs = {run.seed: run for run in (group.runs if group is not None else ()) if run.finished}
-    values = [totals(runs[seed]).get(column.key, float("nan")) for seed in seeds if seed in runs]
-    if len(values) < len(seeds) or not all(map(isfinite, values)):
+    if group is None:
         return None
-    return Spread(fmean(values), stdev(values) if len(values) > 1 else None, values)
+    found = spread(replace(group, runs=[run for run in group.runs if run.finished]), column.key)
+    return found if found is not None and len(found.values) == len(seeds) else None
 
 
 def _print(asked: Asked, found: Sequence[Found], column: "Column", grid: "dict[str, list[Any]]") -> None:
