@@ -179,7 +179,7 @@ def test_anchors_are_taken_at_the_end_of_the_prompt():
     changed = texts(prompt=3)
     changed.train.x[:, 4:] = (changed.train.x[:, 4:] + 7) % 19  # the answers
     data = ClientData(changed.train, EVERYONE, 0, 0)
-    again = METHOD._anchor(cohort.loss, message, served.adapter, data)
+    again = METHOD._anchor(cohort.loss, message, served.adapter, served.head, data)
     assert_close(again, served.anchor)
 
 

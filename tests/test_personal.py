@@ -13,8 +13,9 @@ from simulate import StoppedError, simulate, stop_after
 from umbel import tree
 from umbel.adapters import AdapterPlan
 from umbel.clients import ClientData, Examples
+from umbel.cohort import Engine
 from umbel.errors import ModelError, RecipeError
-from umbel.methods import FedIT, FedSALoRA, FFALoRA, FLoRAL, Population, Trust
+from umbel.methods import FLTAC, FedDPA, FedIT, FedSALoRA, FFALoRA, FlexLoRA, FLoRAL, Population, Trust
 from umbel.methods.routing import Router
 from umbel.model.loss import Loss
 from umbel.model.pretrained import of_transformers
@@ -35,6 +36,11 @@ METHODS = {
     "fedit, frozen": FedIT(PLAN, STEPS, freeze_base=True, personal=HEAD),
     "fedsa_lora": FedSALoRA(PLAN, STEPS, personal=HEAD),
     "ffa_lora": FFALoRA(PLAN, STEPS, personal=HEAD),
+    "flexlora": FlexLoRA((1, 2), PLAN, STEPS, personal=HEAD),
+    "feddpa": FedDPA(PLAN, gate="constant", local=STEPS, freeze_base=False, personal=HEAD),
+    "feddpa, F": FedDPA(PLAN, "F", gate="constant", local=STEPS, personal=HEAD),
+    "fl_tac": FLTAC(2, adapter=PLAN, local=STEPS, personal=HEAD),
+    "fl_tac, frozen": FLTAC(1, adapter=PLAN, local=STEPS, freeze_base=True, personal=HEAD),
     "validation": Trust(PLAN, STEPS, begin=1, trust_fraction=0.25, personal=HEAD),
     "weights": Trust(PLAN, STEPS, "weights", begin=1, personal=HEAD),
     "uniform": Trust(PLAN, replace(STEPS, optimizer="adamw", lr=0.01), "uniform", begin=1, personal=HEAD),
@@ -98,9 +104,13 @@ def test_a_client_never_seen_serves_personal_tensors_of_its_first_round(method):
 def test_personal_heads_fit_clients_whose_labels_are_turned(method):
     task = Task("turned", net(), "cross_entropy", Examples.of(data(6, 40)), Examples.of(data(6, 40)))
     alike = replace(method, personal=())
-    with_own, without = (run(task, own, rounds=15).figures["accuracy"] for own in (method, alike))
+    plan, engine = Schedule(rounds=15, evaluate_every=15), Engine("stacked")
+    with_own, without = (
+        run(task, own, schedule=plan, engine=engine).figures["accuracy"] for own in (method, alike)
+    )
     assert with_own > 75
-    if not isinstance(method, FLoRAL | Trust | FedSALoRA):  # those have other ways to tell clients apart
+    if isinstance(method, FedIT | FFALoRA | FlexLoRA) and not isinstance(method, FedSALoRA):
+        # the others have other ways to tell clients apart
         assert without < with_own - 10
 
 
@@ -133,8 +143,9 @@ def test_a_pattern_that_names_nothing_is_told(method):
         replace(method, personal=("head.*",)).init(net(), Population(2, 0))
 
 
-def test_an_adapter_alone_is_no_model_where_heads_are_personal():
-    method = METHODS["floral"]
+@pytest.mark.parametrize("name", ["floral", "fl_tac"])
+def test_an_adapter_alone_is_no_model_where_heads_are_personal(name):
+    method = METHODS[name]
     with pytest.raises(RecipeError, match="export clients"):
         method.only(method.init(net(), Population(2, 0))[0], 0)
 

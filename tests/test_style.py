@@ -60,8 +60,8 @@ INSIDE = {
     "cli": "said \n options watch show \n jobs onboarding exporting deploying \n comparing \n tuning \n app",
     "adapters": "places bank \n lora_layers lora_folders precondition \n mixture plan \n products \n averaging",
     "methods": "protocol server gate \n routing lora settling \n similarity trusting \n"
-    "fedavg local floral ensemble flexlora fedit feddpa fl_tac threshold_clustering trust \n"
-    "ffa_lora fedsa_lora fedem ifca fedprox finetune apfl partial local_adapter knnper \n"
+    "fedavg local floral ensemble fedit feddpa fl_tac threshold_clustering trust \n"
+    "ffa_lora fedsa_lora flexlora fedem ifca fedprox finetune apfl partial local_adapter knnper \n"
     "ditto pfedme fedper fedbn \n fedrep",
     "flower": "wire fingerprint credentials leash arriving facts \n kept \n vault \n protected \n work \n post \n"
     "exchange roster resume summed letters \n attendance answers \n fleet \n lead \n apps \n node \n trial",

@@ -13,7 +13,8 @@ Dual-Personalizing Adapter for Federated Foundation Models, https://arxiv.org/ab
 e is the embedding of an instance by the model with the local adapter alone, x_s are S of the client's own
 training examples. The more an instance is like the client's own, the more the local adapter counts; in the
 published code it is the other way round (`published_gate`), and its batched evaluation does not apply the gate at
-all. Departures: docs/methods.md.
+all. Tensors that `personal` names stay with the client and are trained where the head would be; ours.
+Departures: docs/methods.md.
 """
 
 from collections.abc import Iterable
@@ -33,7 +34,7 @@ from umbel.methods.gate import Embedding, Gated, inside
 from umbel.methods.lora import Message, Shared, Upload
 from umbel.methods.protocol import Population, Refusals
 from umbel.methods.server import ServerOptimizer
-from umbel.methods.settling import choose, stacked
+from umbel.methods.settling import choose, settled, stacked
 from umbel.mixing import Change
 from umbel.model.loss import IGNORED, Loss
 from umbel.train import Groups, LocalTraining, local_train
@@ -43,6 +44,7 @@ from umbel.tree import Params, state
 @state
 class Private:
     adapter: Params  # (K, 1, …) l
+    head: Params  # `personal` tensors of the base
     seen: Tensor  # (K,) 0 before the client's first round, 1 after it
 
 
@@ -51,6 +53,7 @@ class Served:
     """What a client serves with."""
 
     adapter: Params  # (K, 1, …) l
+    head: Params  # `personal` tensors of the base
     anchor: Tensor  # (K, width) the mean of e(x_s) / ‖e(x_s)‖, or (K, 0) where α is λ itself
 
 
@@ -66,6 +69,7 @@ class FedDPA:
     local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     freeze_base: bool = True  # nothing but adapters and heads is trained
+    personal: tuple[str, ...] = ()  # patterns of trained tensors that stay with the client: "*classifier.*"
     refuses: ClassVar[Refusals] = {}
 
     def __post_init__(self) -> None:
@@ -76,7 +80,7 @@ class FedDPA:
 
     def bank(self, module: nn.Module) -> Bank:
         """The plan of both adapters."""
-        return self.adapter.bank(module, self.local.batch_size, self.freeze_base and not self.adapter.peft)
+        return self.adapter.bank(module, self.local.batch_size, self._frozen, self.personal)
 
     def adapt(self, module: nn.Module) -> nn.Module:
         adapted = with_paths(module, self.bank(module))
@@ -89,9 +93,9 @@ class FedDPA:
 
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
         bank = self.bank(module)
-        frozen = self.freeze_base and not self.adapter.peft
-        base, adapter = lora.start(module, bank, frozen, population)
-        private = tree.broadcast(Private(adapter, torch.zeros(())), 1)
+        base, adapter = lora.start(module, bank, self._frozen, population, self.personal)
+        _, head = lora.parted(module, self._frozen, self.personal)
+        private = tree.broadcast(Private(adapter, head, torch.zeros(())), 1)
         return lora.shared_of(module, bank, base, adapter, self.server), private
 
     def send(self, shared: Shared, clients: Tensor) -> Message:
@@ -100,15 +104,15 @@ class FedDPA:
     def client_update(
         self, loss: Loss, message: Message, private: Private, data: ClientData
     ) -> tuple[Upload, Private]:
-        own = private.adapter
+        own, head = private.adapter, private.head
         if self.variant == "T" and bool((private.seen > 0).any()):
             weights = (1 - self.local_weight, self.local_weight)
-            trained, _ = self._train(loss, message, own, data, weights, {"own": self.local.lr})
+            trained, _ = self._train(loss, message, own, head, data, weights, {"own": self.local.lr})
             own = choose(private.seen > 0, trained["own"], own)
-        rates = dict.fromkeys(("base", "adapter"), self.local.lr)
-        trained, mean_loss = self._train(loss, message, private.adapter, data, (1.0, 0.0), rates)
+        rates = dict.fromkeys(("base", "adapter", "head"), self.local.lr)
+        trained, mean_loss = self._train(loss, message, private.adapter, head, data, (1.0, 0.0), rates)
         upload = Upload(trained["base"], trained["adapter"], trained["stats"], data.weight, mean_loss)
-        return upload, Private(own, torch.ones_like(private.seen))
+        return upload, Private(own, trained["head"], torch.ones_like(private.seen))
 
     def contribution(self, upload: Upload) -> dict[str, Any]:
         return lora.contribution(upload)
@@ -124,38 +128,43 @@ class FedDPA:
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Served:
         """The local adapter, made from the global one in variant F, and where the client's own examples lie."""
-        own = private.adapter
+        private = settled(self, loss, message, private, data) if private.head else private
+        own, head = private.adapter, private.head
         if self.variant == "F":
 
-            def work(message: Message, _private: Any, data: ClientData) -> Params:
+            def work(message: Message, private: Private, data: ClientData) -> Params:
                 rates = {"own": self.local.lr}
-                return self._train(loss, message, message.adapter, data, (0.0, 1.0), rates)[0]["own"]
+                return self._train(loss, message, message.adapter, private.head, data, (0.0, 1.0), rates)[0]["own"]
 
             tuned = stacked(work, loss, message, private, data)
             own = choose(tree.finite_rows(replace(private, adapter=tuned)), tuned, message.adapter)
         if self.gate == "constant":
-            return Served(own, private.seen.new_empty(len(private.seen), 0))
-        return Served(own, self._anchor(loss, message, own, data))
+            return Served(own, head, private.seen.new_empty(len(private.seen), 0))
+        return Served(own, head, self._anchor(loss, message, own, head, data))
 
     def personalize(self, message: Message, private: Served) -> Params:
         if self.gate == "constant":
-            return (
-                self._mixed(message, message.base, message.adapter, private.adapter, self._weights())
-                | message.stats
-            )
-        both = self._mixed(message, message.base, message.adapter, private.adapter, (1.0, 1.0)) | message.stats
-        return inside(both) | {"anchor": private.anchor}
+            mixed = self._mixed(message, message.base, message.adapter, private.adapter, self._weights())
+            return mixed | message.stats | private.head
+        both = self._mixed(message, message.base, message.adapter, private.adapter, (1.0, 1.0))
+        return inside(both | message.stats | private.head) | {"anchor": private.anchor}
 
     def mixture(self, message: Message, private: Served) -> Tensor:
         """(K, 2) the weights of the global and the local adapter; with a gate those at a cosine of 1."""
         some = next(iter(message.adapter.values()))
         return some.new_tensor(self._weights()).expand(len(some), 2)
 
-    def _anchor(self, loss: Loss, message: Message, own: Params, data: ClientData) -> Tensor:
+    @property
+    def _frozen(self) -> bool:
+        """Whether nothing is trained but the adapters; PEFT's own plan says what else is."""
+        return self.freeze_base and not self.adapter.peft
+
+    def _anchor(self, loss: Loss, message: Message, own: Params, head: Params, data: ClientData) -> Tensor:
         """(K, width) of the clients' own examples: a text's at its prompt's end, or at its last place."""
         gated = loss.module
         assert isinstance(gated, Gated)
-        params = self._mixed(message, message.base, message.adapter, own, (1.0, 1.0)) | message.stats
+        both = self._mixed(message, message.base, message.adapter, own, (1.0, 1.0))
+        params = both | message.stats | head
         view = Loss(Embedding(gated), loss.name)
         some = data.some(self.samples, "anchors")
         total: Any = 0.0
@@ -192,6 +201,7 @@ class FedDPA:
         loss: Loss,
         message: Message,
         own: Params,
+        head: Params,
         data: ClientData,
         weights: tuple[float, float],
         lr: dict[str, float],
@@ -200,8 +210,8 @@ class FedDPA:
 
         def objective(groups: Groups, batch: Any, _step: int) -> Tensor:
             mixed = self._mixed(message, groups["base"], groups["adapter"], groups["own"], weights)
-            params = mixed | groups["stats"]
+            params = mixed | groups["head"] | groups["stats"]
             return loss(params if self.gate == "constant" else inside(params), batch)
 
-        start = {"base": message.base, "adapter": message.adapter, "own": own, "stats": message.stats}
-        return local_train(objective, start, data, self.local, lr)
+        start = {"base": message.base, "adapter": message.adapter, "own": own, "head": head}
+        return local_train(objective, start | {"stats": message.stats}, data, self.local, lr)

@@ -10,7 +10,8 @@ Clustering, Algorithms 1-3, https://arxiv.org/abs/2404.15384
               v_c ← Σ_{V_c} n_ij v_ij / Σ_{V_c} n_ij
               v_ij ← v_c for (i, j) in V_c
 
-v is the adapter with what else the task trains (heads). Beyond the paper: a slot is known by the steps that it
+v is the adapter with what else the task trains (heads), but for tensors that `personal` has stay with the slot, as
+FedPer's; that is ours. Beyond the paper: a slot is known by the steps that it
 took itself (`compare`), for what it sends begins where its cluster is, so that a wrong cluster would stay wrong,
 
     w_ij ← w_ij + (v_ij sent − v_ij received) / t      in its round t; at the start w_ij = v⁰ ;
@@ -50,7 +51,7 @@ from umbel.clustering import (
 from umbel.errors import RecipeError
 from umbel.methods import lora
 from umbel.methods.protocol import Population, Refusals
-from umbel.methods.settling import choose, stacked
+from umbel.methods.settling import choose, settled, stacked
 from umbel.methods.trusting import usable
 from umbel.mixing import Change, as_leading
 from umbel.model.loss import Loss, running_stats
@@ -135,6 +136,8 @@ class Message(lora.Message):
 @state
 class Private:
     nearest: Tensor  # (K, C) one-hot, what a slot without a cluster has settled on; zeros else, and never kept
+    head: Params  # `personal` tensors of the base
+    seen: Tensor  # (K,) 0 before the slot's first round, 1 after it
 
 
 @state
@@ -155,6 +158,7 @@ class FLTAC:
     adapter: AdapterPlan = field(default_factory=AdapterPlan)
     local: LocalTraining = field(default_factory=LocalTraining)
     freeze_base: bool = False
+    personal: tuple[str, ...] = ()  # patterns of trained tensors that stay with the slot: "*classifier.*"
     picture: Literal["pca", "umap"] = "pca"  # in which plane the report shows the adapters
     refuses: ClassVar[Refusals] = {
         "sum": "slots that share an adapter are found by clustering single uploads",
@@ -176,25 +180,27 @@ class FLTAC:
 
     def bank(self, module: nn.Module) -> Bank:
         """The plan of an adapter."""
-        return self.adapter.bank(module, self.local.batch_size, self.freeze_base)
+        return self.adapter.bank(module, self.local.batch_size, self.freeze_base, self.personal)
 
     def adapt(self, module: nn.Module) -> nn.Module:
         return with_paths(module, self.bank(module))
 
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
         bank, slots = self.bank(module), population.num_clients
-        base, adapter = lora.start(module, bank, self.freeze_base, population)
+        base, adapter = lora.start(module, bank, self.freeze_base, population, self.personal)
+        _, head = lora.parted(module, self.freeze_base, self.personal)
         stats = {name: leaf.detach().clone() for name, leaf in running_stats(module).items()}
         start = tree.broadcast(Adapter(base, adapter, stats), 1)
         num_clusters = self.num_clusters or min(slots, MOST)
         centres = tree.rows(start, torch.zeros(num_clusters, dtype=torch.long))
         owner = torch.arange(slots) if population.owner is None else population.owner.cpu().long()
         unknown = torch.full((slots,), -1)
-        nearest = torch.zeros(1, num_clusters, dtype=next(iter(adapter.values())).dtype)
+        nearest = torch.zeros(num_clusters, dtype=next(iter(adapter.values())).dtype)
         known = NOBODY if self.forgetful else tree.rows(comparable(start), torch.zeros(slots, dtype=torch.long))
         never, rounds = torch.zeros(slots, dtype=torch.long), torch.zeros((), dtype=torch.long)
         seen = torch.zeros(slots, 2), known, torch.zeros(slots), torch.zeros(slots).double(), never, never, rounds
-        return Shared(start, centres, unknown, owner, *seen, bank, population.seed), Private(nearest)
+        private = tree.broadcast(Private(nearest, head, torch.zeros(())), 1)
+        return Shared(start, centres, unknown, owner, *seen, bank, population.seed), private
 
     def send(self, shared: Shared, clients: Tensor) -> Message:
         cluster, told = shared.cluster[clients], self.told(shared)
@@ -218,10 +224,10 @@ class FLTAC:
     def client_update(
         self, loss: Loss, message: Message, private: Private, data: ClientData
     ) -> tuple[Upload, Private]:
-        _, sent = lora.train(loss, message, {}, data, self.local)
+        trained, sent = lora.train(loss, message, {}, data, self.local, head=private.head)
         client = torch.from_numpy(data.clients).to(sent.loss.device)
         upload = Upload(sent.base, sent.adapter, sent.stats, sent.weight, sent.loss, client, data.num_examples)
-        return upload, private
+        return upload, Private(private.nearest, trained["head"], torch.ones_like(private.seen))
 
     def contribution(self, upload: Upload) -> dict[str, Any]:
         return {}  # no sum over slots will do
@@ -326,6 +332,7 @@ class FLTAC:
         return lora.changed(upload, message, change)
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
+        private = settled(self, loss, message, private, data) if private.head else private
         told = message.server.told
         used, new = (found.nonzero().squeeze(1) for found in (told.used, ~message.route.any(1)))
         if not len(used) or not len(new):
@@ -343,14 +350,15 @@ class FLTAC:
         products = self.products(message.bank, told.start, both)
         near = torch.from_numpy(distances(products)[: len(sound), len(sound) :].argmin(1))
         route = F.one_hot(used[near.to(used.device)], len(told.used)).to(private.nearest)
-        return Private(private.nearest.index_copy(0, new[sound], route))
+        return replace(private, nearest=private.nearest.index_copy(0, new[sound], route))
 
     def only(self, shared: Shared, adapter: int) -> Params:
         """The model of one cluster, leading axis 1.
 
         Raises:
-            RecipeError: no slot is in this cluster.
+            RecipeError: no slot is in this cluster, or each slot has tensors of its own beside it.
         """
+        lora.check_whole(self.personal)
         used = shared.used.nonzero().squeeze(1).tolist()
         if adapter not in used:
             raise RecipeError(f"adapter {adapter}: the run has slots in the clusters {', '.join(map(str, used))}")
@@ -363,7 +371,7 @@ class FLTAC:
         if bool(settled.any()):
             nearest = tree.rows(message.server.told.centres, private.nearest.argmax(1))
             own = choose(settled, nearest, own)
-        return lora.adapted(message.bank, own.base, own.adapter) | own.stats
+        return lora.adapted(message.bank, own.base, own.adapter) | own.stats | private.head
 
     def mixture(self, message: Message, private: Private) -> Tensor:
         return message.route + private.nearest

@@ -10,7 +10,8 @@ https://arxiv.org/abs/2402.11505
 
 Products are averaged, not factors: the mean is exact. Singular values come in order, so the server keeps P's
 factors of the largest rank and cuts them for each client; a rank that a client does not have is zero in
-both factors, where no gradient moves it. Departures: docs/methods.md.
+both factors, where no gradient moves it. Tensors that `personal` names stay with the client, as FedPer's; ours.
+Departures: docs/methods.md.
 """
 
 from collections.abc import Iterable
@@ -20,14 +21,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from umbel import mixing
+from umbel import mixing, tree
 from umbel.adapters import AdapterPlan, Bank, with_paths
 from umbel.adapters.products import factors, products, summed_products
 from umbel.clients import ClientData
 from umbel.methods import lora
+from umbel.methods.fedit import Private
 from umbel.methods.lora import Message
 from umbel.methods.protocol import Population, Refusals, nothing_mixed
 from umbel.methods.server import ServerOptimizer
+from umbel.methods.settling import settled
 from umbel.mixing import Change
 from umbel.model.loss import Loss
 from umbel.train import LocalTraining
@@ -44,11 +47,6 @@ class Upload(lora.Upload):
     bank: Bank
 
 
-@state
-class Private:
-    """Nothing stays with the client."""
-
-
 @dataclass(frozen=True)
 class FlexLoRA:
     ranks: tuple[int | float, ...] = ()  # client k has ranks[k mod their number]; empty: all have adapter.rank
@@ -56,6 +54,7 @@ class FlexLoRA:
     local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     freeze_base: bool = False
+    personal: tuple[str, ...] = ()  # patterns of trained tensors that stay with the client: "*classifier.*"
     refuses: ClassVar[Refusals] = {
         "mean": "it averages products of factors, and a robust mean of factors is none of products"
     }
@@ -63,7 +62,7 @@ class FlexLoRA:
     def banks(self, module: nn.Module) -> list[Bank]:
         """The plan of each of the ranks."""
         plans = [replace(self.adapter, rank=rank) for rank in self.ranks or (self.adapter.rank,)]
-        return [plan.bank(module, self.local.batch_size, self.freeze_base) for plan in plans]
+        return [plan.bank(module, self.local.batch_size, self.freeze_base, self.personal) for plan in plans]
 
     def bank(self, module: nn.Module) -> Bank:
         """The plan with each layer's largest rank."""
@@ -76,11 +75,13 @@ class FlexLoRA:
 
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
         bank = self.bank(module)
-        base, adapter = lora.start(module, bank, self.freeze_base, population)
+        base, adapter = lora.start(module, bank, self.freeze_base, population, self.personal)
         common = lora.shared_of(module, bank, base, adapter, self.server)
         moments = common.moments | {"adapter": self.server.init(dense(bank, adapter))}
         ranks = torch.tensor([[part.rank for part in bank.low_rank] for bank in self.banks(module)])
-        return Shared(base, adapter, common.stats, moments, bank, ranks), Private()
+        _, head = lora.parted(module, self.freeze_base, self.personal)
+        private = tree.broadcast(Private(head, torch.zeros(())), 1)
+        return Shared(base, adapter, common.stats, moments, bank, ranks), private
 
     def send(self, shared: Shared, clients: Tensor) -> Message:
         message = lora.send(shared, len(clients))
@@ -96,8 +97,9 @@ class FlexLoRA:
     def client_update(
         self, loss: Loss, message: Message, private: Private, data: ClientData
     ) -> tuple[Upload, Private]:
-        _, upload = lora.train(loss, message, {}, data, self.local)
-        return Upload(**vars(upload), bank=message.bank), private
+        trained, upload = lora.train(loss, message, {}, data, self.local, head=private.head)
+        kept = Private(trained["head"], torch.ones_like(private.seen))
+        return Upload(**vars(upload), bank=message.bank), kept
 
     def contribution(self, upload: Upload) -> dict[str, Any]:
         bank, weight = upload.bank, upload.weight
@@ -117,11 +119,11 @@ class FlexLoRA:
     def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
         return lora.changed(upload, message, change)
 
-    def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
-        return private
+    def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Any:
+        return settled(self, loss, message, private, data) if private.head else private
 
     def personalize(self, message: Message, private: Private) -> Params:
-        return lora.adapted(message.bank, message.base, message.adapter) | message.stats
+        return lora.adapted(message.bank, message.base, message.adapter) | message.stats | private.head
 
     def mixture(self, message: Message, private: Private) -> Tensor:
         return nothing_mixed(len(next(iter(message.adapter.values()))))

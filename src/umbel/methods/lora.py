@@ -15,6 +15,7 @@ from umbel import mixing, tree
 from umbel.adapters import Bank, mix
 from umbel.adapters.bank import LowRank
 from umbel.clients import ClientData
+from umbel.errors import RecipeError
 from umbel.methods.protocol import Population
 from umbel.methods.server import Moments, ServerOptimizer
 from umbel.mixing import Change
@@ -65,6 +66,12 @@ def parted(module: nn.Module, freeze_base: bool, personal: Sequence[str]) -> tup
     stays = named_by(personal, trained, module)
     own = {name: leaf for name, leaf in trained.items() if name in stays}
     return {} if freeze_base else {name: leaf for name, leaf in trained.items() if name not in stays}, own
+
+
+def check_whole(personal: Sequence[str]) -> None:
+    """Raises RecipeError if clients keep tensors without which an adapter is no model."""
+    if personal:
+        raise RecipeError(f"an adapter is no model without a client's own {', '.join(personal)}; export clients")
 
 
 def start(
