@@ -27,6 +27,12 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def one_worker(monkeypatch):
+    """Runs of a comparison are in this process unless `--workers` is given: starting one takes seconds."""
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+
+
 def umbel(*args, code=0):
     result = CliRunner().invoke(app, [str(arg) for arg in args])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -393,6 +399,7 @@ def test_one_method_that_diverges_does_not_cost_the_others():
 
 
 SEARCH = ("digits", "--methods", "fedavg,floral", "--rounds=6", "--search.local.lr=[1e-9,0.1,0.2]", "-q")
+SEARCH = (*SEARCH, "--engine.mode=stacked", "--evaluate_every=6")
 
 
 def test_a_search_tries_every_method_with_every_point_on_training_examples():
@@ -407,7 +414,8 @@ def test_a_search_tries_every_method_with_every_point_on_training_examples():
         assert own["at_the_edge"] == (["local.lr"] if own["chosen"] != {"local.lr": 0.1} else [])
     # Nobody is tested on what tests are for: a score is that of a run whose test data are training examples.
     umbel(
-        "run", "digits", "--method", "fedavg", "--rounds=6", "--local.lr=0.1", "--validation=0.25", "--seed", 100
+        *("run", "digits", "--method", "fedavg", "--rounds=6", "--local.lr=0.1", "--validation=0.25"),
+        *("--seed", 100, "--engine.mode=stacked"),
     )
     alone = read_lines(Path("runs/digits-fedavg-seed100/metrics.jsonl"))[-1]["accuracy"]
     assert found["methods"][0]["scores"][1]["values"][0] == alone
@@ -421,9 +429,10 @@ def test_a_search_tries_every_method_with_every_point_on_training_examples():
 
 
 def test_a_search_of_lists_and_names_is_told_as_a_recipe_has_it():
-    args = ("digits", "--methods", "floral", "--rounds=2", "-q", '--search.router.kind=["em","gradient"]')
+    args = ("digits", "--methods", "floral", "--rounds=1", "-q", '--search.router.kind=["em","gradient"]')
     layers = '--search.adapter.targets=[["*1.weight"],["?.weight"],["*"],["?.*"],["1.*"]]'
-    shown = umbel("tune", *args, layers, "--json", "found.json").stdout
+    few = ("--engine.mode=stacked", "--task.num_clients=4")
+    shown = umbel("tune", *args, *few, layers, "--json", "found.json").stdout
     found = json.loads(Path("found.json").read_text())["methods"][0]
     assert len(found["scores"]) == 10
     assert len(list(Path("runs/tune-digits").glob("*/run.json"))) == 10  # no two of them in one folder

@@ -221,7 +221,9 @@ class MortalGrid(FakeGrid):
         return names
 
 
-@pytest.mark.parametrize(("at", "dropped"), [("train", [3, 4]), ("query.show", [])])
+@pytest.mark.parametrize(
+    ("at", "dropped"), [("train", [3, 4]), pytest.param("query.show", [], marks=pytest.mark.slow)]
+)
 def test_a_third_of_the_clients_may_die_after_they_have_shared(at, dropped, tmp_path):
     grid = MortalGrid(sites(tmp_path, "0", "1-2", "3-4"), (3, at))
     found = lead(grid, floral(rounds=2, secure=MASKS), patience=QUICK)

@@ -767,7 +767,9 @@ def test_the_true_test_parts_share_nothing_with_training(seed, real_data):
     assert seen.isdisjoint(asked)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_no_true_text_that_is_tested_or_public_is_trained_on_by_anyone(seed, real_data):
     reader, windows = Reader(Tokenizer("models/stories260K")), Windows(64, 0, 0.2, 64)
     captions = [texts.captions(language)[:6000] for language in ("de", "fr", "cs")]
