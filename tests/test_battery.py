@@ -74,6 +74,7 @@ CASES = {
         "ranks": FLoRAL(3, PLAN, EM, STEPS, ranks=(1.0, 0.5), init_std=1.0),
         "layer routers": FLoRAL(3, PLAN, GRADIENT, STEPS, layer_routers=True),
         "send top": FLoRAL(3, PLAN, GRADIENT, STEPS, send_top=2, init_std=1.0),
+        "published": FLoRAL(3, PLAN, GRADIENT, STEPS, guard=0.0, adapter_step=0.1, least_prob=0.01),
         "frozen base": FLoRAL(3, PLAN, EM, STEPS, freeze_base=True, init_std=1.0),
         "personal": FLoRAL(3, PLAN, EM, STEPS, init_std=1.0, personal=("*bias",)),
         "personal, frozen": FLoRAL(3, PLAN, GRADIENT, HEAVY, freeze_base=True, personal=("*bias",)),
@@ -132,7 +133,11 @@ CASES = {
         "personal": FFALoRA(PLAN, STEPS, personal=("*bias",)),
         "frozen, momentum": FFALoRA(replace(PLAN, realization="factored"), HEAVY, freeze_base=True),
     },
-    "flexlora": {"": FlexLoRA((1, 3), PLAN, STEPS), "one rank, momentum": FlexLoRA((), PLAN, HEAVY)},
+    "flexlora": {
+        "": FlexLoRA((1, 3), PLAN, STEPS),
+        "one rank, momentum": FlexLoRA((), PLAN, HEAVY),
+        "personal": FlexLoRA((1, 3), PLAN, STEPS, personal=("*bias",)),
+    },
     "fedit": {
         "": FedIT(PLAN, STEPS),
         "personal": FedIT(PLAN, HEAVY, personal=("*bias",)),
@@ -141,12 +146,15 @@ CASES = {
     "feddpa": {
         "T": FedDPA(PLAN, gate="constant", local=STEPS, freeze_base=False),
         "F, frozen": FedDPA(replace(PLAN, realization="factored"), "F", gate="constant", local=STEPS),
+        "T, personal": FedDPA(PLAN, gate="constant", local=STEPS, freeze_base=False, personal=("*bias",)),
+        "F, personal": FedDPA(PLAN, "F", gate="constant", local=HEAVY, freeze_base=False, personal=("*bias",)),
     },
     "fl_tac": {
         "": FLTAC(2, adapter=PLAN, local=STEPS),
         "paper's": FLTAC(2, "raw", cannot_link=False, warm_start=False, adapter=PLAN, local=STEPS),
         "delta, momentum": FLTAC(2, "delta", min_examples=1, adapter=PLAN, local=HEAVY),
         "frozen, silhouette": FLTAC(0, "unit", adapter=PLAN, local=STEPS, freeze_base=True),
+        "personal": FLTAC(2, adapter=PLAN, local=STEPS, personal=("*bias",)),
     },
 }
 

@@ -71,6 +71,45 @@ def equal(one, other):
 LOGITS = torch.tensor([[0.0, 1.0, 2.0, -1.0], [1.0, 0.0, 0.5, 0.2], [0.1, 0.0, 3.0, 0.2], [2.0, 1.0, 0.0, 1.5]])
 
 
+# The published code's server step and floor under routes.
+
+
+def test_adapters_go_a_part_of_the_way_that_the_base_goes_whole():
+    whole = FLoRAL(2, PLAN, GRADIENT, STEPS, init_std=1.0)
+    before, _, upload, _ = worked(whole)
+    once, part = (replace(whole, adapter_step=step).server_update(before, [upload]) for step in (1.0, 0.1))
+    assert equal(part.base, once.base)
+    for name, leaf in before.adapters.items():
+        assert_close(part.adapters[name], leaf + 0.1 * (once.adapters[name] - leaf))
+        assert not torch.equal(once.adapters[name], leaf)
+
+
+def test_every_adapter_counts_the_least_share_in_training_and_serving_but_not_in_the_mean():
+    floor = FLoRAL(4, PLAN, GRADIENT, STEPS, init_std=1.0, least_prob=0.1)
+    _, message, upload, kept = worked(floor, logits=LOGITS)
+    _, _, free, moved = worked(replace(floor, least_prob=0.0), logits=LOGITS)
+    assert all(not torch.equal(leaf, free.base[name]) for name, leaf in upload.base.items())
+    probs = kept.logits.softmax(1)
+    assert (probs < 0.1).any()
+    assert_close(upload.route_examples, upload.weight.unsqueeze(1) * probs)
+    served = floor.personalize(message, kept)
+    for part in message.bank.low_rank:
+        b, a = (message.adapters[name].flatten(3) for name in (part.b_name, part.a_name))
+        if part.name == "0.weight":
+            each = message.bank.scale * torch.einsum("kcor,kcri->kcoi", b, a)
+            mixture = torch.einsum("kc,kcoi->koi", probs.double().clamp(min=0.1), each)
+            assert_close(served[part.name], message.base[part.name] + mixture)
+    _, _, _, still = worked(replace(floor, least_prob=0.9), logits=LOGITS)
+    assert_close(still.logits, LOGITS)  # below the floor no gradient moves a route
+    assert not torch.equal(moved.logits, LOGITS)
+
+
+@pytest.mark.parametrize("wrong", [{"adapter_step": 0.0}, {"adapter_step": 1.5}, {"least_prob": 1.0}])
+def test_steps_and_floors_out_of_range_are_told(wrong):
+    with pytest.raises(RecipeError, match="adapter_step must be in"):
+        FLoRAL(2, **wrong)
+
+
 # How factors are averaged.
 
 KINDS = {

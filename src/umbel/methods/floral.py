@@ -111,6 +111,10 @@ class FLoRAL:
     precondition: bool = False
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     guard: float = 0.01  # τ, the share of examples below which an adapter moves less; 0: no guard
+    adapter_step: float = (
+        1.0  # how far the server takes adapters towards their mean; in the published code local.lr
+    )
+    least_prob: float = 0.0  # what each adapter counts in a model at least; in the published code 0.01
     batch_stats: Literal["private", "federated"] = "private"
     freeze_base: bool = False  # the base stays as it is and does not travel: only the adapters do
     averaging: Averaging = "factor"
@@ -131,6 +135,8 @@ class FLoRAL:
             raise RecipeError(
                 "floral: adapter_lr must be positive, init_std not negative (or −1) and guard in [0, 1]"
             )
+        if not 0 < self.adapter_step <= 1 or not 0 <= self.least_prob < 1:
+            raise RecipeError("floral: adapter_step must be in (0, 1] and least_prob in [0, 1)")
         if any(not 0 < share <= 1 for share in self.ranks):
             raise RecipeError(
                 f"floral: ranks are shares of the adapters' rank, above 0 and at most 1, got {self.ranks}"
@@ -230,10 +236,7 @@ class FLoRAL:
         Raises:
             RecipeError: there is no such adapter, or no longer, or each client has tensors of its own beside it.
         """
-        if self.personal:
-            raise RecipeError(
-                f"an adapter is no model without a client's own {', '.join(self.personal)}; export clients"
-            )
+        lora.check_whole(self.personal)
         alive = shared.alive.tolist()
         if adapter not in alive:
             raise RecipeError(f"adapter {adapter}: the run has the adapters {', '.join(map(str, alive))}")
@@ -262,7 +265,7 @@ class FLoRAL:
             theta = groups["router"]["logits"]
             if noise is not None:
                 theta = theta + noise[:, step].view(len(theta), *[1] * (theta.dim() - 2), -1)
-            probs = among(theta, message.alive).softmax(-1)
+            probs = among(theta, message.alive).softmax(-1).clamp(min=self.least_prob)
             mixed = mix(bank, groups["base"], groups["adapters"], probs, message.remainder, gates=True)
             return loss(mixed | groups["own"] | groups["stats"], batch)
 
@@ -319,7 +322,10 @@ class FLoRAL:
         weights = adapter_weights(shared.bank, shared.adapters, routed)
         target = averaged(shared.bank, shared.adapters, sums["adapters"], weights, self.averaging)
         whole = routed if routed.dim() == 1 else routed.mean(0)
-        share = {name: moved_share(weights[name], sums["examples"], self.guard) for name in shared.adapters}
+        share = {
+            name: self.adapter_step * moved_share(weights[name], sums["examples"], self.guard)
+            for name in shared.adapters
+        }
         adapters, moments = self.server.step(shared.adapters, target, shared.moments["adapters"], share)
         return self._pruned(
             replace(
@@ -383,7 +389,7 @@ class FLoRAL:
         return replace(private, logits=torch.where(sound, logits, private.logits))
 
     def personalize(self, message: Message, private: Private) -> Params:
-        probs = among(self._logits(message, private), message.alive).softmax(-1)
+        probs = among(self._logits(message, private), message.alive).softmax(-1).clamp(min=self.least_prob)
         mixed = mix(message.bank, message.base, message.adapters, probs, message.remainder)
         return mixed | message.stats | private.stats | private.own
 
