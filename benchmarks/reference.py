@@ -2,7 +2,8 @@
 
 The same mathematics as `umbel.FLoRAL` with the gradient router, in plain PyTorch modules: each adapted
 layer calls its C adapters one by one, each client trains its own copy of the model with torch.optim.SGD,
-and the server averages state dicts.
+and the server averages state dicts. On request it preconditions gradients and disturbs routes as the published code
+of Almansoori et al. 2025 does: adapter by adapter, step by step.
 """
 
 from collections.abc import Callable
@@ -37,9 +38,11 @@ class Probs(nn.Module):
     def __init__(self, num_adapters: int) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(num_adapters))
+        self.noise = 0.0
 
     def now(self) -> Tensor:
-        return self.logits.softmax(0)
+        disturbed = self.logits + self.noise * torch.rand_like(self.logits) if self.noise else self.logits
+        return disturbed.softmax(0)
 
 
 class Adapted(nn.Module):
@@ -68,16 +71,32 @@ def train_round(
     lr: float,
     batch_size: int,
     loss: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
+    precondition: bool = False,
+    noise: float = 0.0,
 ) -> None:
-    """One round over these clients, changing the server's model and the clients' routers in place."""
+    """One round over these clients, changing the server's model and the clients' routers in place.
+
+    Args:
+        server: the model, changed.
+        routers: each client's logits, changed.
+        clients: their examples.
+        lr: of SGD.
+        batch_size: examples of a step.
+        loss: of outputs and targets.
+        precondition: multiplies the adapters' gradients by the inverse of the other factor's Gram matrix.
+        noise: routes have U[0, noise) added to their logits in training.
+    """
     states, weights = [], []
     for k, (x, y) in enumerate(clients):
         model = deepcopy(server)
         model.router.logits.data = routers[k].clone()
+        model.router.noise = noise
         optimizer = torch.optim.SGD(model.parameters(), lr=lr)
         for first in range(0, len(x), batch_size):
             optimizer.zero_grad()
             loss(model(x[first : first + batch_size]), y[first : first + batch_size]).backward()
+            if precondition:
+                condition(model)
             optimizer.step()
         routers[k] = model.router.logits.data
         states.append(model.state_dict())
@@ -93,6 +112,22 @@ def train_round(
                 share = routes[:, int(part)]
         merged[name] = torch.tensordot(share / share.sum(), values, dims=1)
     server.load_state_dict(merged)
+
+
+def condition(model: Adapted) -> None:
+    """G_B ← G_B (A Aᵀ + ε I)⁻¹ and G_A ← (Bᵀ B + ε I)⁻¹ G_A for each adapter of each layer, in place."""
+    for layer in model.modules():
+        if not isinstance(layer, AdaptedLinear):
+            continue
+        for down, up in zip(layer.down, layer.up, strict=True):
+            assert isinstance(down, nn.Linear)
+            assert isinstance(up, nn.Linear)
+            a, b, to_a, to_b = down.weight.detach(), up.weight.detach(), down.weight.grad, up.weight.grad
+            assert to_a is not None
+            assert to_b is not None
+            eye = 1e-5 * torch.eye(len(a))
+            down.weight.grad = torch.linalg.solve(b.T @ b + eye, to_a)
+            up.weight.grad = torch.linalg.solve(a @ a.T + eye, to_b.T).T
 
 
 def evaluate(server: Adapted, routers: list[Tensor], clients: list[tuple[Tensor, Tensor]]) -> float:
