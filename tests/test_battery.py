@@ -74,7 +74,9 @@ CASES = {
         "ranks": FLoRAL(3, PLAN, EM, STEPS, ranks=(1.0, 0.5), init_std=1.0),
         "layer routers": FLoRAL(3, PLAN, GRADIENT, STEPS, layer_routers=True),
         "send top": FLoRAL(3, PLAN, GRADIENT, STEPS, send_top=2, init_std=1.0),
-        "published": FLoRAL(3, PLAN, GRADIENT, STEPS, guard=0.0, adapter_step=0.1, least_prob=0.01),
+        "published": FLoRAL(
+            3, PLAN, GRADIENT, STEPS, guard=0.0, adapter_step=0.1, least_prob=0.01, bias_start=1.0
+        ),
         "frozen base": FLoRAL(3, PLAN, EM, STEPS, freeze_base=True, init_std=1.0),
         "personal": FLoRAL(3, PLAN, EM, STEPS, init_std=1.0, personal=("*bias",)),
         "personal, frozen": FLoRAL(3, PLAN, GRADIENT, HEAVY, freeze_base=True, personal=("*bias",)),

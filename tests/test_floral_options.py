@@ -104,7 +104,24 @@ def test_every_adapter_counts_the_least_share_in_training_and_serving_but_not_in
     assert not torch.equal(moved.logits, LOGITS)
 
 
-@pytest.mark.parametrize("wrong", [{"adapter_step": 0.0}, {"adapter_step": 1.5}, {"least_prob": 1.0}])
+def test_extra_biases_begin_as_wide_as_a_layer_of_the_rank_would_and_nothing_else_changes():
+    plain, random = (FLoRAL(3, PLAN, bias_start=wide).init(net(True), Population(2, 0))[0] for wide in (0.0, 1.0))
+    bank = random.bank
+    biases = {f"{part.name.removesuffix('weight')}bias": part for part in bank.low_rank}
+    assert len(biases) == 3
+    for name, leaf in random.adapters.items():
+        if name not in biases:
+            assert torch.equal(leaf, plain.adapters[name])
+            continue
+        bound = (biases[name].rank * int(np.prod(biases[name].b_shape[2:]))) ** -0.5
+        assert 0.3 * bound < leaf.abs().max() <= bound
+        assert not plain.adapters[name].any()
+        assert not torch.equal(leaf[0], leaf[1])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"adapter_step": 0.0}, {"adapter_step": 1.5}, {"least_prob": 1.0}, {"bias_start": -1.0}]
+)
 def test_steps_and_floors_out_of_range_are_told(wrong):
     with pytest.raises(RecipeError, match="adapter_step must be in"):
         FLoRAL(2, **wrong)

@@ -108,6 +108,7 @@ class FLoRAL:
     local: LocalTraining = field(default_factory=LocalTraining)
     adapter_lr: float = 1.0  # times local.lr
     init_std: float = -1.0  # of s B at the start, times √rank; −1: 0.3, or 0.1 with adapter.peft
+    bias_start: float = 0.0  # extra biases begin at random, this wide; in the published code 1 (adapters/bank.py)
     precondition: bool = False
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     guard: float = 0.01  # τ, the share of examples below which an adapter moves less; 0: no guard
@@ -135,8 +136,10 @@ class FLoRAL:
             raise RecipeError(
                 "floral: adapter_lr must be positive, init_std not negative (or −1) and guard in [0, 1]"
             )
-        if not 0 < self.adapter_step <= 1 or not 0 <= self.least_prob < 1:
-            raise RecipeError("floral: adapter_step must be in (0, 1] and least_prob in [0, 1)")
+        if not 0 < self.adapter_step <= 1 or not 0 <= self.least_prob < 1 or self.bias_start < 0:
+            raise RecipeError(
+                "floral: adapter_step must be in (0, 1], least_prob in [0, 1) and bias_start not negative"
+            )
         if any(not 0 < share <= 1 for share in self.ranks):
             raise RecipeError(
                 f"floral: ranks are shares of the adapters' rank, above 0 and at most 1, got {self.ranks}"
@@ -179,7 +182,8 @@ class FLoRAL:
         bank = self.bank(module)
         base, own = lora.parted(module, self.freeze_base, self.personal)
         dtype = bank.dtype(module)
-        drawn = bank.init(self.num_adapters, generator(population.seed, "adapters"), self.b_std(bank))
+        draw = generator(population.seed, "adapters")
+        drawn = bank.init(self.num_adapters, draw, self.b_std(bank), self.bias_start)
         adapters = {name: leaf.to(dtype) for name, leaf in drawn.items()}
         remainder = {}
         if self.averaging == "delta":
@@ -463,7 +467,7 @@ class FLoRAL:
         heaviest = int(routes.share.argmax())
         draw = generator(int(shared.seed), "restart", int(routes.round))
         std = self.b_std(shared.bank)
-        fresh = shared.bank.drawn(self.num_adapters, draw, std)
+        fresh = shared.bank.drawn(self.num_adapters, draw, std, self.bias_start)
 
         def instead(leaf: Tensor, new: Tensor) -> Tensor:
             return torch.where(mixing.as_leading(dead, leaf), new, leaf)
