@@ -431,7 +431,7 @@ def test_a_search_tries_every_method_with_every_point_on_training_examples():
 def test_a_search_of_lists_and_names_is_told_as_a_recipe_has_it():
     args = ("digits", "--methods", "floral", "--rounds=1", "-q", '--search.router.kind=["em","gradient"]')
     layers = '--search.adapter.targets=[["*1.weight"],["?.weight"],["*"],["?.*"],["1.*"]]'
-    few = ("--engine.mode=stacked", "--task.num_clients=4")
+    few = ("--engine.mode=stacked", "--task.num_clients=4", "--search.local.lr=[0.1]")
     shown = umbel("tune", *args, *few, layers, "--json", "found.json").stdout
     found = json.loads(Path("found.json").read_text())["methods"][0]
     assert len(found["scores"]) == 10
@@ -440,8 +440,9 @@ def test_a_search_of_lists_and_names_is_told_as_a_recipe_has_it():
     assert written == {
         "router": {"kind": found["chosen"]["router.kind"]},
         "adapter": {"targets": found["chosen"]["adapter.targets"]},
+        "local": {"lr": 0.1},  # one value, as a recipe's own grid may be narrowed
     }
-    assert "router.kind / adapter.targets" in shown  # ten points are rows, not columns
+    assert "router.kind / local.lr / adapter.targets" in shown  # ten points are rows, not columns
 
 
 def test_what_diverged_is_not_chosen_for_its_last_finite_score():
@@ -495,7 +496,8 @@ def test_reading_a_recipe_forms_no_grid():
     [
         ((), "digits has no [search] table"),
         (("--search.local.lr=0.1",), "search.local.lr: a list of values to try"),
-        (("--search.local.lr=[0.1]",), "search.local.lr: a list of values to try"),
+        (("--search.local.lr=[]",), "search.local.lr: a list of values to try"),
+        (("--search.local.lr=[0.1]",), "search: one point is no search; give local.lr two values or more"),
         (("--search.local.lr=[0.1,0.1]",), "search.local.lr: a list of values to try, each once"),
         (('--search.like=["fedavg","local"]',), "search.like: methods are compared"),
         (("--search.local.lr=[0.1,1]", "--validation=0"), "validation = 0 would search on test examples"),

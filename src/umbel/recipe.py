@@ -174,14 +174,16 @@ def searched(table: Table) -> dict[str, list[Any]]:
     """The values of [search] that are to be tried, by the dotted name of a method's setting.
 
     Raises:
-        RecipeError: a setting has no list of two or more values, or is not one to be searched.
+        RecipeError: a setting has no list of values, or is not one to be searched; or no setting has two values.
     """
     grid = dict(_leaves(table.get("search", {}), ""))
     for key, values in grid.items():
         if key in ("like", "name"):
             raise RecipeError(f"search.{key}: methods are compared, not searched; name them with --methods")
-        if not isinstance(values, list) or len(values) < 2 or any(values.count(value) > 1 for value in values):
+        if not isinstance(values, list) or not values or any(values.count(value) > 1 for value in values):
             raise RecipeError(f"search.{key}: a list of values to try, each once, is wanted (it is {values!r})")
+    if grid and all(len(values) == 1 for values in grid.values()):
+        raise RecipeError(f"search: one point is no search; give {next(iter(grid))} two values or more")
     return grid
 
 
