@@ -444,6 +444,7 @@ tbody th { font-weight: 500; }
 .best { font-weight: 700; background: var(--mark); }
 .runs { font-size: 12.5px; margin: 8px 0; } .runs th, .runs td { text-align: left; padding: 4px 10px; }
 .legend { margin: 0 0 8px; display: flex; flex-wrap: wrap; gap: 4px 20px; font-size: 13.5px; }
+.scroll + .legend { margin-top: 16px; }
 .swatch { display: inline-block; width: 20px; height: 0; border-top: 3px solid var(--c); vertical-align: middle;
   margin-right: 8px; } .swatch.dashed { border-top-style: dashed; }
 .row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(460px, 100%), 1fr)); gap: 20px 28px; }
