@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from fnmatch import fnmatch
 from fractions import Fraction
 from math import prod
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from umbel.adapters.bank import Additive, Bank, Kind, LowRank
 from umbel.adapters.lora_folders import seed_of
 from umbel.adapters.lora_layers import parts_of
 from umbel.errors import ModelError, RecipeError
+from umbel.model.loss import matches
 
 ConvSplit = Literal["balanced", "in", "out"]
 Realization = Literal["auto", "merged", "factored"]
@@ -79,7 +79,7 @@ class AdapterPlan:
             for own_name, tensor in layer.named_parameters(recurse=False):
                 name = f"{path}.{own_name}" if path else own_name
                 kind = _kind(layer, tensor)
-                if kind not in self.layers or not _matches(name, self.targets) or _matches(name, left):
+                if kind not in self.layers or not matches(name, self.targets) or matches(name, left):
                     continue
                 if kind in ("bias", "norm"):
                     additive.append(Additive(name, kind, tuple(tensor.shape)))
@@ -149,10 +149,6 @@ class AdapterPlan:
         # position. A convolution has many positions and a small kernel; an embedding reads few rows. Beside a
         # frozen weight (batch_size 0) the clients share that weight's matrix product.
         return plain and (kind == "embedding" or (kind == "linear" and batch_size * per_rank < prod(shape)))
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _kind(layer: nn.Module, tensor: Tensor) -> Kind:

@@ -173,20 +173,25 @@ def trained_params(module: nn.Module, needed: bool = True) -> Params:
     return found
 
 
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns (`*` matches anything) is the name's."""
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
 def named_by(patterns: Sequence[str], names: Iterable[str], module: nn.Module) -> set[str]:
-    """Those of the module's tensors that a pattern (`*` matches anything) names.
+    """Those of the module's tensors that a pattern names (`matches`).
 
     Raises:
         ModelError: a pattern names none.
     """
     known = list(names)
     for pattern in patterns:
-        if not any(fnmatch(name, pattern) for name in known):
+        if not any(matches(name, [pattern]) for name in known):
             raise ModelError(
                 f"personal: {pattern} matches no parameter of {type(module).__name__} that is trained; "
                 f"it has {', '.join(known) or 'none'}"
             )
-    return {name for name in known if any(fnmatch(name, pattern) for pattern in patterns)}
+    return {name for name in known if matches(name, patterns)}
 
 
 def running_stats(module: nn.Module) -> Params:
