@@ -10,8 +10,8 @@ Clustering, Algorithms 1-3, https://arxiv.org/abs/2404.15384
               v_c ← Σ_{V_c} n_ij v_ij / Σ_{V_c} n_ij
               v_ij ← v_c for (i, j) in V_c
 
-v is the adapter with what else the task trains (heads), but for tensors that `personal` has stay with the slot, as
-FedPer's; that is ours. Beyond the paper: a slot is known by the steps that it
+v is the adapter with what else the task trains (heads), without the tensors that `personal` names: these stay with
+the slot, as FedPer's head does, and are ours. Beyond the paper: a slot is known by the steps that it
 took itself (`compare`), for what it sends begins where its cluster is, so that a wrong cluster would stay wrong,
 
     w_ij ← w_ij + (v_ij sent − v_ij received) / t      in its round t; at the start w_ij = v⁰ ;
