@@ -608,6 +608,80 @@ def test_a_run_stopped_before_or_after_pruning_goes_on_bit_for_bit(tmp_path, sto
     assert last[0].read_bytes() == last[1].read_bytes()
 
 
+# Routes are explored with larger adapters.
+
+WIDE = replace(PRUNING, prune_below=0.0, adapter=AdapterPlan(1, ("linear", "bias")), explore_rank=2)
+
+
+def test_adapters_are_cut_to_the_nearest_of_their_rank_once_routes_are_explored():
+    cohort, progress = pruned(WIDE)
+    bank = progress[0].shared.bank
+    wide = {part.name: part.rank for part in bank.low_rank}
+    plain = {part.name: part.rank for part in replace(WIDE, explore_rank=0.0).bank(cohort.loss.module).low_rank}
+    assert all(
+        wide[name] == min(3, *part.shape) > 1 for name, part in ((part.name, part) for part in bank.low_rank)
+    )
+    assert set(plain.values()) == {1}
+    for place, at in enumerate(progress, 1):
+        message, explored = cohort.method.send(at.shared, torch.arange(8)), place >= 5  # a third of 15 rounds
+        for part in bank.low_rank:
+            ranks = message.adapters[part.a_name].shape[2], message.adapters[part.b_name].shape[3]
+            assert ranks == ((1, 1) if explored else (wide[part.name],) * 2)
+            if explored:
+                assert not at.shared.adapters[part.a_name][:, 1:].any()
+                assert not at.shared.adapters[part.b_name][:, :, 1:].any()
+    for key in ("bytes_up", "bytes_down"):
+        assert {at.figures[key] for at in progress[5:]} != {at.figures[key] for at in progress[:5]}
+        assert progress[5].figures[key] < progress[4].figures[key]
+    assert progress[-1].figures["bytes_down"] == 8 * tree.row_bytes(message)
+    assert progress[-1].figures["nmi"] == pytest.approx(1)
+
+
+def test_the_cut_is_the_servers_step_and_then_the_best_of_smaller_rank():
+    schedule = Schedule(rounds=15, evaluate_every=15)
+    cohort, at = start(opposite(), WIDE, schedule, STACKED)
+    before = None
+    for now in rounds_of(cohort, at, opposite(), schedule):
+        if now.round == 5:
+            break
+        before = now
+    uploads = [cohort.update(before.shared, before.store, np.arange(8), 5)[0]]
+    longer = replace(before.shared, routes=replace(before.shared.routes, rounds=torch.tensor(1000.0)))
+    whole, small = (WIDE.server_update(shared, iter(uploads)) for shared in (longer, before.shared))
+    for name, dense in products(whole.bank, whole.adapters).items():
+        kept, s = products(small.bank, small.adapters)[name], torch.linalg.svdvals(dense)
+        assert_close((dense - kept).square().sum((1, 2)), s[:, 1:].square().sum(1), rtol=1e-3, atol=1e-9)
+        assert torch.linalg.matrix_rank(kept, rtol=1e-4).max() == 1
+    for update in whole.bank.additive:
+        assert torch.equal(small.adapters[update.name], whole.adapters[update.name])
+
+
+@pytest.mark.parametrize("stop", [4, 5, 6])
+def test_a_run_stopped_before_or_after_the_cut_goes_on_bit_for_bit(tmp_path, stop):
+    method = replace(WIDE, server=ServerOptimizer("momentum", 0.5))
+    task, schedule = opposite(), Schedule(rounds=8, evaluate_every=8, checkpoint_every=1)
+    run(task, method, schedule=schedule, engine=STACKED, folder=tmp_path / "whole")
+    with pytest.raises(StoppedError):
+        run(task, method, schedule=schedule, engine=STACKED, folder=tmp_path / "cut", on_round=stop_after(stop))
+    resume(tmp_path / "cut", task, method)
+    last = [tmp_path / name / "checkpoints/000008.safetensors" for name in ("whole", "cut")]
+    assert last[0].read_bytes() == last[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"router": ORACLE}, {"averaging": "product"}, {"ranks": (0.5,)}, {"adapter": AdapterPlan(peft={"r": 2})}],
+)
+def test_larger_adapters_while_exploring_go_without_what_has_ranks_of_its_own(wrong):
+    with pytest.raises(RecipeError, match="explore_rank needs"):
+        FLoRAL(2, **{"explore_rank": 2} | wrong)
+
+
+def test_a_smaller_rank_while_exploring_is_told():
+    with pytest.raises(RecipeError, match=r"explore_rank gives 0\.weight rank 1, less than adapter\.rank's 2"):
+        FLoRAL(2, AdapterPlan(2), explore_rank=1).init(net(), Population(2, 0))
+
+
 # Dead adapters start anew.
 
 
