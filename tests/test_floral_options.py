@@ -119,6 +119,25 @@ def test_extra_biases_begin_as_wide_as_a_layer_of_the_rank_would_and_nothing_els
         assert not torch.equal(leaf[0], leaf[1])
 
 
+def test_the_first_ranks_alone_may_begin_with_noise_that_is_as_large_together():
+    plan = AdapterPlan(4, ("linear",))
+    with seeded(0, "wide"):
+        wide = nn.Sequential(nn.Linear(300, 400))
+    every, one = (FLoRAL(2, plan, init_ranks=n).init(wide, Population(2, 0))[0].adapters for n in (0, 1))
+    a, b = "0.weight_lora_A", "0.weight_lora_B"
+    assert torch.equal(every[a], one[a])
+    assert_close(one[b][:, :, 0], 2 * every[b][:, :, 0])
+    assert not one[b][:, :, 1:].any()
+    assert_close((one[b] @ one[a]).std(), (every[b] @ every[a]).std(), rtol=0.1, atol=0)
+    for same in (4, 9):
+        assert torch.equal(FLoRAL(2, plan, init_ranks=same).init(wide, Population(2, 0))[0].adapters[b], every[b])
+
+
+def test_a_negative_number_of_ranks_is_told():
+    with pytest.raises(RecipeError, match="init_ranks = -1"):
+        FLoRAL(2, init_ranks=-1)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"adapter_step": 0.0}, {"adapter_step": 1.5}, {"least_prob": 1.0}, {"bias_start": -1.0}]
 )

@@ -113,7 +113,14 @@ class Bank:
     peft: dict[str, Any] = field(default_factory=dict, repr=False)  # the LoraConfig's settings, if PEFT adapts
     seeds: tuple[Params, ...] = field(default=(), compare=False, repr=False)  # what the first adapters start from
 
-    def init(self, num_adapters: int, draw: torch.Generator, b_std: float, bias_start: float = 0.0) -> Params:
+    def init(
+        self,
+        num_adapters: int,
+        draw: torch.Generator,
+        b_std: float,
+        bias_start: float = 0.0,
+        b_ranks: int = 0,
+    ) -> Params:
         """C adapters, tensors with a leading axis C: the seeds, and `drawn` ones after them.
 
         A seed may have fewer ranks. The others keep their drawn rows of A and get zeros in B, so that the product
@@ -127,7 +134,7 @@ class Bank:
                 f"adapter.seeds: {len(self.seeds)} folders for {num_adapters} adapters; leave some out, "
                 f"or raise num_adapters where the method has it"
             )
-        tensors = self.drawn(num_adapters, draw, b_std, bias_start)
+        tensors = self.drawn(num_adapters, draw, b_std, bias_start, b_ranks)
         for place, seed in enumerate(self.seeds):
             for part in self.low_rank:
                 a, b = seed[part.a_name], seed[part.b_name]
@@ -136,12 +143,20 @@ class Bank:
                 tensors[part.b_name][place, :, len(a) :] = 0
         return tensors
 
-    def drawn(self, num_adapters: int, draw: torch.Generator, b_std: float, bias_start: float = 0.0) -> Params:
+    def drawn(
+        self,
+        num_adapters: int,
+        draw: torch.Generator,
+        b_std: float,
+        bias_start: float = 0.0,
+        b_ranks: int = 0,
+    ) -> Params:
         """C random adapters, tensors with a leading axis C.
 
         A ~ U(−√(gain/fan_in), √(gain/fan_in)) and s B ~ N(0, b_std² / r), independent for each adapter, so that
         s B·A is as large for any rank r and any scale s (α / r); b_std = 0 is LoRA's own start, at which the
-        adapted model is the base.
+        adapted model is the base. With `b_ranks` only so many ranks of B are drawn, as large together, and the
+        others are 0; 0 draws all, and embeddings always do.
         Additive updates start at zero, but for biases beside an A and B if there is a `bias_start`: these are then
         U(−1, 1) · bias_start / √(what B sums over), PyTorch's start of a layer B if it is 1. An embedding's factor
         that is indexed, not summed over, is N(0, 1), and the other one drawn as B.
@@ -157,7 +172,11 @@ class Bank:
             bound = (self.gain / prod(part.a_shape[1:])) ** 0.5
             uniform = torch.rand(num_adapters, *part.a_shape, generator=draw)
             tensors[part.a_name] = (2 * uniform - 1) * bound
-            tensors[part.b_name] = torch.randn(num_adapters, *part.b_shape, generator=draw) * std
+            b = torch.randn(num_adapters, *part.b_shape, generator=draw) * std
+            if 0 < b_ranks < part.rank:
+                b[:, :, :b_ranks] *= (part.rank / b_ranks) ** 0.5
+                b[:, :, b_ranks:] = 0
+            tensors[part.b_name] = b
         for update in self.additive:
             tensors[update.name] = torch.zeros(num_adapters, *update.shape)
         for part in self.low_rank if bias_start else ():

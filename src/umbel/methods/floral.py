@@ -112,6 +112,9 @@ class FLoRAL:
     local: LocalTraining = field(default_factory=LocalTraining)
     adapter_lr: float = 1.0  # times local.lr
     init_std: float = -1.0  # of s B at the start, times √rank; −1: 0.3, or 0.1 with adapter.peft
+    init_ranks: int = (
+        0  # how many ranks of B begin with that deviation, as large together; the others are 0. 0: all
+    )
     bias_start: float = 0.0  # extra biases begin at random, this wide; in the published code 1 (adapters/bank.py)
     precondition: bool = False
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
@@ -143,6 +146,8 @@ class FLoRAL:
             raise RecipeError(
                 "floral: adapter_lr must be positive, init_std not negative (or −1) and guard in [0, 1]"
             )
+        if self.init_ranks < 0:
+            raise RecipeError(f"floral: init_ranks = {self.init_ranks}, but it is a number of ranks, or 0 for all")
         if not 0 < self.adapter_step <= 1 or not 0 <= self.least_prob < 1 or self.bias_start < 0:
             raise RecipeError(
                 "floral: adapter_step must be in (0, 1], least_prob in [0, 1) and bias_start not negative"
@@ -197,7 +202,7 @@ class FLoRAL:
         base, own = lora.parted(module, self.freeze_base, self.personal)
         dtype = bank.dtype(module)
         draw = generator(population.seed, "adapters")
-        drawn = bank.init(self.num_adapters, draw, self.b_std(bank), self.bias_start)
+        drawn = bank.init(self.num_adapters, draw, self.b_std(bank), self.bias_start, self.init_ranks)
         adapters = {name: leaf.to(dtype) for name, leaf in drawn.items()}
         remainder = {}
         if self.averaging == "delta":
@@ -507,7 +512,7 @@ class FLoRAL:
         heaviest = int(routes.share.argmax())
         draw = generator(int(shared.seed), "restart", int(routes.round))
         std = self.b_std(shared.bank)
-        fresh = shared.bank.drawn(self.num_adapters, draw, std, self.bias_start)
+        fresh = shared.bank.drawn(self.num_adapters, draw, std, self.bias_start, self.init_ranks)
 
         def instead(leaf: Tensor, new: Tensor) -> Tensor:
             return torch.where(mixing.as_leading(dead, leaf), new, leaf)
