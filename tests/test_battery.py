@@ -77,7 +77,6 @@ CASES = {
         "published": FLoRAL(
             3, PLAN, GRADIENT, STEPS, guard=0.0, adapter_step=0.1, least_prob=0.01, bias_start=1.0
         ),
-        "explore rank": FLoRAL(3, replace(PLAN, rank=1), EM, STEPS, init_std=1.0, explore_rank=3),
         "frozen base": FLoRAL(3, PLAN, EM, STEPS, freeze_base=True, init_std=1.0),
         "personal": FLoRAL(3, PLAN, EM, STEPS, init_std=1.0, personal=("*bias",)),
         "personal, frozen": FLoRAL(3, PLAN, GRADIENT, HEAVY, freeze_base=True, personal=("*bias",)),

@@ -63,35 +63,6 @@ def factors(bank: Bank, dense: Params) -> Params:
     return {name: leaf.contiguous() for name, leaf in found.items()}
 
 
-def narrowed(bank: Bank, adapters: Params, ranks: list[int]) -> Params:
-    """C adapters' tensors with the first of their ranks only, so many in each of the bank's low-rank parts."""
-    found = dict(adapters)
-    for part, rank in zip(bank.low_rank, ranks, strict=True):
-        found[part.a_name] = adapters[part.a_name][:, :rank]
-        found[part.b_name] = adapters[part.b_name][:, :, :rank]
-    return found
-
-
-def widened(bank: Bank, adapters: Params) -> Params:
-    """Adapters (*leading, …) with zeros for the ranks that they lack of the bank's."""
-    found = dict(adapters)
-    for part in bank.low_rank:
-        a, b = adapters[part.a_name], adapters[part.b_name]
-        leading = a.dim() - len(part.shape)
-        for name, leaf, axis in ((part.a_name, a, leading), (part.b_name, b, leading + 1)):
-            shape = list(leaf.shape)
-            shape[axis] = part.rank - leaf.shape[axis]
-            found[name] = torch.cat([leaf, leaf.new_zeros(shape)], axis) if shape[axis] else leaf
-    return found
-
-
-def cut(bank: Bank, adapters: Params, ranks: list[int]) -> Params:
-    """The adapters whose products are nearest among those of these smaller ranks; the other ranks are zero."""
-    smaller = tuple(replace(part, rank=rank) for part, rank in zip(bank.low_rank, ranks, strict=True))
-    nearest = factors(replace(bank, low_rank=smaller), products(bank, adapters))
-    return widened(bank, adapters | nearest)
-
-
 def _rank_last(part: LowRank) -> tuple[int, ...]:
     """The shape of B with the rank as its last axis."""
     out, rank, *kernel = part.b_shape

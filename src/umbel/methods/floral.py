@@ -29,7 +29,6 @@ from umbel.adapters import AdapterPlan, Bank, mix, with_paths
 from umbel.adapters.averaging import Averaging, adapter_sums, averaged, factor_error, truncated
 from umbel.adapters.places import among, kept_only, picked, placed, spread_out
 from umbel.adapters.precondition import precondition
-from umbel.adapters.products import cut, narrowed, widened
 from umbel.clients import ClientData
 from umbel.errors import RecipeError
 from umbel.methods import lora
@@ -61,9 +60,6 @@ class Shared:
     stats: Params  # running statistics, used only if they are federated
     moments: dict[str, Moments]  # of base and adapters
     routes: Routes
-    narrow: (
-        Tensor  # (parts,) int64, the ranks that adapters have once routes are explored, or (0,): those of the bank
-    )
     alive: Tensor  # (C',) int64, the adapters that are not pruned
     seed: Tensor  # () int64, of the run
     figures: dict[str, Tensor]  # what the server can say of its last round
@@ -133,9 +129,6 @@ class FLoRAL:
     prune_below: float = 0.0  # once routes have settled, adapters with a smaller share of examples are dropped
     restart_below: float = 0.0  # while routes are explored, adapters with a smaller share start anew
     personal: tuple[str, ...] = ()  # patterns of trained tensors that stay with the client: "*classifier.*"
-    explore_rank: float = (
-        0.0  # adapter.rank while routes are explored; then adapters are cut to theirs. 0: the same
-    )
 
     def __post_init__(self) -> None:
         if self.num_adapters < 1:
@@ -168,12 +161,6 @@ class FLoRAL:
             raise RecipeError(
                 "floral: layer_routers needs router.kind = 'gradient': losses tell adapters apart, not layers"
             )
-        plain = self.router.kind == "em" and self.router.explore and self.averaging == "factor"
-        if self.explore_rank and (not plain or self.adapter.peft or self.ranks or self.report_error):
-            raise RecipeError(
-                "floral: explore_rank needs router.kind = 'em' with explore above 0 and averaging = 'factor', "
-                "and goes without adapter.peft, ranks and report_error"
-            )
         if self.averaging == "delta" and self.adapter.peft:
             raise RecipeError(
                 "floral: averaging = 'delta' adds to the weights themselves, which adapter.peft leaves alone; "
@@ -187,7 +174,6 @@ class FLoRAL:
     def bank(self, module: nn.Module) -> Bank:
         dense = self.averaging == "delta"  # a remainder is added to the weight itself
         plan = replace(self.adapter, realization="merged") if dense else self.adapter
-        plan = replace(plan, rank=self.explore_rank) if self.explore_rank else plan
         return plan.bank(module, self.local.batch_size, self.freeze_base, self.personal)
 
     def b_std(self, bank: Bank) -> float:
@@ -216,7 +202,6 @@ class FLoRAL:
             stats,
             {"base": self.server.init(base), "adapters": self.server.init(adapters)},
             Routes.init(self.router.kind, self.num_adapters, population),
-            self._narrow(module, bank),
             torch.arange(self.num_adapters),
             torch.tensor(population.seed),
             {"averaging_error": torch.zeros(())} if self.report_error else {},
@@ -238,8 +223,6 @@ class FLoRAL:
         adapters, remainder = (
             {n: leaf[shared.alive] for n, leaf in p.items()} for p in (shared.adapters, shared.remainder)
         )
-        if len(shared.narrow) and not shared.routes.exploring(self.router):
-            adapters = narrowed(shared.bank, adapters, shared.narrow.tolist())
         adapters, rank_share = to_all(adapters), clients.new_empty(len(clients), 0)
         if self.ranks:
             rank_share = torch.tensor(self.ranks, device=clients.device)[clients % len(self.ranks)]
@@ -273,11 +256,9 @@ class FLoRAL:
         return {name: leaf[place : place + 1] for name, leaf in each_alone(message).items()} | message.stats
 
     def later(self, shared: Shared) -> list[Shared]:
-        """Shareds whose messages have other shapes than the first one's: with smaller or fewer adapters."""
-        explored = replace(shared, routes=replace(shared.routes, round=shared.routes.rounds))
+        """Shareds whose messages have other shapes than the first one's: with fewer adapters."""
         fewer = range(1, self.num_adapters) if self.prune_below else ()
-        smaller = [explored] if self.explore_rank else []
-        return [*smaller, *(replace(explored, alive=shared.alive[:count]) for count in fewer)]
+        return [replace(shared, alive=shared.alive[:count]) for count in fewer]
 
     def client_update(
         self, loss: Loss, message: Message, private: Private, data: ClientData
@@ -330,8 +311,7 @@ class FLoRAL:
 
     def contribution(self, upload: Upload) -> dict[str, Any]:
         # What was not sent counts nothing: its place in the sums is zero, and so is its weight.
-        sent = widened(upload.bank, upload.adapters)
-        adapters = {name: placed(leaf, upload.sent, self.num_adapters) for name, leaf in sent.items()}
+        adapters = {name: placed(leaf, upload.sent, self.num_adapters) for name, leaf in upload.adapters.items()}
         routed = upload.route_examples  # (K, C) or (K, L, C)
         weights = {n: routed if routed.dim() == 2 else routed[:, upload.bank.layer_of(n)] for n in adapters}
         exact = self.averaging != "factor" or self.report_error
@@ -356,10 +336,6 @@ class FLoRAL:
             for name in shared.adapters
         }
         adapters, moments = self.server.step(shared.adapters, target, shared.moments["adapters"], share)
-        routes = shared.routes.after(self.router, sums | {"route_examples": whole})
-        if len(shared.narrow) and shared.routes.exploring(self.router) and not routes.exploring(self.router):
-            adapters = cut(shared.bank, adapters, shared.narrow.tolist())
-            moments = self.server.init(adapters)
         return self._pruned(
             replace(
                 shared,
@@ -368,7 +344,7 @@ class FLoRAL:
                 remainder={name: self._remainder(shared, name, target[name], share) for name in shared.remainder},
                 stats={name: mean.get(name, leaf).to(leaf.dtype) for name, leaf in shared.stats.items()},
                 moments={"base": base_moments, "adapters": moments},
-                routes=routes,
+                routes=shared.routes.after(self.router, sums | {"route_examples": whole}),
                 figures={"averaging_error": factor_error(shared.bank, sums["adapters"], weights).float()}
                 if self.report_error
                 else {},
@@ -431,22 +407,6 @@ class FLoRAL:
         probs = among(self._logits(message, private), message.alive).softmax(-1)
         probs = spread_out(probs, message.alive, self.num_adapters)
         return probs if probs.dim() == 2 else probs.mean(1)
-
-    def _narrow(self, module: nn.Module, bank: Bank) -> Tensor:
-        """(parts,) the ranks after exploring, or (0,) where they are the bank's.
-
-        Raises:
-            RecipeError: explore_rank gives a layer a smaller rank than adapter.rank does.
-        """
-        if not self.explore_rank:
-            return torch.empty(0, dtype=torch.long)
-        narrow = [part.rank for part in replace(self, explore_rank=0.0).bank(module).low_rank]
-        for part, rank in zip(bank.low_rank, narrow, strict=True):
-            if part.rank < rank:
-                raise RecipeError(
-                    f"floral: explore_rank gives {part.name} rank {part.rank}, less than adapter.rank's {rank}"
-                )
-        return torch.tensor(narrow)
 
     def _logits(self, message: Message, private: Private) -> Tensor:
         return message.told.oracle if self.router.kind == "oracle" else private.logits
