@@ -50,7 +50,8 @@ def vgg8_step(num_clients: int = 4, num_examples: int = 256) -> dict[str, Any]:
 def mnist_rounds(num_rounds: int = 6) -> dict[str, Any]:
     """Rounds of MNIST-LS, 30 of 300 clients, C = 4, beside client by client, adapter by adapter.
 
-    The published work, with its preconditioning and its noise on routes; and without either. FLoRAL with our
+    The published work (`floral-paper` of the recipes), with its preconditioning and its noise on routes; and
+    without either. FLoRAL with our
     router stands beside the published loop: it preconditions too, and measures losses where that draws noise.
     """
     table = load(find("table1/mnist_ls"))
@@ -75,8 +76,8 @@ def mnist_rounds(num_rounds: int = 6) -> dict[str, Any]:
     def loop(precondition: bool, noise: float) -> Any:
         def work() -> None:
             server, routers = reference.Adapted(task.model, 4, 1), [torch.zeros(4) for _ in routed]
-            local_loss = local.lr, local.batch_size, cross_entropy
-            reference.train_round(server, routers, routed, *local_loss, precondition, noise)
+            lr, size = local.lr, local.batch_size
+            reference.train_round(server, routers, routed, lr, size, cross_entropy, precondition, noise)
 
         return work
 

@@ -398,8 +398,10 @@ def test_one_method_that_diverges_does_not_cost_the_others():
     assert "error: fedavg, seed 0: round 1" in result.stderr
 
 
-SEARCH = ("digits", "--methods", "fedavg,floral", "--rounds=6", "--search.local.lr=[1e-9,0.1,0.2]", "-q")
-SEARCH = (*SEARCH, "--engine.mode=stacked", "--evaluate_every=6")
+SEARCH = (
+    *("digits", "--methods", "fedavg,floral", "--rounds=6", "--search.local.lr=[1e-9,0.1,0.2]", "-q"),
+    *("--engine.mode=stacked", "--evaluate_every=6"),
+)
 
 
 def test_a_search_tries_every_method_with_every_point_on_training_examples():

@@ -110,17 +110,12 @@ class Bank:
         default_factory=dict, compare=False, repr=False
     )  # adapted, but not trained: everyone's own copy
     gain: float = 6.0  # A ~ U(−√(gain / fan_in), √(gain / fan_in))
+    b_ranks: int = 0  # how many ranks of B begin at random; 0: all
+    bias_start: float = 0.0  # how wide extra biases begin
     peft: dict[str, Any] = field(default_factory=dict, repr=False)  # the LoraConfig's settings, if PEFT adapts
     seeds: tuple[Params, ...] = field(default=(), compare=False, repr=False)  # what the first adapters start from
 
-    def init(
-        self,
-        num_adapters: int,
-        draw: torch.Generator,
-        b_std: float,
-        bias_start: float = 0.0,
-        b_ranks: int = 0,
-    ) -> Params:
+    def init(self, num_adapters: int, draw: torch.Generator, b_std: float) -> Params:
         """C adapters, tensors with a leading axis C: the seeds, and `drawn` ones after them.
 
         A seed may have fewer ranks. The others keep their drawn rows of A and get zeros in B, so that the product
@@ -134,7 +129,7 @@ class Bank:
                 f"adapter.seeds: {len(self.seeds)} folders for {num_adapters} adapters; leave some out, "
                 f"or raise num_adapters where the method has it"
             )
-        tensors = self.drawn(num_adapters, draw, b_std, bias_start, b_ranks)
+        tensors = self.drawn(num_adapters, draw, b_std)
         for place, seed in enumerate(self.seeds):
             for part in self.low_rank:
                 a, b = seed[part.a_name], seed[part.b_name]
@@ -143,14 +138,7 @@ class Bank:
                 tensors[part.b_name][place, :, len(a) :] = 0
         return tensors
 
-    def drawn(
-        self,
-        num_adapters: int,
-        draw: torch.Generator,
-        b_std: float,
-        bias_start: float = 0.0,
-        b_ranks: int = 0,
-    ) -> Params:
+    def drawn(self, num_adapters: int, draw: torch.Generator, b_std: float) -> Params:
         """C random adapters, tensors with a leading axis C.
 
         A ~ U(−√(gain/fan_in), √(gain/fan_in)) and s B ~ N(0, b_std² / r), independent for each adapter, so that
@@ -173,17 +161,17 @@ class Bank:
             uniform = torch.rand(num_adapters, *part.a_shape, generator=draw)
             tensors[part.a_name] = (2 * uniform - 1) * bound
             b = torch.randn(num_adapters, *part.b_shape, generator=draw) * std
-            if 0 < b_ranks < part.rank:
-                b[:, :, :b_ranks] *= (part.rank / b_ranks) ** 0.5
-                b[:, :, b_ranks:] = 0
+            if 0 < self.b_ranks < part.rank:
+                b[:, :, : self.b_ranks] *= (part.rank / self.b_ranks) ** 0.5
+                b[:, :, self.b_ranks :] = 0
             tensors[part.b_name] = b
         for update in self.additive:
             tensors[update.name] = torch.zeros(num_adapters, *update.shape)
-        for part in self.low_rank if bias_start else ():
+        for part in self.low_rank if self.bias_start else ():
             bias = f"{part.name.removesuffix('weight')}bias"
             if bias in tensors:
                 uniform = torch.rand(tensors[bias].shape, generator=draw)
-                tensors[bias] = (2 * uniform - 1) * bias_start / prod(part.b_shape[1:]) ** 0.5
+                tensors[bias] = (2 * uniform - 1) * self.bias_start / prod(part.b_shape[1:]) ** 0.5
         return tensors
 
     def dtype(self, module: nn.Module) -> torch.dtype:

@@ -174,7 +174,8 @@ class FLoRAL:
     def bank(self, module: nn.Module) -> Bank:
         dense = self.averaging == "delta"  # a remainder is added to the weight itself
         plan = replace(self.adapter, realization="merged") if dense else self.adapter
-        return plan.bank(module, self.local.batch_size, self.freeze_base, self.personal)
+        bank = plan.bank(module, self.local.batch_size, self.freeze_base, self.personal)
+        return replace(bank, b_ranks=self.init_ranks, bias_start=self.bias_start)
 
     def b_std(self, bank: Bank) -> float:
         """Of s B at the start, times √rank: less with PEFT, for a large one spoils a pretrained model."""
@@ -187,8 +188,7 @@ class FLoRAL:
         bank = self.bank(module)
         base, own = lora.parted(module, self.freeze_base, self.personal)
         dtype = bank.dtype(module)
-        draw = generator(population.seed, "adapters")
-        drawn = bank.init(self.num_adapters, draw, self.b_std(bank), self.bias_start, self.init_ranks)
+        drawn = bank.init(self.num_adapters, generator(population.seed, "adapters"), self.b_std(bank))
         adapters = {name: leaf.to(dtype) for name, leaf in drawn.items()}
         remainder = {}
         if self.averaging == "delta":
@@ -472,7 +472,7 @@ class FLoRAL:
         heaviest = int(routes.share.argmax())
         draw = generator(int(shared.seed), "restart", int(routes.round))
         std = self.b_std(shared.bank)
-        fresh = shared.bank.drawn(self.num_adapters, draw, std, self.bias_start, self.init_ranks)
+        fresh = shared.bank.drawn(self.num_adapters, draw, std)
 
         def instead(leaf: Tensor, new: Tensor) -> Tensor:
             return torch.where(mixing.as_leading(dead, leaf), new, leaf)
