@@ -14,7 +14,7 @@ from torch import nn
 import measure
 import reference
 from umbel.adapters import AdapterPlan
-from umbel.cohort import Engine
+from umbel.cohort import Engine, Tally
 from umbel.methods import FedAvg, FLoRAL, Method
 from umbel.methods.routing import Router
 from umbel.recipe import find, load, read
@@ -59,8 +59,8 @@ def round_work(task: Task, method: Method, engine: Engine, num_clients: int) -> 
     clients = np.arange(num_clients)
 
     def work() -> None:
-        for chunk in cohort.chunks(clients):
-            cohort.update(at.shared, at.store, chunk, 1)
+        for _ in cohort.uploads(at.shared, at.store, clients, 1, Tally()):
+            pass
 
     return work
 

@@ -13,8 +13,8 @@ from simulate import simulate
 from umbel import mixing, tree
 from umbel.adapters import AdapterPlan
 from umbel.clients import ClientData, Examples
-from umbel.cohort import Engine
-from umbel.methods import Ensemble, FLoRAL, Population
+from umbel.cohort import Engine, Tally
+from umbel.methods import IFCA, Ensemble, FLoRAL, Population
 from umbel.methods.routing import (
     COOLING,
     SMALLEST_SHARE,
@@ -30,6 +30,7 @@ from umbel.methods.routing import (
 )
 from umbel.methods.server import ServerOptimizer
 from umbel.model.loss import FORWARD_EXAMPLES, Loss
+from umbel.rounds import start
 from umbel.runs import run
 from umbel.schedule import Schedule
 from umbel.seeds import seeded
@@ -202,6 +203,53 @@ def test_losses_are_summed_by_label(counts, own, bounded):
                 expected = (1 - logs.exp()).sum() if bounded and whose[k] else -logs.sum()
                 assert_close(found.sums[k, label, c], expected)
     assert_close(found.mean[0], found.sums[0].sum(0) / counts[0])
+
+
+def pictures(*counts):
+    """Clients with so many images of noise each, of three labels."""
+    draw = torch.Generator().manual_seed(0)
+    return Examples.of(
+        [(torch.randn(n, 1, 4, 4, generator=draw), torch.randint(0, 3, (n,), generator=draw)) for n in counts]
+    )
+
+
+def convolutional():
+    with seeded(0, "model"):
+        return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+
+
+def test_losses_of_images_are_the_same_for_many_clients_as_for_each(monkeypatch):
+    monkeypatch.setattr("umbel.model.loss.CACHED_IMAGES", 4)
+    everyone = ClientData(pictures(5, 9, 1), np.arange(3), 0, 1)
+    loss, draw = Loss(convolutional(), "cross_entropy"), torch.Generator().manual_seed(1)
+    models = {name: torch.randn(2, *leaf.shape, generator=draw) for name, leaf in loss.module.named_parameters()}
+    found = losses_of(loss, models, everyone, 3)
+    for k in range(3):
+        x, y = everyone.examples.of_client(k)
+        assert_close(found.mean[k], losses_of(loss, models, everyone.among(torch.tensor([k])), 3).mean[0])
+        for c in range(2):
+            one = torch.func.functional_call(loss.module, {name: leaf[c] for name, leaf in models.items()}, (x,))
+            assert_close(found.mean[k, c], nn.functional.cross_entropy(one, y))
+
+
+@pytest.mark.parametrize("method", [FLoRAL(2), Ensemble(2), IFCA(2)], ids=["floral", "ensemble", "ifca"])
+def test_who_trains_one_by_one_is_measured_with_everyone(method, monkeypatch):
+    examples, group = pictures(5, 9, 1), torch.tensor([0, 1, 0])
+    task = Task("pictures", convolutional(), "cross_entropy", examples, examples, group)
+    cohort, at = start(task, method, Schedule(rounds=4), Engine("looped"))
+    alone = [cohort.update(at.shared, at.store, np.array([k]), 1)[0] for k in range(3)]
+    measured = []
+
+    def spied(loss, candidates, data, *rest, **more):
+        measured.append(data.clients.tolist())
+        return losses_of(loss, candidates, data, *rest, **more)
+
+    monkeypatch.setattr(f"{type(method).__module__}.losses_of", spied)
+    uploads = list(cohort.uploads(at.shared, at.store, np.arange(3), 1, Tally()))
+    assert measured == [[0, 1, 2]]
+    for own, upload in zip(alone, uploads, strict=True):
+        for name, leaf in tree.tensors(upload).items():
+            assert_close(leaf, tree.tensors(own)[name])
 
 
 def test_bounded_losses_are_of_labels_only_and_a_loss_that_is_not_finite_stays_so():

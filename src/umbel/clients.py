@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,6 +116,7 @@ class ClientData:
     part: tuple[np.ndarray, ...] | None = None  # each client's rows of `examples`; None: all it has
     num_rounds: int = 0  # of the whole run, for rates that fall with it; 0: not known
     guard: Guard | None = None  # in training; None: steps are along plain gradients
+    measured: Any = None  # (K, …) what the method's `measure` found for these clients; None: it was not asked
 
     @property
     def weight(self) -> Tensor:

@@ -124,12 +124,16 @@ class Ensemble:
         models = tree.broadcast(shared.models | shared.stats, len(clients))
         return Message(models, shared.routes.tell(self.router, clients))
 
+    def measure(self, loss: Loss, message: Message, private: Private, data: ClientData) -> LabelLosses | None:
+        """The losses that routes are found by; None where they are not."""
+        return self._losses(loss, message, data) if self.router.kind == "em" else None
+
     def client_update(
         self, loss: Loss, message: Message, private: Private, data: ClientData
     ) -> tuple[Upload, Private]:
         router = self.router
         logits, measured = router.start(
-            message.told, private.logits, lambda: self._losses(loss, message, data), data
+            message.told, private.logits, lambda: data.measured or self._losses(loss, message, data), data
         )
         noise = router.noise_at(
             data, self.num_models, data.num_steps(self.local.batch_size, self.local.epochs, self.local.steps)

@@ -260,6 +260,11 @@ class FLoRAL:
         fewer = range(1, self.num_adapters) if self.prune_below else ()
         return [replace(shared, alive=shared.alive[:count]) for count in fewer]
 
+    def measure(self, loss: Loss, message: Message, private: Private, data: ClientData) -> LabelLosses | None:
+        """The losses that routes are found by; None where they are not, or models are each client's own."""
+        alike = message.rank_share.dim() > 1 and not (message.stats | private.stats | private.own)
+        return self._losses(loss, message, private, data) if self.router.kind == "em" and alike else None
+
     def client_update(
         self, loss: Loss, message: Message, private: Private, data: ClientData
     ) -> tuple[Upload, Private]:
@@ -413,7 +418,7 @@ class FLoRAL:
 
     def _routes(self, loss: Loss, message: Message, private: Private, data: ClientData) -> tuple[Tensor, Measured]:
         def losses() -> LabelLosses:
-            found = self._losses(loss, message, private, self.router.looked_at(data))
+            found = data.measured or self._losses(loss, message, private, data)
             # A pruned adapter counts as an average one: it is neither the best nor does it move the mean.
             average = found.sums.mean(2, keepdim=True)
             every = spread_out(found.sums - average, message.alive, self.num_adapters) + average
@@ -423,6 +428,7 @@ class FLoRAL:
 
     def _losses(self, loss: Loss, message: Message, private: Private, data: ClientData) -> LabelLosses:
         """With each received adapter alone; clients of unequal ranks have received other adapters."""
+        data = self.router.looked_at(data)
         num_labels, stats = max(1, message.told.frequency.shape[1]), message.stats | private.stats | private.own
         if message.rank_share.dim() > 1:
             return losses_of(loss, each_alone(message), data, num_labels, stats, message.told.exploring)

@@ -25,7 +25,7 @@ from umbel.clients import ClientData
 from umbel.errors import RecipeError
 from umbel.methods.ensemble import drawn_apart
 from umbel.methods.protocol import Population, Refusals
-from umbel.methods.routing import losses_of
+from umbel.methods.routing import LabelLosses, losses_of
 from umbel.methods.server import Moments, ServerOptimizer
 from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats
@@ -81,6 +81,10 @@ class IFCA:
     def send(self, shared: Shared, clients: Tensor) -> Message:
         return Message(tree.broadcast(shared.models | shared.stats, len(clients)))
 
+    def measure(self, loss: Loss, message: Message, private: Private, data: ClientData) -> LabelLosses:
+        """The losses that models are chosen by."""
+        return losses_of(loss, {name: leaf[0] for name, leaf in message.models.items()}, data)
+
     def client_update(
         self, loss: Loss, message: Message, private: Private, data: ClientData
     ) -> tuple[Upload, Private]:
@@ -130,7 +134,7 @@ class IFCA:
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         """The choice among the models as they are now."""
-        losses = losses_of(loss, {name: leaf[0] for name, leaf in message.models.items()}, data).mean
+        losses = (data.measured or self.measure(loss, message, private, data)).mean
         return Private(F.one_hot(losses.argmin(1), self.num_models).to(private.choice.dtype))
 
     def personalize(self, message: Message, private: Private) -> Params:

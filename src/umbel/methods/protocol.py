@@ -48,6 +48,10 @@ class Method(Protocol):
     Two things a method may say beyond this, for runs across machines, where messages are checked and copied:
     `later(shared)`, Shareds whose messages have other tensors than the first one's; and `beside(message)`, what a
     message points to on the server and `settle` needs, with `with_beside(message, beside)`.
+
+    And one for speed: `measure(loss, message, private, data)`, what `client_update` would find out without
+    gradients before it trains, for all clients of a round at once where they are trained one after the other. It
+    is a state with a leading axis K, which `client_update` then has in `data.measured`; or None.
     """
 
     @property

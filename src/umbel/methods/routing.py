@@ -246,7 +246,7 @@ class Routes:
         return Routes(self.oracle, self.round + 1, self.rounds, *(leaf.to(self.round.dtype) for leaf in known))
 
 
-@dataclass(frozen=True)
+@state
 class LabelLosses:
     """The losses of K clients with C models, summed over each client's examples of each of Y labels."""
 
@@ -292,7 +292,8 @@ def losses_of(
                 if batch.weight is None
                 else batch.weight.to(some.dtype).flatten()
             )
-            if num_clients == 1 or private:
+            images = batch.x.dim() == 5  # of which many models at once are slower than one after the other
+            if num_clients == 1 or private or images:
                 values = _one_by_one(loss, candidates, batch, private or {})
             else:
                 values = _at_once(loss, candidates, batch)
@@ -305,12 +306,15 @@ def losses_of(
 
 
 def _one_by_one(loss: Loss, candidates: Params, batch: Batch, private: Params) -> Tensor:
-    """(K·B, C) losses of a batch, one model after the other."""
-    num_clients = batch.x.shape[0]
+    """(K·B, C) losses of a batch, one model after the other; clients without tensors of their own in a row."""
+    x, y = batch.x, batch.y
+    if not private:
+        x, y = (part.flatten(0, 1).unsqueeze(0) for part in (x, y))
+    num_clients = x.shape[0]
     columns = []
     for c in range(next(iter(candidates.values())).shape[0]):
         own = {name: leaf[c].expand(num_clients, *leaf.shape[1:]) for name, leaf in candidates.items()}
-        columns.append(loss.per_example(loss.outputs(own | private, batch.x), batch.y).flatten())
+        columns.append(loss.per_example(loss.outputs(own | private, x), y).flatten())
     return torch.stack(columns, 1)
 
 

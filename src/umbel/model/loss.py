@@ -22,6 +22,7 @@ LossName = Literal["cross_entropy", "mse"]
 Precision = Literal["float32", "bfloat16"]
 IGNORED = -100  # the target of a place in a text that counts nothing: padding, or what was given
 FORWARD_EXAMPLES = 8192  # in one forward pass without gradients, of all stacked clients together
+CACHED_IMAGES = 256  # of these, on a CPU, at a time
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ class Loss:
         if x.shape[0] == 1:
             # squeeze, not [0]: the gradient of an index would fill a whole tensor with zeros first
             one = {name: leaf.squeeze(0) for name, leaf in params.items()}
-            return self._alone(one, x.squeeze(0)).unsqueeze(0)
+            return self._alone(one, x.squeeze(0), training).unsqueeze(0)
         shared = {name: leaf[0] for name, leaf in params.items() if is_broadcast(leaf)}
         own = {name: leaf for name, leaf in params.items() if name not in shared}
         if self.stackable.issuperset(own):
@@ -148,10 +149,14 @@ class Loss:
         """The names of the module's dropout keys."""
         return dropout_keys(self.module)
 
-    def _alone(self, params: Params, x: Tensor) -> Tensor:
-        if x.dim() == 4:  # convolutions and pooling are about twice as fast with the channels last
-            x = x.contiguous(memory_format=torch.channels_last)
-        return self._forward(params, x)
+    def _alone(self, params: Params, x: Tensor, training: bool) -> Tensor:
+        if x.dim() != 4:
+            return self._forward(params, x)
+        # Convolutions and pooling are about twice as fast with the channels last, and on a CPU with few images.
+        x = x.contiguous(memory_format=torch.channels_last)
+        if training or torch.is_grad_enabled() or x.device.type != "cpu":
+            return self._forward(params, x)
+        return torch.cat([self._forward(params, part) for part in x.split(CACHED_IMAGES)])
 
     def _forward(self, params: Params, x: Tensor) -> Tensor:
         outputs: Tensor = functional_call(self.module, params, (x,))
