@@ -16,7 +16,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from umbel.tasks import texts
+
 END, PAD = 0, 1
+LINES = 300  # of what is told apart in fiftieths
 LANGUAGES = ("cs", "de", "en", "fr")
 XQUAD = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
 LETTERS = dict(zip(("cs", "de", "en", "fr"), "cdef", strict=True))
@@ -78,9 +81,20 @@ def write_texts(folder):
     rest |= {"code_alpaca": ("instruction", "input", "output"), "python_problems": ("prompt", "code")}
     for name, columns in (rest | {"clinc150": ("text",)}).items():
         write(name, [{column: f"{name} {column} {n} " * 3 for column in columns} for n in range(40)])
-    write("udhr", [{"code": code, "text": f"{code} " * 40} for code in ("deu", "fra", "xyz")])
     write(
-        "genesis_en_fr_de_sv", [{"lang": lang, "text": f"{lang} {n}"} for lang in ("en", "fr") for n in range(90)]
+        "udhr",
+        [
+            {"code": code, "text": "\n".join(document("abcdefghijklmno"[at], n) for n in range(LINES))}
+            for at, code in enumerate(texts.DECLARATION_CODES.values())
+        ],
+    )
+    write(
+        "genesis_en_fr_de_sv",
+        [
+            {"lang": lang, "version": version, "text": document(LETTERS[lang], n)}
+            for lang, version in [*texts.VERSE_VERSIONS.items(), ("en", "another")]
+            for n in range(LINES)
+        ],
     )
 
 

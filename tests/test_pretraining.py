@@ -19,7 +19,7 @@ from umbel.tasks import CIFARViT, Multilingual, texts, unused
 from umbel.tasks.bases import load_pretrained
 from umbel.tasks.dolly import by_category
 from umbel.tasks.flan_feddpa import by_task
-from umbel.tasks.multilingual import own_documents
+from umbel.tasks.multilingual import LANGUAGES, own_documents
 from umbel.tasks.tokens import Tokenizer
 
 CPU = torch.device("cpu")
@@ -57,8 +57,9 @@ def stop_at(step, monkeypatch):
 def task_documents():
     for language in texts.CAPTION_LANGUAGES:
         yield from own_documents("captions", language)
-    for language in texts.PARAGRAPH_LANGUAGES:
-        yield from own_documents("paragraphs", language)
+    for text in ("paragraphs", "verses", "declaration"):
+        for language in LANGUAGES[text]:
+            yield from own_documents(text, language)
     yield from (*texts.modules(), *texts.articles())
     yield from (document for own in (*texts.news(), *texts.speeches()) for document in own)
 
@@ -77,7 +78,7 @@ def test_no_true_document_of_a_task_is_learnt_from(real_data):
 
 def test_captions_that_are_also_a_tasks_are_left_out(small, monkeypatch):
     said = [texts.Document("multi30k", n, text) for n, text in enumerate(("a", "b", "c", "d", "b "))]
-    monkeypatch.setattr(unused, "captions", lambda language: said)
+    monkeypatch.setitem(unused.READ, "captions", lambda language: said)
     monkeypatch.setattr(unused, "own_documents", lambda text, language: said[1::2] + said[2:3])
     assert unused.texts()["captions_de"] == ("a", "b ")
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from pyarrow import Table, parquet
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 import small_texts
@@ -47,6 +48,11 @@ LANGUAGE = {  # each with its categories' letters
     "one": (Multilingual(**SMALL, languages=("fr",)), "f"),
     "two_mixed": (Multilingual(**SMALL, heterogeneity="mixed", languages=("en", "fr")), "ef"),
     "paragraphs": (Multilingual(**SMALL, text="paragraphs", languages=("es", "zh"), clients_per_language=2), "el"),
+    "verses": (Multilingual(**SMALL, text="verses", languages=("de", "fr")), "df"),
+    "declaration": (
+        Multilingual(**SMALL, text="declaration", languages=("it", "de"), clients_per_language=2),
+        "gb",
+    ),
     "code": (CodeVsProse(**SMALL, clients_per_kind=2), "pw"),
     "code_mixed": (CodeVsProse(**SMALL, clients_per_kind=2, heterogeneity="mixed"), "pw"),
     "news": (AGNews(**SMALL), "wsbt"),
@@ -105,15 +111,28 @@ def test_a_window_is_followed_by_its_next_token_and_none_is_there_twice(name, sm
 def test_no_document_that_is_tested_or_public_is_trained_on(name, small):
     task = LANGUAGE[name][0].load(0)
     train, test, public = marks(task.train.x), marks(task.test.x), marks(task.public)
-    if name[:4] in ("capt", "two_", "para"):  # translations have the same number
+    if name[:4] in ("capt", "two_", "para", "vers", "decl"):  # translations have the same number
         train, test, public = ({mark[1:] for mark in part} for part in (train, test, public))
     if name.startswith("para"):  # and those of one article belong together
         train, test, public = ({int(mark) // 5 for mark in part} for part in (train, test, public))
+    if name in ("verses", "declaration"):  # as those of one fiftieth do, of which every second one is left out
+        train, test, public = ({int(mark) // 6 for mark in part} for part in (train, test, public))
+        assert all(part % 2 for part in train | test | public)
     assert train
     assert test
     assert public
     assert train.isdisjoint(test)
     assert public.isdisjoint(train | test)
+
+
+def test_a_file_without_the_language_is_named(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("UMBEL_DATA", str(tmp_path))
+    (tmp_path / "text").mkdir()
+    table = Table.from_pylist([{"code": "deu", "text": "Jeder\nhat"}])
+    parquet.write_table(table, tmp_path / "text" / "udhr.parquet")
+    assert [one.text for one in texts.declaration("de")] == ["Jeder", "hat"]
+    with pytest.raises(DataError, match=r"udhr\.parquet .* has nothing in 'it'"):
+        texts.declaration("it")
 
 
 def test_a_text_that_two_categories_have_is_not_trained_on_where_it_is_tested(small):

@@ -1,11 +1,14 @@
 """multilingual: language modelling on clients that write in different languages (as Wagner et al. 2024).
 
 "captions" are every second one of Multi30k's (de, en, fr, cs); "paragraphs" are XQuAD's, of Wikipedia, in twelve
-languages. Client k mainly has the language k mod L, its group. "specific" clients have one language; "mixed"
-ones have three windows of it for each of the next language's. Translations of what anyone is tested on, or of
-what is public, are nobody's training text.
+languages; "verses" are Genesis' (de, en, fr), "declaration" is that of human rights, in fifteen languages, Italian
+among them, but of some thousand tokens each; of these two every second fiftieth.
+Client k mainly has the language k mod L, its group. "specific" clients have one language; "mixed" ones have three
+windows of it for each of the next language's. Translations of what anyone is tested on, or of what is
+public, are nobody's training text.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,10 +18,32 @@ from umbel.errors import RecipeError
 from umbel.tasks.bases import Precision, load_pretrained
 from umbel.tasks.language import Heterogeneity, Windows, parts_of, shares_of
 from umbel.tasks.task import Task
-from umbel.tasks.texts import CAPTION_LANGUAGES, PARAGRAPH_LANGUAGES, Document, captions, paragraphs
+from umbel.tasks.texts import (
+    CAPTION_LANGUAGES,
+    DECLARATION_CODES,
+    PARAGRAPH_LANGUAGES,
+    VERSE_VERSIONS,
+    Document,
+    captions,
+    declaration,
+    paragraphs,
+    verses,
+)
 from umbel.tasks.tokens import Tokenizer
 
-LANGUAGES = {"captions": CAPTION_LANGUAGES, "paragraphs": PARAGRAPH_LANGUAGES}
+Text = Literal["captions", "paragraphs", "verses", "declaration"]
+LANGUAGES: dict[Text, tuple[str, ...]] = {
+    "captions": CAPTION_LANGUAGES,
+    "paragraphs": PARAGRAPH_LANGUAGES,
+    "verses": tuple(VERSE_VERSIONS),
+    "declaration": tuple(DECLARATION_CODES),
+}
+READ: dict[Text, Callable[[str], tuple[Document, ...]]] = {
+    "captions": captions,
+    "paragraphs": paragraphs,
+    "verses": verses,
+    "declaration": declaration,
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +51,7 @@ class Multilingual:
     """Language modelling on clients that write in different languages."""
 
     base: str = "models/stories260K"  # a folder, one in UMBEL_DATA, or a hub id
-    text: Literal["captions", "paragraphs"] = "captions"
+    text: Text = "captions"
     languages: tuple[str, ...] = ("de", "fr", "cs")
     clients_per_language: int = 3
     heterogeneity: Heterogeneity = "specific"
@@ -65,8 +90,6 @@ class Multilingual:
         return Windows(self.length, self.tokens_per_client, self.test_fraction, self.public_windows)
 
 
-def own_documents(text: Literal["captions", "paragraphs"], language: str) -> tuple[Document, ...]:
-    """The documents of a language that this task uses: of captions those with an odd number."""
-    if text == "paragraphs":
-        return paragraphs(language)
-    return tuple(caption for caption in captions(language) if caption.number % 2)
+def own_documents(text: Text, language: str) -> tuple[Document, ...]:
+    """The documents of a language that this task uses: those with an odd number, but all paragraphs."""
+    return tuple(one for one in READ[text](language) if one.number % 2 or text == "paragraphs")

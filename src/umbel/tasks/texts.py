@@ -9,6 +9,8 @@ import lzma
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import unescape
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,14 @@ from umbel.tasks.corpora import data_folder, hub_split, shakespeare_by_speech
 
 CAPTION_LANGUAGES = ("cs", "de", "en", "fr")
 PARAGRAPH_LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
+VERSE_VERSIONS = {"de": "Luther", "en": "King James", "fr": "Louis Segond 1910"}  # of Genesis
+DECLARATION_CODES = {  # of languages, in the file
+    **{"cs": "ces", "de": "deu", "el": "ell_monotonic", "en": "eng", "es": "spa", "fr": "fra", "it": "ita"},
+    **{"nl": "nld", "pl": "pol", "pt": "por_PT", "ro": "ron", "ru": "rus", "sv": "swe", "tr": "tur", "vi": "vie"},
+}
 CLASSES = ("World", "Sports", "Business", "Sci/Tech")  # of AG News
 _ARTICLE = 5  # paragraphs of XQuAD
+_PARTS = 50  # of a text whose translations are told apart by how far into it a line is: Genesis' chapters
 _TITLE = re.compile(r"^ = (?!=)(.+[^=]) = $", re.MULTILINE)  # of an article of WikiText
 Columns = Mapping[str, Sequence[Any]]
 
@@ -61,6 +69,26 @@ def paragraphs(language: str) -> tuple[Document, ...]:
     columns = rows("xquad_contexts", ["context"], hub, {"lang": language})
     texts = dict.fromkeys(columns["context"])  # the hub tells a paragraph once for each question
     return _documents("xquad", ((place // _ARTICLE, text) for place, text in enumerate(texts)))
+
+
+def verses(language: str) -> tuple[Document, ...]:
+    """Genesis in three languages, a verse or line a document; its parts, one fiftieth each, are parallel.
+
+    Raises:
+        DataError: it is not in the folder.
+    """
+    name, only = "genesis_en_fr_de_sv", {"lang": language, "version": VERSE_VERSIONS[language]}
+    return _in_parts("genesis", _some(name, rows(name, ["text"], only=only)["text"], language))
+
+
+def declaration(language: str) -> tuple[Document, ...]:
+    """The Universal Declaration of Human Rights in 15 languages, a line a document; its fiftieths are parallel.
+
+    Raises:
+        DataError: it is not in the folder.
+    """
+    found = _some("udhr", rows("udhr", ["text"], only={"code": DECLARATION_CODES[language]})["text"], language)
+    return _in_parts("udhr", "\n".join(found).split("\n"))
 
 
 def articles() -> tuple[Document, ...]:
@@ -176,6 +204,20 @@ def _missing(path: Path) -> DataError:
     return DataError(
         f"text/{path.name} not in the data folder {data_folder()}; set UMBEL_DATA to the folder that has it"
     )
+
+
+def _some(name: str, found: Sequence[str], language: str) -> Sequence[str]:
+    if not found:
+        raise DataError(f"text/{name}.parquet in the data folder {data_folder()} has nothing in {language!r}")
+    return found
+
+
+def _in_parts(source: str, lines: Sequence[str]) -> tuple[Document, ...]:
+    """The lines, numbered by the part of the whole text that each one ends in."""
+    plain = [unescape(line).strip() for line in lines]
+    ends = list(accumulate(map(len, plain)))
+    parts = (_PARTS * (end - 1) // ends[-1] for end in ends)
+    return _documents(source, zip(parts, plain, strict=True))
 
 
 def _documents(source: str, numbered: Iterable[tuple[int, str]]) -> tuple[Document, ...]:

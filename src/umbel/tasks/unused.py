@@ -1,23 +1,19 @@
 """What no task trains or tests on: texts and images to pretrain a base with.
 
-Texts are 20 Newsgroups, Multi30k's captions with even numbers (the task `multilingual` has the odd ones), the
-Universal Declaration of Human Rights and Genesis in some languages, the questions of XQuAD (not its paragraphs
-and answers, which are that task's), titles of Stack Overflow, GSM8K, Code Alpaca, MBPP and HumanEval, CLINC150.
+Texts are 20 Newsgroups, of Multi30k's captions, Genesis and the Universal Declaration of Human Rights what has an
+even number (the task `multilingual` has the odd ones), the questions of XQuAD (not its paragraphs and
+answers, which are that task's), titles of Stack Overflow, GSM8K, Code Alpaca, MBPP and HumanEval, CLINC150.
 Images are the first 20,000 of CIFAR-10's for training, which `cifar_vit` leaves out; `cifar10` does not.
-A caption that is also one of the task's is left out. What else both have are a few words: "yes", "positive".
+What is also a text of the task's is left out. What else both have are a few words: "yes", "positive".
 """
 
 from collections.abc import Iterator
 
 from umbel.tasks.cifar_vit import divided
 from umbel.tasks.corpora import Images, cifar10
-from umbel.tasks.multilingual import own_documents
-from umbel.tasks.texts import CAPTION_LANGUAGES, PARAGRAPH_LANGUAGES, captions, rows
+from umbel.tasks.multilingual import LANGUAGES, READ, Text, own_documents
+from umbel.tasks.texts import CAPTION_LANGUAGES, PARAGRAPH_LANGUAGES, rows
 
-DECLARATIONS = (
-    *("ces", "deu", "ell_monotonic", "eng", "fra", "ita", "nld", "pol"),
-    *("por_PT", "ron", "rus", "spa", "swe", "tur", "vie"),
-)
 _LINES = 25  # of Genesis, to a document
 
 
@@ -34,10 +30,10 @@ def texts() -> dict[str, tuple[str, ...]]:
         "code": _joined("code_alpaca", "instruction", "input", "output")
         + _joined("python_problems", "prompt", "code"),
         "requests": _joined("clinc150", "text"),
-        "declarations": _declarations(),
+        "declarations": tuple("\n".join(_left("declaration", language)) for language in LANGUAGES["declaration"]),
     }
-    found |= {f"genesis_{language}": tuple(_genesis(language)) for language in ("en", "fr")}
-    found |= {f"captions_{language}": _captions(language) for language in CAPTION_LANGUAGES}
+    found |= {f"genesis_{language}": tuple(_genesis(language)) for language in LANGUAGES["verses"]}
+    found |= {f"captions_{language}": tuple(_left("captions", language)) for language in CAPTION_LANGUAGES}
     found |= {f"questions_{language}": _questions(language) for language in PARAGRAPH_LANGUAGES}
     return found
 
@@ -58,18 +54,14 @@ def _joined(name: str, *columns: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys("\n".join(part for part in row if part) for row in each))
 
 
-def _captions(language: str) -> tuple[str, ...]:
-    used = {document.text for document in own_documents("captions", language)}
-    return tuple(caption.text for caption in captions(language) if caption.text not in used)
-
-
-def _declarations() -> tuple[str, ...]:
-    found = rows("udhr", ("code", "text"))
-    return tuple(text for code, text in zip(found["code"], found["text"], strict=True) if code in DECLARATIONS)
+def _left(text: Text, language: str) -> list[str]:
+    """What the task `multilingual` leaves of its texts."""
+    used = {document.text for document in own_documents(text, language)}
+    return [one.text for one in READ[text](language) if one.text not in used]
 
 
 def _genesis(language: str) -> Iterator[str]:
-    lines = rows("genesis_en_fr_de_sv", ["text"], only={"lang": language})["text"]
+    lines = _left("verses", language)
     for start in range(0, len(lines), _LINES):
         yield "\n".join(lines[start : start + _LINES])
 
