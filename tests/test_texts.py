@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 import small_texts
 from small_texts import END, LETTERS, PAD, XQUAD
+from umbel.cli.watch import Watch
 from umbel.errors import DataError, RecipeError
 from umbel.model.loss import IGNORED, Loss, cross_entropy
 from umbel.model.pretrained import of_transformers
@@ -499,6 +500,18 @@ def test_texts_pass_the_base_once(passed):
     vectors(["a"], "models/stories260K", 9)  # might be cut elsewhere
     assert passed == [2, 1, 1]
     assert vectors(["", ""], "models/stories260K", 8).tolist() == [[0.0], [0.0]]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_takes_long_is_told_while_a_run_is_watched(quiet, small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(vectors_module, "SAID_EVERY", 0.0)
+    with Watch("glue", 1, [], quiet):
+        vectors(["a", "b c"], "models/stories260K", 8)
+    told = capsys.readouterr().err
+    assert told == ("" if quiet else "glue: texts passed through models/stories260K: 0 of 2\n")
+    vectors(["another"], "models/stories260K", 8)
+    assert not capsys.readouterr().err
 
 
 def test_embedded_slots_are_those_of_the_texts(passed):

@@ -1,7 +1,8 @@
 """A run's progress on stderr."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from logging import INFO, Handler, LogRecord, getLogger
 from multiprocessing import parent_process
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from umbel.rounds import Progress
 
+LOG = getLogger("umbel")
 DRAW_EVERY = 0.1  # seconds between two looks of the bar, at least
 DRAW_SHARE = 0.005  # of the time goes into drawing it, at most: rich takes milliseconds, a fast round takes ten
 LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
@@ -21,7 +23,8 @@ LINE_EVERY = 10.0  # seconds between two lines where there is no terminal
 class Watch:
     """Shows a run's progress on stderr: a bar on a terminal, elsewhere a line about every ten seconds.
 
-    Called after every round; most calls only add up.
+    Called after every round; most calls only add up. What is logged meanwhile, as by a task that takes long to be
+    loaded, is shown too.
     """
 
     def __init__(self, title: str, rounds: int, history: Sequence[dict[str, Any]], quiet: bool) -> None:
@@ -36,6 +39,7 @@ class Watch:
         self._shown = perf_counter()
         self._every = LINE_EVERY
         self._bar: Bar | None = None
+        self._logged = _Logged(self._log)
 
     def __enter__(self) -> "Watch":
         alone = parent_process() is None  # workers of a comparison would draw their bars over each other
@@ -43,9 +47,13 @@ class Watch:
             self._bar, self._every = _new_bar(len(self._title)), DRAW_EVERY
             self._bar.add_task(self._title, total=self._rounds, text="")
             self._bar.start()
+        if not self._quiet:
+            LOG.addHandler(self._logged)
+            LOG.setLevel(INFO)
         return self
 
     def __exit__(self, *_: object) -> None:
+        LOG.removeHandler(self._logged)
         if self._bar is not None:
             self._bar.stop()
 
@@ -70,6 +78,13 @@ class Watch:
         else:
             say(f"{self._title}: round {at.round}/{self._rounds}  {self._text(figures)}")
 
+    def _log(self, message: str) -> None:
+        line = f"{self._title}: {message}"
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False)  # above the bar
+        else:
+            say(line)
+
     def _text(self, figures: dict[str, Any]) -> str:
         from umbel.tables import num_bytes
 
@@ -79,6 +94,17 @@ class Watch:
         spent = f"ε {figures['epsilon']:.3g}" if "epsilon" in figures else ""
         parts = [train, self._score, spent, speed, num_bytes(self._bytes)]
         return "  ".join([*filter(None, parts), *([f"{self._dropped} dropped"] if self._dropped else [])])
+
+
+class _Logged(Handler):
+    """Hands on what is logged."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def emit(self, record: LogRecord) -> None:
+        self._tell(record.getMessage())
 
 
 def score(figures: dict[str, Any]) -> str:

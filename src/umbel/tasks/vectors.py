@@ -10,7 +10,9 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import sha256
+from logging import getLogger
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ from umbel.tasks.tokens import Tokenizer
 TOKENS = 4096  # that pass the base at once
 HIDDEN = 128
 DIGEST = 16  # bytes
+SAID_EVERY = 5.0  # seconds
+LOG = getLogger("umbel")
 
 
 def of_pairs(first: Tensor, second: Tensor) -> Tensor:
@@ -73,9 +77,12 @@ def _passed(model: Pretrained, ids: Tensor) -> Tensor:
     found: list[Tensor] = []
     order = (ids != model.pad_id).sum(1).argsort(descending=True, stable=True)
     base: Any = model.model
-    done = 0
+    done, said = 0, monotonic()
     with torch.no_grad():
         while done < len(order):
+            if monotonic() - said > SAID_EVERY:
+                said = monotonic()
+                LOG.info("texts passed through %s: %s of %s", model.base, f"{done:,}", f"{len(order):,}")
             x = model.shortened(ids[order[done]][None])
             rows = order[done : done + max(1, TOKENS // x.shape[1])]
             x = ids[rows, : x.shape[1]]
