@@ -197,7 +197,7 @@ class Cohort:
             data = replace(data, weights=self.weighting.of_risks(weights, risks))
         return self.method.client_update(self.loss, message, private, data)
 
-    def measured(self, shared: Any, store: PrivateStore, clients: np.ndarray, round: int) -> Any:
+    def measured(self, shared: Any, clients: np.ndarray, round: int) -> Any:
         """(K, …) what the method measures before training, where clients train one by one; else None.
 
         Without gradients one message's models are tried on everyone's examples at once, which takes half the time.
@@ -205,9 +205,7 @@ class Cohort:
         if self.chunk > 1 or len(clients) == 1 or not hasattr(self.method, "measure"):
             return None
         data = ClientData(self.train, clients, self.seed, round)
-        return self.method.measure(
-            self.loss, self.method.send(shared, self.index(clients)), store.rows(clients), data
-        )
+        return self.method.measure(self.loss, self.method.send(shared, self.index(clients)), data)
 
     def served(self, shared: Any, private: Any, clients: np.ndarray) -> tuple[Params, Tensor]:
         """The K clients' personal models, and (K, C) how they mix them, settled on their training data."""
@@ -234,7 +232,7 @@ class Cohort:
             return
         worked = False
         weights = dict(zip(clients.tolist(), self.weighting.of(self.train, clients), strict=True))
-        measured = self.measured(shared, store, clients, round)
+        measured = self.measured(shared, clients, round)
         for place, chunk in enumerate(self.chunks(clients)):
             counts = np.array([weights[client] for client in chunk.tolist()])
             known = None if measured is None else tree.rows(measured, self.index(np.array([place])))
@@ -426,7 +424,7 @@ def chunk_size(engine: Engine, cohort: Cohort, shared: Any, store: PrivateStore,
         best, spent, trying = float("inf"), 0.0, replace(brief, chunk=size)
         for _ in range(3):
             begin = perf_counter()
-            measured = trying.measured(shared, store, trial, 1)
+            measured = trying.measured(shared, trial, 1)
             for first in range(0, len(trial), size):
                 known = None if measured is None else tree.rows(measured, cohort.index(np.array([first])))
                 upload, _ = trying.update(shared, store, trial[first : first + size], 1, None, known)

@@ -124,7 +124,7 @@ class Ensemble:
         models = tree.broadcast(shared.models | shared.stats, len(clients))
         return Message(models, shared.routes.tell(self.router, clients))
 
-    def measure(self, loss: Loss, message: Message, private: Private, data: ClientData) -> LabelLosses | None:
+    def measure(self, loss: Loss, message: Message, data: ClientData) -> LabelLosses | None:
         """The losses that routes are found by; None where they are not."""
         return self._losses(loss, message, data) if self.router.kind == "em" else None
 

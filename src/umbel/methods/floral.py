@@ -260,10 +260,11 @@ class FLoRAL:
         fewer = range(1, self.num_adapters) if self.prune_below else ()
         return [replace(shared, alive=shared.alive[:count]) for count in fewer]
 
-    def measure(self, loss: Loss, message: Message, private: Private, data: ClientData) -> LabelLosses | None:
-        """The losses that routes are found by; None where they are not, or models are each client's own."""
-        alike = message.rank_share.dim() > 1 and not (message.stats | private.stats | private.own)
-        return self._losses(loss, message, private, data) if self.router.kind == "em" and alike else None
+    def measure(self, loss: Loss, message: Message, data: ClientData) -> LabelLosses | None:
+        """The losses that routes are found by; None where they are not, or clients have tensors of their own."""
+        if self.router.kind != "em" or self.ranks or self.personal or running_stats(loss.module):
+            return None
+        return self._losses(loss, message, {}, data)
 
     def client_update(
         self, loss: Loss, message: Message, private: Private, data: ClientData
@@ -418,7 +419,8 @@ class FLoRAL:
 
     def _routes(self, loss: Loss, message: Message, private: Private, data: ClientData) -> tuple[Tensor, Measured]:
         def losses() -> LabelLosses:
-            found = data.measured or self._losses(loss, message, private, data)
+            own = message.stats | private.stats | private.own
+            found = data.measured or self._losses(loss, message, own, data)
             # A pruned adapter counts as an average one: it is neither the best nor does it move the mean.
             average = found.sums.mean(2, keepdim=True)
             every = spread_out(found.sums - average, message.alive, self.num_adapters) + average
@@ -426,19 +428,18 @@ class FLoRAL:
 
         return self.router.start(message.told, private.logits, losses, data)
 
-    def _losses(self, loss: Loss, message: Message, private: Private, data: ClientData) -> LabelLosses:
+    def _losses(self, loss: Loss, message: Message, own: Params, data: ClientData) -> LabelLosses:
         """With each received adapter alone; clients of unequal ranks have received other adapters."""
-        data = self.router.looked_at(data)
-        num_labels, stats = max(1, message.told.frequency.shape[1]), message.stats | private.stats | private.own
+        data, num_labels = self.router.looked_at(data), max(1, message.told.frequency.shape[1])
         if message.rank_share.dim() > 1:
-            return losses_of(loss, each_alone(message), data, num_labels, stats, message.told.exploring)
+            return losses_of(loss, each_alone(message), data, num_labels, own, message.told.exploring)
         num_clients, some = len(data.clients), next(iter(message.adapters.values()))
         sums = some.new_zeros(num_clients, num_labels, some.shape[1])
         counts = some.new_zeros(num_clients, num_labels)
         for share in message.rank_share.unique():
             places = (message.rank_share == share).nonzero().squeeze(1)
             alone = each_alone(message, int(places[0]))
-            of = data.among(places), num_labels, tree.rows(stats, places), message.told.exploring[places]
+            of = data.among(places), num_labels, tree.rows(own, places), message.told.exploring[places]
             found = losses_of(loss, alone, *of)
             sums[places], counts[places] = found.sums, found.counts
         return LabelLosses(sums, counts)

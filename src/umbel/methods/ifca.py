@@ -81,7 +81,7 @@ class IFCA:
     def send(self, shared: Shared, clients: Tensor) -> Message:
         return Message(tree.broadcast(shared.models | shared.stats, len(clients)))
 
-    def measure(self, loss: Loss, message: Message, private: Private, data: ClientData) -> LabelLosses:
+    def measure(self, loss: Loss, message: Message, data: ClientData) -> LabelLosses:
         """The losses that models are chosen by."""
         return losses_of(loss, {name: leaf[0] for name, leaf in message.models.items()}, data)
 
@@ -134,7 +134,7 @@ class IFCA:
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         """The choice among the models as they are now."""
-        losses = (data.measured or self.measure(loss, message, private, data)).mean
+        losses = (data.measured or self.measure(loss, message, data)).mean
         return Private(F.one_hot(losses.argmin(1), self.num_models).to(private.choice.dtype))
 
     def personalize(self, message: Message, private: Private) -> Params:

@@ -49,8 +49,8 @@ class Method(Protocol):
     `later(shared)`, Shareds whose messages have other tensors than the first one's; and `beside(message)`, what a
     message points to on the server and `settle` needs, with `with_beside(message, beside)`.
 
-    And one for speed: `measure(loss, message, private, data)`, what `client_update` would find out without
-    gradients before it trains, for all clients of a round at once where they are trained one after the other. It
+    And one for speed: `measure(loss, message, data)`, what `client_update` would find out without gradients
+    before it trains, for all clients of a round at once where they are trained one after the other. It
     is a state with a leading axis K, which `client_update` then has in `data.measured`; or None.
     """
 
