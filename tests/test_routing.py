@@ -237,6 +237,9 @@ def test_who_trains_one_by_one_is_measured_with_everyone(method, monkeypatch):
     examples, group = pictures(5, 9, 1), torch.tensor([0, 1, 0])
     task = Task("pictures", convolutional(), "cross_entropy", examples, examples, group)
     cohort, at = start(task, method, Schedule(rounds=4), Engine("looped"))
+    assert not cohort.together  # a node's bits
+    assert start(task, method, Schedule(rounds=4), Engine())[0].together
+    cohort = replace(cohort, together=True)
     alone = [cohort.update(at.shared, at.store, np.array([k]), 1)[0] for k in range(3)]
     measured = []
 

@@ -188,6 +188,17 @@ def test_a_run_of_ones_own_task_is_resumed_with_the_task(tmp_path):
         umbel.resume(tmp_path / "run")
 
 
+@pytest.mark.parametrize(("mode", "together"), [("auto", True), ("looped", False)])
+def test_clients_of_a_resumed_run_are_measured_as_they_were(mode, together, tmp_path, monkeypatch):
+    task = umbel.task_of(torch.nn.Linear(3, 2), [(torch.randn(12, 3), torch.arange(12) % 2) for _ in range(4)])
+    method, folder = umbel.FLoRAL(2), tmp_path / "run"
+    monkeypatch.setattr("umbel.rounds.chunk_size", lambda *_: 1)
+    umbel.run(task, method, 2, engine=Engine(mode), folder=folder)
+    cohort = umbel.runs.opened(folder, task, method).cohort
+    assert cohort.chunk == 1
+    assert cohort.together == together
+
+
 def test_another_model_does_not_go_on_with_the_run(tmp_path):
     clients = [(torch.randn(12, 8), torch.arange(12) % 3) for _ in range(3)]
     umbel.run(umbel.task_of(torch.nn.Linear(8, 3), clients), umbel.FedAvg(), rounds=1, folder=tmp_path / "run")

@@ -35,8 +35,9 @@ class Engine:
 
     mode:
         "stacked"  K clients are one program with a leading client axis.
-        "looped"   one client after the other.
-        "auto"     times both before the first round and keeps the faster; the choice is kept on resume.
+        "looped"   one client after the other, to the bits of a client that is alone on a machine of its own.
+        "auto"     times both before the first round and keeps the faster; the choice is kept on resume. Where it
+                   loops, what clients measure before they train is measured for all of them at once.
     chunk: clients stacked at once; 0 takes as many as fit into `memory_gb`.
     device: "cpu", "cuda", "cuda:1", …
     threads: PyTorch's threads on the CPU; 0 leaves them as they are.
@@ -139,6 +140,7 @@ class Cohort:
     ledger: Ledger | None = None  # what the run spends, where clients or examples are protected
     num_members: int = 0  # clients that may take part
     secret: bool = False  # whether noise that protects is the operating system's, as where runs are no simulations
+    together: bool = False  # whether clients that train one by one are measured at once, which changes roundings
 
     def chunks(self, clients: np.ndarray) -> list[np.ndarray]:
         """The clients in runs of at most `chunk`.
@@ -198,11 +200,11 @@ class Cohort:
         return self.method.client_update(self.loss, message, private, data)
 
     def measured(self, shared: Any, clients: np.ndarray, round: int) -> Any:
-        """(K, …) what the method measures before training, where clients train one by one; else None.
+        """(K, …) what the method measures before training, where `together` says that here is the place; or None.
 
         Without gradients one message's models are tried on everyone's examples at once, which takes half the time.
         """
-        if self.chunk > 1 or len(clients) == 1 or not hasattr(self.method, "measure"):
+        if not self.together or self.chunk > 1 or len(clients) == 1 or not hasattr(self.method, "measure"):
             return None
         data = ClientData(self.train, clients, self.seed, round)
         return self.method.measure(self.loss, self.method.send(shared, self.index(clients)), data)
@@ -421,7 +423,7 @@ def chunk_size(engine: Engine, cohort: Cohort, shared: Any, store: PrivateStore,
     trial = clients[: min(PROBED_CLIENTS, chunk)]
 
     def seconds(size: int) -> float:
-        best, spent, trying = float("inf"), 0.0, replace(brief, chunk=size)
+        best, spent, trying = float("inf"), 0.0, replace(brief, chunk=size, together=True)
         for _ in range(3):
             begin = perf_counter()
             measured = trying.measured(shared, trial, 1)

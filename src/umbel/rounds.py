@@ -164,7 +164,7 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
     first = sampled(members, schedule, 1)
     first = first if len(first) else members[:1]
     chunk = chunk_size(engine, cohort, shared, store, first)
-    return replace(cohort, chunk=chunk), Progress(0, shared, store, {}, None)
+    return replace(cohort, chunk=chunk, together=engine.mode == "auto"), Progress(0, shared, store, {}, None)
 
 
 def _check_batches(task: Task, method: Method) -> None:

@@ -190,7 +190,7 @@ def _opened(path: Path, task: Task | None, method: Method | None) -> tuple[RunFo
     if type(chunk) is not int or not 0 < chunk <= 1 << 31:
         raise RunFolderError(f"{path}: run.json says chunk = {chunk!r}, where a number of clients is wanted")
     cohort, at = start(task, method, schedule, replace(engine, mode="stacked", chunk=chunk))
-    cohort = replace(cohort, chunk=chunk)
+    cohort = replace(cohort, chunk=chunk, together=engine.mode == "auto")
     # Folders may be older than that figure.
     cost = build(Cost, facts["cost"], "cost") if "cost" in facts else None
     if checkpoint is not None:
