@@ -512,6 +512,7 @@ def test_what_takes_long_is_told_while_a_run_is_watched(quiet, small, tmp_path, 
     assert told == ("" if quiet else "glue: texts passed through models/stories260K: 0 of 2\n")
     vectors(["another"], "models/stories260K", 8)
     assert not capsys.readouterr().err
+    assert vectors_module.LOG.level == 0  # as it was
 
 
 def test_embedded_slots_are_those_of_the_texts(passed):

@@ -48,12 +48,15 @@ class Watch:
             self._bar.add_task(self._title, total=self._rounds, text="")
             self._bar.start()
         if not self._quiet:
+            self._level = LOG.level
             LOG.addHandler(self._logged)
             LOG.setLevel(INFO)
         return self
 
     def __exit__(self, *_: object) -> None:
-        LOG.removeHandler(self._logged)
+        if not self._quiet:
+            LOG.removeHandler(self._logged)
+            LOG.setLevel(self._level)
         if self._bar is not None:
             self._bar.stop()
 
