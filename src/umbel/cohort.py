@@ -219,6 +219,21 @@ class Cohort:
         private = self.method.settle(self.loss, message, private, data)
         return self.method.personalize(message, private), self.method.mixture(message, private)
 
+    def updates(
+        self,
+        shared: Any,
+        store: PrivateStore,
+        clients: np.ndarray,
+        round: int,
+        weights: dict[int, float] | None = None,
+    ) -> Iterator[tuple[np.ndarray, tuple[Any, Any]]]:
+        """Each chunk of the clients with its `update`, after what can be measured for them all at once."""
+        measured = self.measured(shared, clients, round)
+        for place, chunk in enumerate(self.chunks(clients)):
+            counts = None if weights is None else np.array([weights[client] for client in chunk.tolist()])
+            known = None if measured is None else tree.rows(measured, self.index(np.array([place])))
+            yield chunk, self.update(shared, store, chunk, round, counts, known)
+
     def uploads(
         self, shared: Any, store: PrivateStore, clients: np.ndarray, round: int, seen: "Tally"
     ) -> Iterator[Any]:
@@ -234,11 +249,8 @@ class Cohort:
             return
         worked = False
         weights = dict(zip(clients.tolist(), self.weighting.of(self.train, clients), strict=True))
-        measured = self.measured(shared, clients, round)
-        for place, chunk in enumerate(self.chunks(clients)):
-            counts = np.array([weights[client] for client in chunk.tolist()])
-            known = None if measured is None else tree.rows(measured, self.index(np.array([place])))
-            upload, private = self.update(shared, store, chunk, round, counts, known)
+        for chunk, update in self.updates(shared, store, clients, round, weights):
+            upload, private = update
             upload = self._attacked(shared, upload, chunk, round)
             good = tree.finite_rows(upload)
             if tree.tensors(private):
@@ -426,10 +438,7 @@ def chunk_size(engine: Engine, cohort: Cohort, shared: Any, store: PrivateStore,
         best, spent, trying = float("inf"), 0.0, replace(brief, chunk=size, together=True)
         for _ in range(3):
             begin = perf_counter()
-            measured = trying.measured(shared, trial, 1)
-            for first in range(0, len(trial), size):
-                known = None if measured is None else tree.rows(measured, cohort.index(np.array([first])))
-                upload, _ = trying.update(shared, store, trial[first : first + size], 1, None, known)
+            for _, (upload, _) in trying.updates(shared, store, trial, 1):
                 float(upload.loss.sum())  # waits for a GPU to finish
             took = perf_counter() - begin
             best, spent = min(best, took), spent + took
