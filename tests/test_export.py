@@ -222,6 +222,27 @@ except ImportError:
         assert_close(found, result.personal_model(1)(x), rtol=1e-5, atol=1e-5)
 
 
+def test_the_card_says_how_a_head_on_mean_states_is_used(tmp_path):
+    made, kind = model_of("bert")
+    x = inputs(kind, 8)
+    mean = of_transformers(made, kind, pooling="mean")
+    own_task = task_of(mean, [(x, torch.arange(8) % 3)] * 2)
+    method = floral({"target_modules": ["query", "dense"]})
+    result = run(own_task, method, rounds=2, engine=Engine("looped"))
+    list(export(result, [tmp_path / "own", tmp_path / "other"], [1, 0]))
+    card = (tmp_path / "own" / "README.md").read_text()
+    code = [line.strip() for line in card.splitlines() if line.startswith("    ")]
+    input_ids = inputs(kind, 4, seed=9)
+    input_ids[0, 3:] = 0
+    known = {"base_model": model_of("bert")[0].eval(), "folder": tmp_path / "own", "input_ids": input_ids}
+    known["attention_mask"] = (input_ids != 0).long()
+    exec("\n".join(code), known)
+    with torch.no_grad():
+        assert_close(known["logits"], result.personal_model(1)(input_ids), rtol=1e-5, atol=1e-5)
+    list(export(trained("bert", {"target_modules": ["query"]}), [tmp_path / "plain"], [1]))
+    assert "last_hidden_state" not in (tmp_path / "plain" / "README.md").read_text()
+
+
 def test_scalings_are_exactly_the_layers(tmp_path):
     name, peft = CASES["llama, patterns"]
     for rslora in (False, True):

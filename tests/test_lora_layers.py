@@ -45,6 +45,12 @@ MODELS = {
         "BertConfig",
         ATTENTION | {"vocab_size": WORDS, "max_position_embeddings": 16, "num_labels": 3, "pad_token_id": 0},
     ),
+    "bert_mean": (
+        "text",
+        "BertForSequenceClassification",
+        "BertConfig",
+        ATTENTION | {"vocab_size": WORDS, "max_position_embeddings": 16, "num_labels": 3, "pad_token_id": 0},
+    ),
     "gpt2_labels": (
         "text",
         "GPT2ForSequenceClassification",
@@ -92,6 +98,7 @@ CASES = {
     "bert, all": ("bert", {"target_modules": "all-linear"}),
     "bert, all but by regex": ("bert", {"target_modules": "all-linear", "exclude_modules": ".*(dense|key)"}),
     "bert, words": ("bert", {"target_modules": ["word_embeddings", "query"]}),
+    "bert, mean of states": ("bert_mean", {"target_modules": ["query", "dense"]}),
     "gpt2 with labels": ("gpt2_labels", {"target_modules": "all-linear", "rank_pattern": {"attn.c_proj": 1}}),
     "vit, all": ("vit", {"target_modules": "all-linear"}),
     "vit, patches": ("vit", {"target_modules": ["projection"], "use_rslora": True}),
@@ -108,7 +115,8 @@ def pretrained(name, dtype=torch.float32):
         for leaf in made.parameters():
             if leaf.dim() > 1:
                 leaf.data.mul_(6)
-    return of_transformers(made.to(dtype), kind).to(dtype)
+    pooling = "mean" if name.endswith("_mean") else "own"
+    return of_transformers(made.to(dtype), kind, pooling=pooling).to(dtype)
 
 
 def inputs(module, *leading, dtype=torch.float32):

@@ -10,12 +10,18 @@ import numpy as np
 import pytest
 import torch
 from pyarrow import Table, parquet
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizer,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 import small_texts
 from small_texts import END, LETTERS, PAD, XQUAD
 from umbel.cli.watch import Watch
-from umbel.errors import DataError, RecipeError
+from umbel.errors import DataError, ModelError, RecipeError
 from umbel.model.loss import IGNORED, Loss, cross_entropy
 from umbel.model.pretrained import of_transformers
 from umbel.model.stacked import stackable
@@ -258,6 +264,8 @@ def test_too_little_text_is_told(small):
         (lambda: GLUE(length=3), "length"),
         (lambda: GLUE(train_examples=-1), "train_examples"),
         (lambda: GLUE(embedded=True, bits=4), "bits"),
+        (lambda: GLUE(embedded=True, pooling="mean"), "pooling"),
+        (lambda: AGNews(pooling="mean"), "pooling is of a classifier"),
         (lambda: Dolly(num_holders=0), "num_holders"),
         (lambda: Dolly(least_examples=0), "least_examples"),
         (lambda: Dolly(categories=("open_qa", "open_qa")), "categories"),
@@ -404,11 +412,11 @@ def bert(tmp_path):
     return own
 
 
-def small_bert(**settings):
+def small_bert(pooling="own", **settings):
     shape = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = BertConfig(**shape, intermediate_size=8, initializer_range=0.5, **settings)
     torch.manual_seed(0)
-    return of_transformers(BertForSequenceClassification(config), "text")
+    return of_transformers(BertForSequenceClassification(config), "text", pooling=pooling)
 
 
 def test_a_tokenizer_that_joins_pairs_does_so_itself(bert, tmp_path):
@@ -433,6 +441,25 @@ def test_a_base_like_bert_is_told_which_text_of_a_pair_a_token_is_of(bert, tmp_p
         alone = tokenizer.padded(first, [], 9, base.pad_id)
         read = bert(first, padding="max_length", max_length=9, return_tensors="pt")
         torch.testing.assert_close(base(alone), base.model(**read).logits)
+
+
+def test_a_head_on_mean_states_sees_each_texts_own_tokens(bert, tmp_path):
+    base, plain = small_bert("mean"), small_bert()
+    x = Tokenizer(str(tmp_path)).padded(["a cat sat", "dog"], ["a dog", ""], 12, base.pad_id)
+    with torch.no_grad():
+        found = base(x)
+        for row, ids in zip(found, x, strict=True):
+            states = base.model.bert(input_ids=ids[ids != base.pad_id][None]).last_hidden_state
+            torch.testing.assert_close(row, base.model.classifier(states.mean(1))[0])
+        assert (plain(x) - found).abs().max() > 0.01
+        assert base(torch.zeros(1, 3, dtype=torch.long)).isfinite().all()
+
+
+def test_a_head_that_is_more_than_a_layer_takes_no_mean():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    roberta = RobertaForSequenceClassification(RobertaConfig(vocab_size=9, pad_token_id=1, **sizes))
+    with pytest.raises(ModelError, match=r"classifier \(RobertaClassificationHead\); leave pooling at 'own'"):
+        of_transformers(roberta, "text", pooling="mean")
 
 
 def test_a_base_that_never_learned_to_tell_texts_apart_is_told_nothing(bert, small, tmp_path):

@@ -37,6 +37,13 @@ from umbel.tree import Params
 
 FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
 _TASK_TYPES = {"causal_lm": "CAUSAL_LM", "text": "SEQ_CLS"}  # of model/pretrained.py's kinds; images have none
+_POOLED = """\
+Its head was trained on the mean of the tokens' last states, which the base does not pass to it by itself:
+
+    inner, real = model.get_base_model(), attention_mask.unsqueeze(2)
+    states = inner.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    logits = inner.{head}((states * real).sum(1) / real.sum(1))
+"""
 _CLASSIFIERS = ("classifier", "score")  # that PEFT looks for in a SEQ_CLS model
 
 
@@ -67,6 +74,7 @@ class _Base:
     paths: tuple[str, ...]  # of all modules that the base has without PEFT
     name: str | None  # never a place on this machine
     task_type: str | None
+    pooled_head: str  # the name of a head that sees the mean of states; empty for others
 
 
 @dataclass(frozen=True)
@@ -185,8 +193,10 @@ def _base(result: Result) -> _Base:
         for path, _ in inner.named_modules()
         if path and not any(path[: end.end()] in inside for end in re.finditer(r"\.", path))
     )
+    paths += getattr(module, "dropped", ())  # which the base has where PEFT loads it
     name = _public_name(str(getattr(module, "base", "")))
-    return _Base(prefix, inner, layers, paths, name, _TASK_TYPES.get(str(getattr(module, "kind", ""))))
+    task_type = _TASK_TYPES.get(str(getattr(module, "kind", "")))
+    return _Base(prefix, inner, layers, paths, name, task_type, str(getattr(module, "head", "")))
 
 
 def _public_name(base: str) -> str | None:
@@ -394,6 +404,8 @@ def _card(name: str, result: Result, base: _Base, files: _Files, identity: str) 
         *("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""),
         *("    from peft import PeftModel", "    model = PeftModel.from_pretrained(base_model, folder)", ""),
     ]
+    if base.pooled_head:
+        lines += _POOLED.format(head=base.pooled_head).splitlines()
     return "\n".join(lines)
 
 

@@ -33,6 +33,8 @@ def fingerprint(recipe: TaskRecipe, task: Task, shared: Any) -> Fingerprint:
     config = next((layer.config for layer in task.model.modules() if hasattr(layer, "config")), None)
     if revision := getattr(config, "_commit_hash", None):
         found["revision"] = str(revision)
+    if pooling := getattr(task.model, "pooling", None):
+        found["pooling"] = str(pooling)
     for name, leaf in (*task.model.named_parameters(), *task.model.named_buffers()):
         found[f"tensor {name}"] = digest(leaf)
     for bank in _banks(shared):

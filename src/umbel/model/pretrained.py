@@ -10,15 +10,21 @@ The base runs without dropout; LoRA's own is `lora_dropout` of the adapter.
 
 A base like BERT has learned which of a pair's two texts a token is of (token_type_ids). That is read off the ids:
 what comes after the first separator is of the second.
+
+What a text's head sees is the base's own matter (BERT: the pooler, a layer on the first token), or with `pooling =
+"mean"` the mean of its tokens' last states: a base that was tuned to embed sentences (Reimers and Gurevych 2019,
+https://arxiv.org/abs/1908.10084) was tuned on that, and never used its pooler.
 """
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from umbel.errors import ModelError
 
 Kind = Literal["causal_lm", "text", "image"]
+Pooling = Literal["own", "mean"]
 
 
 class Pretrained(nn.Module):
@@ -28,14 +34,18 @@ class Pretrained(nn.Module):
         model: the transformers model; what it trains by itself has requires_grad.
         kind: see the module.
         base: the folder or hub id it came from; empty for a model made in memory.
+        pooling: what the head of a text sees, see the module.
+        head: the name of the head that sees the mean; empty for others.
+        dropped: the names of modules of the base that were taken out, for nobody looks at what they say.
         separator: the id that ends the first text of a pair, for a base with token_type_ids; −1 for others.
     """
 
     rows_apart = True  # model/stacked.py
 
-    def __init__(self, model: nn.Module, kind: Kind, base: str = "") -> None:
+    def __init__(self, model: nn.Module, kind: Kind, base: str = "", pooling: Pooling = "own") -> None:
         super().__init__()
-        self.model, self.kind, self.base = model, kind, base
+        self.model, self.kind, self.base, self.pooling = model, kind, base, pooling
+        self.head, self.dropped = _on_means(model) if pooling == "mean" else ("", ())
         self.train(model.training)
         config: Any = model.config
         pad = getattr(config, "pad_token_id", None)
@@ -71,16 +81,50 @@ class Pretrained(nn.Module):
             if self.separator >= 0:
                 ends = (x == self.separator).long()
                 more["token_type_ids"] = (ends.cumsum(-1) > ends).long() * real
+            if self.pooling == "mean":
+                base: Any = self.model.base_model
+                states = base(input_ids=x, attention_mask=real, **more).last_hidden_state
+                pooled: Tensor = self.model.get_submodule(self.head)(mean_state(states, real))
+                return pooled
             answer = self.model(input_ids=x, attention_mask=real, **more)
         logits: Tensor = answer.logits
         return logits
 
 
-def of_transformers(model: nn.Module, kind: Kind, base: str = "") -> Pretrained:
+def mean_state(states: Tensor, real: Tensor) -> Tensor:
+    """(N, W) the mean over the real tokens of a text (1, not 0, in `real` (N, T)) of their states (N, T, W)."""
+    weight = (real / real.sum(1, keepdim=True).clamp(min=1)).to(states.dtype)
+    return torch.einsum("nt,ntw->nw", weight, states)
+
+
+def _on_means(model: nn.Module) -> tuple[str, tuple[str, ...]]:
+    """The name of the one layer that is not the base, and those of the base's pooler, which is taken out.
+
+    Raises:
+        ModelError: there is another number of layers, or it is not linear.
+    """
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    heads = [(name, child) for name, child in model.named_children() if name != prefix and [*child.parameters()]]
+    if len(heads) != 1 or not isinstance(heads[0][1], nn.Linear):
+        found = ", ".join(f"{name} ({type(child).__name__})" for name, child in heads) or "none"
+        raise ModelError(
+            f"pooling = 'mean' wants one linear layer as the head; {type(model).__name__} has {found}; "
+            f"leave pooling at 'own'"
+        )
+    base: Any = model.get_submodule(prefix)
+    pooler = getattr(base, "pooler", None)
+    if not isinstance(pooler, nn.Module):
+        return heads[0][0], ()
+    dropped = tuple(f"{prefix}.pooler.{name}".rstrip(".") for name, _ in pooler.named_modules())
+    base.pooler = None
+    return heads[0][0], dropped
+
+
+def of_transformers(model: nn.Module, kind: Kind, base: str = "", pooling: Pooling = "own") -> Pretrained:
     """The model with its base frozen: what is trained is its classification head, or nothing.
 
     Raises:
-        ModelError: of kind "text" without a pad_token_id in its config.
+        ModelError: of kind "text" without a pad_token_id in its config, or with a head that cannot take a mean.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for name, leaf in model.named_parameters():
@@ -92,4 +136,4 @@ def of_transformers(model: nn.Module, kind: Kind, base: str = "") -> Pretrained:
         if (disable := getattr(model, name, None)) is not None:
             disable()  # backward would compute with the module's own tensors, not the clients'; see recompute.py
             break
-    return Pretrained(model.eval(), kind, base)
+    return Pretrained(model.eval(), kind, base, pooling)

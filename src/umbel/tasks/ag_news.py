@@ -14,7 +14,7 @@ from torch import Tensor
 
 from umbel.clients import Examples
 from umbel.errors import RecipeError
-from umbel.model.pretrained import Kind, Pretrained
+from umbel.model.pretrained import Kind, Pooling, Pretrained
 from umbel.tasks.bases import Precision, load_pretrained
 from umbel.tasks.language import Heterogeneity, Reader, Windows, parts_of, shares_of
 from umbel.tasks.task import Task
@@ -34,6 +34,7 @@ class AGNews:
     tokens_per_client: int = 64_000  # for training, at most; 0 is all there are
     test_fraction: float = 0.2  # of the news
     public_windows: int = 64  # windows, or news, of all classes that everyone may see; 0 is none
+    pooling: Pooling = "own"  # what a classifier's head sees (model/pretrained.py)
     precision: Precision = "float32"  # of the base
     bits: Literal[0, 4, 8] = 0  # 4 or 8 quantise the base (bitsandbytes)
 
@@ -41,13 +42,17 @@ class AGNews:
         self._windows.check()
         if self.clients_per_class < 1:
             raise RecipeError("task: clients_per_class must be at least 1")
+        if self.pooling != "own" and self.task != "classification":
+            raise RecipeError(
+                "task: pooling is of a classifier; set task = 'classification', or leave it at 'own'"
+            )
 
     def load(self, seed: int) -> Task:
         shares = shares_of(len(CLASSES), self.clients_per_class, self.heterogeneity, paired=True)
         tokenizer = Tokenizer(self.base)
         kind: Kind = "causal_lm" if self.task == "language" else "text"
         labels = len(CLASSES) if kind == "text" else 0
-        model = load_pretrained(self.base, kind, labels, seed, self.precision, self.bits)
+        model = load_pretrained(self.base, kind, labels, seed, self.precision, self.bits, self.pooling)
         if kind == "text":
             train, test, public = self._labelled(shares, tokenizer, model, seed)
         else:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from umbel.errors import DataError, ModelError
-from umbel.model.pretrained import Kind, Pretrained, of_transformers
+from umbel.model.pretrained import Kind, Pooling, Pretrained, of_transformers
 from umbel.seeds import seeded
 from umbel.tasks.corpora import data_folder
 
@@ -40,6 +40,7 @@ def load_pretrained(
     seed: int = 0,
     precision: Precision = "float32",
     bits: Literal[0, 4, 8] = 0,
+    pooling: Pooling = "own",
 ) -> Pretrained:
     """A model from a folder, from one in UMBEL_DATA, or from the Hugging Face hub.
 
@@ -51,10 +52,11 @@ def load_pretrained(
         precision: of the base's weights.
         bits: 8 or 4 load the base quantised by bitsandbytes, which on some CPUs packs 4 bits in blocks of 32 or 64
             only: layers of other sizes fail there.
+        pooling: what the head of a text sees: what the base has for it, or the mean of the tokens' last states.
 
     Raises:
         DataError: there is no such model, it is none of the kind, or its weights are not safetensors.
-        ModelError: bits without bitsandbytes, or no token to pad texts with.
+        ModelError: bits without bitsandbytes, no token to pad texts with, or a head that cannot take a mean.
     """
     import transformers
 
@@ -84,7 +86,7 @@ def load_pretrained(
         raise DataError(
             f"{base!r}: no {kind} model in that folder, in {data_folder() / base} or on the hub ({told})"
         ) from None
-    return of_transformers(model, kind, base)
+    return of_transformers(model, kind, base, pooling)
 
 
 def _padding(end: int | list[int] | None, base: str) -> int:

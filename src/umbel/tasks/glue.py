@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from umbel.errors import DataError, RecipeError
+from umbel.model.pretrained import Pooling
 from umbel.seeds import generator
 from umbel.tasks.bases import Precision, load_pretrained
 from umbel.tasks.slots import Holders, held
@@ -64,6 +65,7 @@ class GLUE:
     train_examples: int = 0  # of a task, for all its slots together; 0 is all
     test_examples: int = 200  # of a task, for each of its slots; 0 is all
     length: int = 64  # tokens of a sentence or pair, at most
+    pooling: Pooling = "own"  # what the head sees (model/pretrained.py)
     embedded: bool = False  # the base is passed once, and a small model trained on what comes out (vectors.py)
     precision: Precision = "float32"  # of the base
     bits: Literal[0, 4, 8] = 0  # 4 or 8 quantise the base (bitsandbytes)
@@ -76,8 +78,8 @@ class GLUE:
             raise RecipeError("task: length, a sentence's tokens, must be at least 4")
         if self.train_examples < 0:
             raise RecipeError("task: train_examples must be at least 1, or 0 for all")
-        if self.embedded and self.bits:
-            raise RecipeError("task: embedded texts pass the base once; leave bits at 0")
+        if self.embedded and (self.bits or self.pooling != "own"):
+            raise RecipeError("task: embedded texts pass the base once; leave bits at 0 and pooling at 'own'")
 
     def load(self, seed: int) -> Task:
         parts = []
@@ -93,7 +95,9 @@ class GLUE:
 
     def _on_ids(self, parts: Sequence[Sentences], seed: int) -> tuple[nn.Module, list[Tensor]]:
         """The base, and the token ids of what is read."""
-        model = load_pretrained(self.base, "text", 2 * len(self.tasks), seed, self.precision, self.bits)
+        model = load_pretrained(
+            self.base, "text", 2 * len(self.tasks), seed, self.precision, self.bits, self.pooling
+        )
         tokenizer = Tokenizer(self.base)
         model.separate(tokenizer.separator)
         return model, [

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from umbel.model.pretrained import Pretrained
+from umbel.model.pretrained import Pretrained, mean_state
 from umbel.seeds import seeded
 from umbel.tasks.bases import Precision, load_pretrained, models_folder
 from umbel.tasks.tokens import Tokenizer
@@ -88,8 +88,7 @@ def _passed(model: Pretrained, ids: Tensor) -> Tensor:
             x = ids[rows, : x.shape[1]]
             real = (x != model.pad_id).long()
             states = base(input_ids=x, attention_mask=real, output_hidden_states=True).hidden_states
-            weight = (real / real.sum(1, keepdim=True).clamp(min=1)).unsqueeze(2)
-            means = [(state.float() * weight).sum(1) for state in (states[len(states) // 2], states[-1])]
+            means = [mean_state(state.float(), real) for state in (states[len(states) // 2], states[-1])]
             found.append(torch.cat([nn.functional.normalize(mean) * mean.shape[1] ** 0.5 for mean in means], 1))
             done += len(rows)
     return torch.cat(found)[order.argsort()].half()
