@@ -20,8 +20,11 @@ from transformers import (
 
 import small_texts
 from small_texts import END, LETTERS, PAD, XQUAD
+from umbel.adapters import AdapterPlan, mix, with_paths
 from umbel.cli.watch import Watch
 from umbel.errors import DataError, ModelError, RecipeError
+from umbel.model import pretrained as pretrained_module
+from umbel.model.dropout import seed_dropout
 from umbel.model.loss import IGNORED, Loss, cross_entropy
 from umbel.model.pretrained import of_transformers
 from umbel.model.stacked import stackable
@@ -484,6 +487,55 @@ def test_what_all_texts_have_as_padding_is_not_computed(num_clients):
     assert lengths == [9, 5]
     torch.testing.assert_close(*outputs)
     assert base.shortened(torch.zeros(2, 9)).shape == (2, 1)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_texts_of_a_length_are_computed_together_and_answered_in_order(dropout, monkeypatch):
+    base = small_bert()
+    bank = AdapterPlan(peft={"r": 2, "target_modules": ["query"], "lora_dropout": dropout}).bank(base)
+    module = stackable(seed_dropout(with_paths(base, bank)))
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 9, (3, 6), generator=draw)
+    lengths[0, 2] = 0
+    ids = torch.randint(3, 16, (3, 6, 9), generator=draw)
+    x = torch.where(torch.arange(9) < lengths.unsqueeze(-1), ids, 0)
+    adapters = {
+        name: leaf + torch.randn(3, *leaf.shape, generator=draw) for name, leaf in bank.init(1, draw, 0.3).items()
+    }
+    leaves = {name: leaf.requires_grad_() for name, leaf in adapters.items()}
+    seen = []
+    module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+
+    def answers(products, training=True):
+        monkeypatch.setattr(pretrained_module, "PIECE_PRODUCTS", products)
+        seen.clear()
+        params = mix(bank, {}, leaves, torch.ones(3, 1))
+        return Loss(module, "cross_entropy").outputs(params, x, training, torch.tensor([5, 6, 7]))
+
+    whole, parted = answers(1e9, False), answers(0.0, False)
+    assert len(seen) > 1
+    assert sum(rows * places for rows, places in seen) < 0.8 * x.numel()
+    torch.testing.assert_close(whole, parted)
+    trained = [answers(products) for products in (1e9, 0.0, 0.0)]
+    assert torch.equal(*trained[1:])
+    assert torch.allclose(*trained[:2], atol=1e-6) == (not dropout)
+    if not dropout:
+        weight = torch.randn(whole.shape, generator=draw)
+        one, other = (torch.autograd.grad((each * weight).sum(), [*leaves.values()]) for each in trained[:2])
+        for wanted, found in zip(one, other, strict=True):
+            torch.testing.assert_close(wanted, found)
+
+
+def test_every_part_of_a_batch_has_masks_of_its_own(monkeypatch):
+    monkeypatch.setattr(pretrained_module, "PIECE_PRODUCTS", 0.0)
+    base = small_bert()
+    bank = AdapterPlan(peft={"r": 2, "target_modules": ["query"], "lora_dropout": 0.5}).bank(base)
+    module, draw = stackable(seed_dropout(with_paths(base, bank))), torch.Generator().manual_seed(0)
+    params = mix(bank, {}, {n: leaf[None] for n, leaf in bank.init(1, draw, 9.0).items()}, torch.ones(1, 1))
+    x = torch.arange(3, 9).repeat(1, 16, 1)
+    x[0, ::2, 4:] = 0
+    outputs = Loss(module, "cross_entropy").outputs(params, x, True, torch.tensor([5]))
+    assert len({row.tolist()[0] for row in outputs[0, 1::2].detach()}) == 8
 
 
 # Texts as vectors.

@@ -16,6 +16,7 @@ from umbel.clients import Batch, ClientData
 from umbel.errors import DataError, ModelError
 from umbel.model.dropout import dropout_keys
 from umbel.model.stacked import rows_of, takes_client_axis
+from umbel.seeds import hashed
 from umbel.tree import Params, is_broadcast
 
 LossName = Literal["cross_entropy", "mse"]
@@ -77,7 +78,7 @@ class Loss:
     module: nn.Module
     name: LossName
     precision: Precision = "float32"
-    whole: bool = False  # compute padding too where a model could leave it out (`shortened` of pretrained.py)
+    whole: bool = False  # compute padding too where a model could leave it out (`pieces` of pretrained.py)
 
     def __call__(self, params: Params, batch: Batch, training: bool = True) -> Tensor:
         return batch.mean(self.per_example(self.outputs(params, batch.x, training, batch.key), batch.y))
@@ -93,8 +94,20 @@ class Loss:
         Raises:
             ModelError: K > 1 and PyTorch cannot stack a layer of the module.
         """
-        shortened = None if self.whole else getattr(self.module, "shortened", None)
-        x = x if shortened is None else shortened(x)
+        pieces = None if self.whole else getattr(self.module, "pieces", None)
+        if pieces is None:
+            return self._answers(params, x, training, key)
+        rows, parts = pieces(x)
+        keys = [key if key is None or not place else hashed(key + place) for place in range(len(parts))]
+        answers = [
+            self._answers(params, *piece) for piece in zip(parts, [training] * len(parts), keys, strict=True)
+        ]
+        if rows is None:
+            return answers[0]
+        joined = torch.cat(answers, 1)
+        return joined.take_along_dim(rows.argsort(-1).view(*rows.shape, *[1] * (joined.dim() - 2)), 1)
+
+    def _answers(self, params: Params, x: Tensor, training: bool, key: Tensor | None) -> Tensor:
         if self.precision == "float32" or not training:
             return self._outputs(params, x, training, key)
         with torch.autocast(x.device.type, getattr(torch, self.precision)):

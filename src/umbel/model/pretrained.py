@@ -5,7 +5,8 @@
     image        pixels (B, channels, height, width) → logits (B, labels)
 
 Texts are padded on the right. No model attends to padding: a causal one sees none before a text's end, and of
-the others padding is masked. So places where every text of a batch is padding need not be computed (`shortened`).
+the others padding is masked. So places where every text of a batch is padding need not be computed (`shortened`),
+and texts of about the same length are computed together (`pieces`).
 The base runs without dropout; LoRA's own is `lora_dropout` of the adapter.
 
 A base like BERT has learned which of a pair's two texts a token is of (token_type_ids). That is read off the ids:
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from umbel.errors import ModelError
 
+PIECE_PRODUCTS = 5e8  # multiplications that a pass through the model has to save if it is one more, on a CPU
 Kind = Literal["causal_lm", "text", "image"]
 Pooling = Literal["own", "mean"]
 
@@ -37,6 +39,7 @@ class Pretrained(nn.Module):
         pooling: what the head of a text sees, see the module.
         head: the name of the head that sees the mean; empty for others.
         dropped: the names of modules of the base that were taken out, for nobody looks at what they say.
+        num_products: multiplications for a token, about.
         separator: the id that ends the first text of a pair, for a base with token_type_ids; −1 for others.
     """
 
@@ -46,6 +49,10 @@ class Pretrained(nn.Module):
         super().__init__()
         self.model, self.kind, self.base, self.pooling = model, kind, base, pooling
         self.head, self.dropped = _on_means(model) if pooling == "mean" else ("", ())
+        looked_up = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Embedding))
+        self.num_products = (
+            sum(leaf.numel() for leaf in model.parameters() if leaf.dim() > 1) - looked_up
+        )  # a token's
         self.train(model.training)
         config: Any = model.config
         pad = getattr(config, "pad_token_id", None)
@@ -69,6 +76,30 @@ class Pretrained(nn.Module):
             return x
         used = (x != self.pad_id).flatten(0, -2).any(0).nonzero()
         return x[..., : int(used[-1]) + 1 if len(used) else 1]
+
+    def pieces(self, x: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+        """Whose row (K, B) each row of the parts is, and the parts (K, b, T') in which x (K, B, T) costs least.
+
+        Each client's texts are sorted by length, and the b shortest of everyone are the first part. There are
+        several of a classifier's on a CPU; all else is one part, in its own order, of which the rows are None.
+        """
+        if self.kind != "text" or x.device.type != "cpu":
+            return None, [self.shortened(x)]
+        places = torch.arange(1, x.shape[-1] + 1)
+        used = ((x != self.pad_id) * places).amax(-1).clamp(min=1)  # up to a text's last token
+        rows = used.argsort(dim=-1, stable=True)
+        longest: list[int] = used.gather(-1, rows).amax(0).tolist()
+
+        def cost(size: int) -> float:
+            ends = [min(first + size, len(longest)) for first in range(0, len(longest), size)]
+            tokens = sum(longest[end - 1] for end in ends) * size * len(x)
+            return tokens * self.num_products + len(ends) * PIECE_PRODUCTS
+
+        size = min((-(-len(longest) // 2**halved) for halved in range(len(longest).bit_length())), key=cost)
+        if size == len(longest):
+            return None, [self.shortened(x)]
+        parts = x.take_along_dim(rows.unsqueeze(-1), 1).split(size, 1)
+        return rows, [self.shortened(part) for part in parts]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "image":
