@@ -5,12 +5,14 @@ import re
 import shutil
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import tomli_w
 
 from umbel.cli import comparing
 from umbel.errors import RunFolderError
 from umbel.folder import write
+from umbel.plots import _glyph
 from umbel.recipe import find, load, read
 from umbel.report import page, write_report
 from umbel.runs import run_recipe
@@ -236,3 +238,10 @@ def test_adapters_are_shown_where_the_server_saw_them(tmp_path):
     assert all(len(mark["places"]) == 40 for mark in marks)
     assert len({tuple(place) for place in marks[-1]["places"]}) > 20
     assert Tags(text).balanced
+
+
+def test_a_letter_as_a_marker_is_that_letter_around_its_middle():
+    for letter, outlines in {"A": 2, "B": 3, "C": 1}.items():  # a dollar sign would add to them
+        glyph = _glyph(letter)
+        assert list(glyph.codes).count(glyph.MOVETO) == outlines
+        assert np.allclose(glyph.get_extents().get_points().mean(0), 0)

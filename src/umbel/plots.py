@@ -7,7 +7,7 @@ readable on a light and on a dark page. Text stays text.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from math import gcd
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ from umbel.tables import Group, Onboarded, Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.path import Path
 
 Against = Literal["round", "bytes", "seconds"]
 Key = Literal["accuracy", "loss", "worst_decile"]
@@ -55,6 +56,8 @@ def curves(groups: Sequence[Group], key: Key, against: Against) -> str:
         if against == "bytes":
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(_bytes_tick)
+        else:
+            axes.set_xlim(left=0)
         axes.set_xlabel(_X_LABELS[against])
 
     return _svg(draw, 5.6, 3.3, f"curves-{key}-{against}")
@@ -156,7 +159,7 @@ def routes(run: Run, salt: str) -> str:
         usage.set_xlim(-0.5, num_routes - 0.5)
         usage.set_ylim(0, max(0.05, 1.15 * float(final.max())))
         usage.set_xlabel("share of weight by route")
-        usage.set_xticks(range(0, num_routes, max(1, num_routes // 8)))
+        usage.set_xticks(range(0, num_routes, 1 if num_routes <= 8 else -(-num_routes // 5)))
         usage.yaxis.tick_right()
         at_end.set_xticks([])
 
@@ -193,21 +196,27 @@ def places(run: Run, salt: str) -> str:
     marks = [line for line in run.snapshots if line.get("places")]
     marks = [marks[at] for at in sorted({round(at) for at in np.linspace(0, len(marks) - 1, 4)})]
 
+    num_rows = -(-len(marks) // 2)
+
     def draw(figure: "Figure") -> None:
-        for axes, mark in zip(figure.subplots(1, len(marks), squeeze=False)[0], marks, strict=True):
+        panels = figure.subplots(num_rows, 2, squeeze=False).flat
+        for axes, mark in zip_longest(panels, marks):
+            if mark is None:
+                axes.set_axis_off()
+                continue
             at, weights = np.array(mark["places"]), np.array(mark["mixture"])
             group = np.array(mark.get("group", np.zeros(len(at), dtype=int)))
             for cluster in np.unique(weights.argmax(1)):
                 for one in np.unique(group):
                     own = (weights.argmax(1) == cluster) & (group == one) & (weights.max(1) > 0)
-                    mark_of = f"${_LETTERS[one % len(_LETTERS)]}$" if "group" in mark else "o"
+                    mark_of = _glyph(_LETTERS[one % len(_LETTERS)]) if "group" in mark else "o"
                     axes.scatter(*at[own].T, color=_colour(int(cluster)), marker=mark_of, s=26, linewidths=0.4)
             axes.set_title(f"round {mark['round']}")
             axes.set_xticks([])
             axes.set_yticks([])
             axes.grid(False)
 
-    return _svg(draw, 2.3 * len(marks) + 0.2, 2.5, salt)
+    return _svg(draw, 5.6, 2.6 * num_rows, salt)
 
 
 def onboarding(found: Onboarded, salt: str) -> str:
@@ -311,6 +320,16 @@ def _axes(figure: "Figure") -> "Axes":
     axes = figure.add_subplot()
     axes.tick_params(length=0)
     return axes
+
+
+def _glyph(letter: str) -> "Path":
+    """A letter as a marker, with its middle at the point."""
+    from matplotlib.textpath import TextPath
+    from matplotlib.transforms import Affine2D
+
+    outline = TextPath((0, 0), letter)
+    middle = outline.get_extents().get_points().mean(0)
+    return outline.transformed(Affine2D().translate(*-middle))
 
 
 def _bare(axes: "Axes") -> None:
@@ -446,11 +465,13 @@ def _agreement(axes: "Axes", run: Run, num_routes: int, last: int) -> None:
     """NMI with the true groups and the entropy's share of its maximum, over rounds."""
     lines = [line for line in run.scored if "entropy_nats" in line]
     at = [line["round"] for line in lines]
+    how: dict[str, Any] = {"color": INK, "linewidth": 1.3, "markersize": 3.5, "clip_on": len(at) > 1}
+    dot, cross = ("o", "x") if len(at) == 1 else (None, None)  # a line of one point would not be seen
     if num_routes > 1:
         share = [line["entropy_nats"] / np.log(num_routes) for line in lines]
-        axes.plot(at, share, color=INK, linestyle=":", linewidth=1.3, label="entropy / log C")
+        axes.plot(at, share, linestyle=":", marker=cross, label="entropy / log C", **how)
     if lines and "nmi" in lines[-1]:
-        axes.plot(at, [line["nmi"] for line in lines], color=INK, linewidth=1.3, label="NMI with true groups")
+        axes.plot(at, [line["nmi"] for line in lines], marker=dot, label="NMI with true groups", **how)
     axes.set_xlim(0, last)
     axes.set_xlabel("round")
     if axes.lines:

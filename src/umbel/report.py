@@ -448,7 +448,7 @@ tbody th { font-weight: 500; }
 .swatch { display: inline-block; width: 20px; height: 0; border-top: 3px solid var(--c); vertical-align: middle;
   margin-right: 8px; } .swatch.dashed { border-top-style: dashed; }
 .row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(460px, 100%), 1fr)); gap: 20px 28px; }
-figure { margin: 0; min-width: 0; }
+figure { margin: 0; min-width: 0; max-width: 640px; }
 svg { display: block; width: 100%; height: auto; stroke-linejoin: round; stroke-linecap: butt; }
 svg text { font-family: inherit !important; }
 details { margin-top: 8px; } summary { cursor: pointer; }
