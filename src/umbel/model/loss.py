@@ -5,7 +5,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -94,18 +94,20 @@ class Loss:
         Raises:
             ModelError: K > 1 and PyTorch cannot stack a layer of the module.
         """
-        pieces = None if self.whole else getattr(self.module, "pieces", None)
-        if pieces is None:
+        module: Any = self.module
+        if self.whole or not hasattr(module, "pieces"):
             return self._answers(params, x, training, key)
-        rows, parts = pieces(x)
-        keys = [key if key is None or not place else hashed(key + place) for place in range(len(parts))]
-        answers = [
-            self._answers(params, *piece) for piece in zip(parts, [training] * len(parts), keys, strict=True)
-        ]
-        if rows is None:
-            return answers[0]
-        joined = torch.cat(answers, 1)
-        return joined.take_along_dim(rows.argsort(-1).view(*rows.shape, *[1] * (joined.dim() - 2)), 1)
+        parts = module.pieces(x)
+        if len(parts) < 2:
+            return self._answers(params, module.shortened(x), training, key)
+        answers, places = [], []
+        for number, (clients, rows, part) in enumerate(parts):
+            own = {name: _rows(leaf, clients) for name, leaf in params.items()}
+            seed = None if key is None else hashed(key[clients] + number)  # parts have masks of their own
+            answers.append(self._answers(own, part, training, seed).flatten(0, 1))
+            places.append((clients.unsqueeze(1) * x.shape[1] + rows).flatten())
+        joined = torch.cat(answers)[torch.cat(places).argsort()]
+        return joined.view(*x.shape[:2], *joined.shape[1:])
 
     def _answers(self, params: Params, x: Tensor, training: bool, key: Tensor | None) -> Tensor:
         if self.precision == "float32" or not training:
@@ -174,6 +176,13 @@ class Loss:
     def _forward(self, params: Params, x: Tensor) -> Tensor:
         outputs: Tensor = functional_call(self.module, params, (x,))
         return outputs
+
+
+def _rows(leaf: Tensor, clients: Tensor) -> Tensor:
+    """The leaf (K, …) of these clients (k,), which are in order; one for all stays so."""
+    if len(clients) == len(leaf):
+        return leaf
+    return leaf[:1].expand(len(clients), *leaf.shape[1:]) if is_broadcast(leaf) else leaf.index_select(0, clients)
 
 
 def trained_params(module: nn.Module, needed: bool = True) -> Params:

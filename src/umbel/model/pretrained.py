@@ -17,7 +17,7 @@ What a text's head sees is the base's own matter (BERT: the pooler, a layer on t
 https://arxiv.org/abs/1908.10084) was tuned on that, and never used its pooler.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,14 @@ from umbel.errors import ModelError
 PIECE_PRODUCTS = 5e8  # multiplications that a pass through the model has to save if it is one more, on a CPU
 Kind = Literal["causal_lm", "text", "image"]
 Pooling = Literal["own", "mean"]
+
+
+class Piece(NamedTuple):
+    """A part of the batches of K clients."""
+
+    clients: Tensor  # (k,) whose, in order
+    rows: Tensor  # (k, b) which of each one's B rows
+    x: Tensor  # (k, b, T') these, without places where all of them are padding
 
 
 class Pretrained(nn.Module):
@@ -77,29 +85,38 @@ class Pretrained(nn.Module):
         used = (x != self.pad_id).flatten(0, -2).any(0).nonzero()
         return x[..., : int(used[-1]) + 1 if len(used) else 1]
 
-    def pieces(self, x: Tensor) -> tuple[Tensor | None, list[Tensor]]:
-        """Whose row (K, B) each row of the parts is, and the parts (K, b, T') in which x (K, B, T) costs least.
+    def pieces(self, x: Tensor) -> list[Piece]:
+        """The parts in which batches x (K, B, T) cost least.
 
-        Each client's texts are sorted by length, and the b shortest of everyone are the first part. There are
-        several of a classifier's on a CPU; all else is one part, in its own order, of which the rows are None.
+        Clients are sorted by how long their texts are, and each one's texts by length; both are cut into parts of
+        a size. Only a classifier's are, and on a CPU, and if there is enough to gain; else there is none.
         """
         if self.kind != "text" or x.device.type != "cpu":
-            return None, [self.shortened(x)]
-        places = torch.arange(1, x.shape[-1] + 1)
-        used = ((x != self.pad_id) * places).amax(-1).clamp(min=1)  # up to a text's last token
-        rows = used.argsort(dim=-1, stable=True)
-        longest: list[int] = used.gather(-1, rows).amax(0).tolist()
+            return []
+        used = ((x != self.pad_id) * torch.arange(1, x.shape[-1] + 1)).amax(-1).clamp(min=1)  # with the last token
+        if (used.numel() * used.amax() - used.sum()) * self.num_products < PIECE_PRODUCTS:
+            return []
+        clients, rows = used.sum(1).argsort(stable=True), used.argsort(dim=-1, stable=True)
+        few, short = self._sizes(used.gather(-1, rows)[clients])
+        return [
+            Piece(some, own, self.shortened(x[some.unsqueeze(1), own]))
+            for some in (part.sort().values for part in clients.split(few))
+            for own in rows[some].split(short, 1)
+        ]
 
-        def cost(size: int) -> float:
-            ends = [min(first + size, len(longest)) for first in range(0, len(longest), size)]
-            tokens = sum(longest[end - 1] for end in ends) * size * len(x)
-            return tokens * self.num_products + len(ends) * PIECE_PRODUCTS
-
-        size = min((-(-len(longest) // 2**halved) for halved in range(len(longest).bit_length())), key=cost)
-        if size == len(longest):
-            return None, [self.shortened(x)]
-        parts = x.take_along_dim(rows.unsqueeze(-1), 1).split(size, 1)
-        return rows, [self.shortened(part) for part in parts]
+    def _sizes(self, used: Tensor) -> tuple[int, int]:
+        """Of how many clients and how many texts of each a part had best be, lengths (K, B) being sorted."""
+        found, least = (0, 0), float("inf")
+        for few in _halves(len(used)):
+            groups = used.split(few)
+            longest = torch.stack([group.amax(0) for group in groups])
+            heights = torch.tensor([len(group) for group in groups])
+            for short in _halves(used.shape[1]):
+                ends = torch.arange(short, used.shape[1] + short, short).clamp(max=used.shape[1])
+                tokens = int(heights @ longest[:, ends - 1] @ ends.diff(prepend=torch.zeros_like(ends[:1])))
+                cost = tokens * self.num_products + len(groups) * len(ends) * PIECE_PRODUCTS
+                found, least = ((few, short), cost) if cost < least else (found, least)
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "image":
@@ -149,6 +166,11 @@ def _on_means(model: nn.Module) -> tuple[str, tuple[str, ...]]:
     dropped = tuple(f"{prefix}.pooler.{name}".rstrip(".") for name, _ in pooler.named_modules())
     base.pooler = None
     return heads[0][0], dropped
+
+
+def _halves(size: int) -> list[int]:
+    """The whole, half of it, and so on down to 1, rounded up."""
+    return [-(-size // 2**halved) for halved in range((size - 1).bit_length() + 1)]
 
 
 def of_transformers(model: nn.Module, kind: Kind, base: str = "", pooling: Pooling = "own") -> Pretrained:
