@@ -24,6 +24,7 @@ from umbel.runs import resume, run
 from umbel.schedule import Schedule
 from umbel.tasks import Task
 from umbel.train import LocalTraining
+from umbel.weighting import Weighting
 
 SUMS = {n: dict([case]) for n, own in CASES.items() if not why_not((case := next(iter(own.items())))[1], "mean")}
 REFUSING = {name: {label: m for label, m in own.items() if why_not(m, "mean")} for name, own in CASES.items()}
@@ -109,6 +110,29 @@ def test_stale_steps_by_hand():
         ]
         states.append(states[-1] + sum(moves) / 2)
         assert float(now.shared.params["weight"]) == pytest.approx(states[-1])
+
+
+@pytest.mark.parametrize("rule", ["uniform", "feddisco"])
+def test_what_clients_count_is_theirs_among_all_of_a_step(rule, monkeypatch):
+    counts = [4, 8, 100, 8, 4, 100, 8, 4]
+    draw = torch.Generator().manual_seed(0)
+    clients = [(torch.randn(n, 3, generator=draw), torch.arange(n) % 2) for n in counts]
+    given = Task("test", nn.Linear(3, 2), "cross_entropy", Examples.of(clients), Examples.of(clients))
+    weighting = Weighting(rule=rule)
+    schedule = Schedule(rounds=6, asynchronous=Asynchronous(4), weighting=weighting)
+    seen = []
+    contribution = FedAvg.contribution
+    noted = lambda method, upload: seen.extend(upload.weight.tolist()) or contribution(method, upload)  # noqa: E731
+    monkeypatch.setattr(FedAvg, "contribution", noted)
+    cohort, at = start(given, FedAvg(LocalTraining(batch_size=4)), schedule, Engine())
+    clock, stale = steps(schedule.asynchronous, 0, np.arange(8), 8), 0
+    for now, step in zip(rounds(cohort, at, given, schedule), clock, strict=False):
+        wanted = weighting.of(cohort.train, step.clients)
+        assert sorted(seen) == pytest.approx(sorted(wanted))
+        stale += len(np.unique(step.versions)) > 1
+        seen.clear()
+        assert now.figures["clock"] > 0
+    assert stale
 
 
 @every(REFUSING)

@@ -235,9 +235,17 @@ class Cohort:
             yield chunk, self.update(shared, store, chunk, round, counts, known)
 
     def uploads(
-        self, shared: Any, store: PrivateStore, clients: np.ndarray, round: int, seen: "Tally"
+        self,
+        shared: Any,
+        store: PrivateStore,
+        clients: np.ndarray,
+        round: int,
+        seen: "Tally",
+        weights: dict[int, float] | None = None,
     ) -> Iterator[Any]:
         """The clients' uploads, chunk by chunk; private states are stored as they come.
+
+        What they count is theirs among these clients, unless `weights` says it of more.
 
         A client whose work is not finite is left out: its upload is dropped, its private state stays as it
         was, and `seen` names it. An upload that is lost on the way (faults.py) is counted there by the reason.
@@ -248,7 +256,7 @@ class Cohort:
         if not len(clients):
             return
         worked = False
-        weights = dict(zip(clients.tolist(), self.weighting.of(self.train, clients), strict=True))
+        weights = weights or self.weights_of(clients)
         for chunk, update in self.updates(shared, store, clients, round, weights):
             upload, private = update
             upload = self._attacked(shared, upload, chunk, round)
@@ -276,6 +284,10 @@ class Cohort:
             raise RoundError(
                 f"round {round}: the loss of every client became NaN or infinite; lower local.lr or check the data"
             )
+
+    def weights_of(self, clients: np.ndarray) -> dict[int, float]:
+        """What each of a round's clients counts."""
+        return dict(zip(clients.tolist(), self.weighting.of(self.train, clients), strict=True))
 
     def _attacked(self, shared: Any, upload: Any, clients: np.ndarray, round: int) -> Any:
         """The upload (K, …) with what the hostile ones among these clients send in their rows."""

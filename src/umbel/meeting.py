@@ -201,10 +201,11 @@ def late_uploads(
 
     `begun` are the server's states by the number of its steps, the last of them where it is.
     """
-    method, now = cohort.method, begun[round - 1]
+    method, now, weights = cohort.method, begun[round - 1], cohort.weights_of(step.clients)
     for version in np.unique(step.versions).tolist():
         stale = round - 1 - version
-        for upload in cohort.uploads(begun[version], store, step.clients[step.versions == version], round, tally):
+        late = step.clients[step.versions == version]
+        for upload in cohort.uploads(begun[version], store, late, round, tally, weights):
             if stale:
                 everyone = torch.zeros(len(upload.loss), dtype=torch.long, device=upload.loss.device)
                 received, here = (method.send(state, everyone) for state in (begun[version], now))
