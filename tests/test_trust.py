@@ -324,6 +324,15 @@ def test_a_floor_leaves_the_others_their_proportions():
     assert torch.equal(held[2], free[2])  # it has more
 
 
+@pytest.mark.parametrize("how", [{"top_k": 2}, {"threshold": 3.5}])
+def test_a_floor_is_kept_where_ones_own_score_is_left_out(how):
+    scores, own = torch.tensor([[0.0, 5.0, 4.0]]), torch.tensor([0])
+    row = trust_of(scores, torch.ones(1, 3, dtype=torch.bool), own, self_weight=0.5, **how)[0]
+    assert_close(row, torch.cat([torch.tensor([0.5]), 0.5 * torch.tensor([5.0, 4.0]).softmax(0)]).double())
+    deaf = trust_of(scores, torch.tensor([[False, True, True]]), own, self_weight=0.5, **how)[0]
+    assert deaf[0] == 0  # who may not listen to itself does not
+
+
 @pytest.mark.parametrize(
     ("topology", "edges"),
     [

@@ -46,15 +46,16 @@ def trust_of(
         temperature: T, or (K, 1) one for each.
         threshold: lower scores are left out, but for the two highest.
         top_k: so many are kept; 0: all.
-        self_weight: a client trusts itself so much at least, if it may listen to itself.
+        self_weight: a client trusts itself so much at least, if it may listen to itself and has a score of its
+            own, be it one that `threshold` or `top_k` leaves out.
     """
     scores = scores.double()
-    usable = allowed & scores.isfinite()
+    usable = heard = allowed & scores.isfinite()
     scores = scores.masked_fill(~usable, float("-inf"))
     if threshold > float("-inf"):
-        usable &= (scores >= threshold) | _highest(scores, 2)
+        usable = usable & ((scores >= threshold) | _highest(scores, 2))
     if top_k:
-        usable &= _highest(scores, top_k)
+        usable = usable & _highest(scores, top_k)
     oneself = F.one_hot(own, scores.shape[1]).bool()
     nobody = ~usable.any(1, keepdim=True)
     usable, scores = usable | (nobody & oneself), scores.masked_fill(nobody, 0.0)
@@ -62,7 +63,7 @@ def trust_of(
     weights = (below / temperature).masked_fill(~usable, float("-inf")).softmax(1)
     mine = weights.masked_fill(~oneself, 0.0).sum(1, keepdim=True)
     lifted = torch.where(oneself, self_weight, weights * (1 - self_weight) / (1 - mine).clamp(min=1e-30))
-    too_low = (mine < self_weight) & (usable & oneself).any(1, keepdim=True)
+    too_low = (mine < self_weight) & (heard & oneself).any(1, keepdim=True)
     return torch.where(too_low, lifted, weights)
 
 
