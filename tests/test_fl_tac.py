@@ -34,7 +34,7 @@ from umbel.cohort import Cohort, Engine, PrivateStore, Tally
 from umbel.errors import RecipeError
 from umbel.evaluate import evaluate, routing
 from umbel.methods import FLTAC, FedIT, LocalAdapter, Population
-from umbel.methods.fl_tac import Adapter, Upload
+from umbel.methods.fl_tac import Adapter, Upload, joined
 from umbel.model.loss import Loss
 from umbel.onboarding import onboard
 from umbel.recipe import read
@@ -820,3 +820,34 @@ def test_a_slot_without_a_centre_is_an_adapter_of_its_own():
     assert all(
         torch.equal(leaf[k], shared.start.adapter[n][0]) for n, leaf in message.adapter.items() for k in range(3)
     )
+
+
+def test_a_centre_that_stands_for_slots_counts_as_their_examples(monkeypatch):
+    def merged(self, shared, x, count_by, slots, absent):  # slot 3 by itself, everyone else together
+        label = torch.zeros(len(slots) + len(absent), dtype=torch.long)
+        label[: len(slots)][slots == 3] = 1
+        return label
+
+    monkeypatch.setattr(FLTAC, "partition", merged)
+    method = FLTAC(num_clusters=2, adapter=AdapterPlan(rank=1), staleness=1)
+    shared, _ = method.init(nn.Linear(3, 2), Population(4, 0))
+    one, three = (
+        tree.map_tensors(lambda leaf, to=to: torch.full_like(leaf[:1], to), shared.centres) for to in (1.0, 3.0)
+    )
+    many = torch.full((4,), 100.0)
+    shared = replace(
+        shared,
+        centres=joined(one, three),
+        cluster=torch.tensor([0, 0, 1, 1]),
+        round=torch.tensor(9),
+        heard=torch.tensor([9, 9, 2, 9]),  # slot 2 long ago: it counts as centre 1
+        weight=many.double(),
+        examples=many,
+        times=torch.ones(4, dtype=torch.long),
+    )
+    own = shared.served(torch.tensor([3]))
+    some = torch.tensor([100.0])
+    upload = Upload(own.base, own.adapter, own.stats, some, torch.ones(1), torch.tensor([3]), some)
+    after = method.server_update(shared, [upload])
+    for leaf in after.centres.adapter.values():
+        assert_close(leaf[0], torch.full_like(leaf[0], (1 + 1 + 3) / 3))

@@ -250,7 +250,11 @@ class FLTAC:
             count_by = points(self.products(shared.bank, shared.start, every_v))
         label = self.partition(shared, x, count_by, slots, absent)
         member = F.one_hot(label, num_clusters)
-        mass = torch.cat([shared.weight[slots].to(every.weight), absent.to(every.weight)])
+        waited = torch.zeros_like(
+            absent, dtype=shared.weight.dtype
+        )  # Σ n of the slots that each centre stands for
+        waited.index_add_(0, waiting[waiting >= 0], shared.weight[waiting >= 0])
+        mass = torch.cat([shared.weight[slots], waited]).to(every.weight)
         weight = member * mass.unsqueeze(1)
         moved = weight[: len(here)].sum(0) > 0
         weight[len(here) :] *= ~moved  # who is not here counts where nobody of the cluster is, as what it serves
