@@ -96,6 +96,21 @@ def test_the_first_round_trains_the_global_adapter_alone_and_the_next_one_both()
     assert set(vars(upload)) == {"base", "adapter", "stats", "weight", "loss"}
 
 
+@pytest.mark.parametrize("gate", ["constant", "instance"])
+def test_who_has_not_trained_a_local_adapter_serves_the_global_one(gate):
+    task = texts()
+    method = replace(METHOD, variant="T", gate=gate)
+    schedule = Schedule(rounds=1)
+    cohort, at = start(task, method, schedule, Engine("stacked", chunk=3))
+    *_, at = rounds(cohort, at, task, schedule)
+    other, same = begun(FedIT(PLAN, LOCAL), task, 1)
+    params, plain = (
+        own.served(now.shared, now.store.rows(EVERYONE), EVERYONE)[0] for own, now in ((cohort, at), (other, same))
+    )
+    x = task.test.x[:12].view(3, 4, -1)
+    assert_close(cohort.loss.outputs(params, x), other.loss.outputs(plain, x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("variant", ["T", "F"])
 def test_the_global_adapter_is_that_of_fedit(variant):
     task = texts()

@@ -8,7 +8,7 @@ Dual-Personalizing Adapter for Federated Foundation Models, https://arxiv.org/ab
     F: client             local training in g alone; when it serves: l ← g, trained further at (0, 1)
     sent                  g, n_k;  kept: l
     server                g ← Σ_k n_k g_k / Σ_k n_k
-    served                (1 − α, α) ,  α = λ mean_s cos(e(x), e(x_s)) ,  in [0, 1]
+    served                (1 − α, α) ,  α = λ mean_s cos(e(x), e(x_s)) ,  in [0, 1] ;  g alone while T has no l
 
 e is the embedding of an instance by the model with the local adapter alone, x_s are S of the client's own
 training examples. The more an instance is like the client's own, the more the local adapter counts; in the
@@ -45,7 +45,7 @@ from umbel.tree import Params, state
 class Private:
     adapter: Params  # (K, 1, …) l
     head: Params  # `personal` tensors of the base
-    seen: Tensor  # (K,) 0 before the client's first round, 1 after it
+    seen: Tensor  # (K,) rounds that the client took part in, 2 at most
 
 
 @state
@@ -112,7 +112,7 @@ class FedDPA:
         rates = dict.fromkeys(("base", "adapter", "head"), self.local.lr)
         trained, mean_loss = self._train(loss, message, private.adapter, head, data, (1.0, 0.0), rates)
         upload = Upload(trained["base"], trained["adapter"], trained["stats"], data.weight, mean_loss)
-        return upload, Private(own, trained["head"], torch.ones_like(private.seen))
+        return upload, Private(own, trained["head"], (private.seen + 1).clamp(max=2))
 
     def contribution(self, upload: Upload) -> dict[str, Any]:
         return lora.contribution(upload)
@@ -130,7 +130,11 @@ class FedDPA:
         """The local adapter, made from the global one in variant F, and where the client's own examples lie."""
         private = settled(self, loss, message, private, data) if private.head else private
         own, head = private.adapter, private.head
-        if self.variant == "F":
+        if (
+            self.variant == "T"
+        ):  # l has been trained in a second round; who has none serves g, whatever the weights
+            own = choose(private.seen > 1, own, message.adapter)
+        else:
 
             def work(message: Message, private: Private, data: ClientData) -> Params:
                 rates = {"own": self.local.lr}
