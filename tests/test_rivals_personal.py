@@ -289,8 +289,10 @@ def test_apfls_alpha_moves_with_the_gradient():
     assert_close(weights(served(method, line(), clients, run)), [alpha * v + (1 - alpha) * w])
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
 @pytest.mark.parametrize(("own", "expected"), [(3.0, 0.0), (-3.0, 1.0)])
-def test_apfls_alpha_stays_between_0_and_1(own, expected):
+def test_apfls_alpha_stays_between_0_and_1(own, expected, share, monkeypatch):
+    monkeypatch.setattr(LocalTraining, "rate", lambda *_: share)  # of the rate; half a step is too long as well
     # t = 0. w = 1, v = 3: v̄ = 2 and ½ − ¼·2·4 is below 0. w = 5, v = −3: v̄ = 1 and ½ + ¼·8·2 above 1.
     method = APFL(HALFWAY)
     shared, fresh = method.init(line(5.0 if expected else 1.0), Population(1, 0))
@@ -322,6 +324,19 @@ def test_pfedmes_own_model_is_where_the_envelope_is_attained():
     assert_close(weights(served(method, line(), clients, run)), [3.0, 5.0])
     # w_k = 4 ∓ ¼·6·1
     assert_close(run[0].params["weight"].item(), (2.5 + 3 * 5.5) / 4)
+
+
+def test_pfedme_trains_beside_a_layer_that_nothing_goes_through():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = line(), nn.Linear(2, 2).double()
+
+        def forward(self, x):
+            return self.used(x)
+
+    run = simulate(PFedMe(HALFWAY, inner_lr=0.1), Idle(), aims((1, 0.0)))
+    assert run[0].params["used.weight"].item() < 4
 
 
 # FedPer, FedRep, FedBN.

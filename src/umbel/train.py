@@ -90,6 +90,7 @@ def local_train(
     lr: Mapping[str, float],
     precondition: Callable[[Groups, Groups], Groups] | None = None,
     plain: frozenset[str] = frozenset(),
+    project: Callable[[Groups], None] | None = None,
 ) -> tuple[Groups, Tensor]:
     """The tensors after the clients' local training, and each client's mean training loss (K,).
 
@@ -107,6 +108,7 @@ def local_train(
         precondition: (tensors, gradients) of the trained groups → gradients to step along. Those that plain SGD
             takes as factors (model/stacked.py) are not among them: no adapter's are.
         plain: groups that are stepped by SGD without momentum and weight decay (routers).
+        project: takes the trained groups back, in place, to where they have to be, after each step.
     """
     whole = torch.contiguous_format  # what AdamW's fused step takes for granted
     groups: Groups = {
@@ -147,6 +149,8 @@ def local_train(
                 grads = {place: conditioned[names[place][0]][names[place][1]] for place in grads}
             run = (data.round - 1 + step / num_steps) / data.num_rounds if data.num_rounds else local.warmup
             optimizer.step(grads, factors, batch.active, local.rate(min(max(run, 0.0), 1.0)))
+            if project is not None:
+                project(trained)
             present = 1.0 if batch.active is None else batch.active
             total += torch.where(batch.active, losses, 0.0) if batch.active is not None else losses
             steps += present

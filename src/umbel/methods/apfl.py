@@ -65,12 +65,9 @@ class APFL(FedAvg):
             # Both are differentiated; the loss that is reported is that of v̄.
             return loss(mixed | groups["own_stats"], batch) + everyones - everyones.detach()
 
-        def clipped(groups: Groups, grads: Groups) -> Groups:
-            if not self.adaptive:
-                return grads
-            alpha = groups["mix"]["alpha"]
-            end = (alpha - rate * grads["mix"]["alpha"]).clamp(0, 1)
-            return grads | {"mix": {"alpha": (alpha - end) / rate}}
+        def clipped(groups: Groups) -> None:
+            if self.adaptive:
+                groups["mix"]["alpha"].clamp_(0, 1)
 
         start = {"params": message.params, "stats": message.stats, "own": own.params, "own_stats": own.stats}
         trained, mean_loss = local_train(
@@ -79,11 +76,12 @@ class APFL(FedAvg):
             data,
             self.local,
             {"params": rate, "own": rate} | ({"mix": rate} if self.adaptive else {}),
-            clipped,
             plain=frozenset({"mix"}),
+            project=clipped,
         )
-        alpha = trained["mix"]["alpha"].clamp(0, 1)  # rounding
-        kept = Private(trained["own"], trained["own_stats"], alpha, torch.ones_like(private.seen))
+        kept = Private(
+            trained["own"], trained["own_stats"], trained["mix"]["alpha"], torch.ones_like(private.seen)
+        )
         return Upload(trained["params"], trained["stats"], data.weight, mean_loss), kept
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Any:

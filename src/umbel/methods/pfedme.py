@@ -80,7 +80,7 @@ class PFedMe(FedAvg):
         for _ in range(self.inner_steps):
             leaves = {name: leaf.detach().requires_grad_() for name, leaf in theta.items()}
             value = loss(leaves | groups["stats"], batch)
-            grads = torch.autograd.grad(value.sum(), list(leaves.values()))
+            grads = torch.autograd.grad(value.sum(), list(leaves.values()), materialize_grads=True)
             with torch.no_grad():
                 for (name, leaf), grad in zip(theta.items(), grads, strict=True):
                     step = grad + self.strength * (leaf - groups["params"][name])
