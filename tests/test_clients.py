@@ -478,5 +478,7 @@ def test_the_mismatch_is_how_far_weights_are_from_the_groups_own():
     # Three of four on one adapter: ⅓ each for ½, ½, 0, 0 and 1 for ½, ½.
     assert mismatch(np.eye(2)[[0, 0, 0, 1]], group) == pytest.approx((2 / 6 + 1 / 3 + 1 / 2 + 1 / 2) / 2)
     assert mismatch(np.ones((4, 1)), group) == pytest.approx((1.0 + 2.0) / 2)  # one adapter for two groups
+    unused = np.eye(3)[[1, 1, 1, 1]]
+    assert mismatch(unused, group) == pytest.approx((1.0 + 2.0) / 2)  # and two that nobody uses
     split = np.eye(3)[[0, 2, 1, 1]]  # a group on two adapters: the better of them has half of it
     assert mismatch(split, group) == pytest.approx(1 / 2)

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from simulate import StoppedError, simulate, stop_after
 from umbel import tree
 from umbel.adapters import AdapterPlan
-from umbel.adapters.averaging import adapter_sums, averaged, factor_error, kept_ranks
+from umbel.adapters.averaging import adapter_sums, averaged, factor_error, kept_ranks, truncated
 from umbel.adapters.products import products
 from umbel.clients import ClientData, Examples
 from umbel.cohort import Engine
@@ -393,6 +393,20 @@ def test_a_row_is_the_mean_over_the_clients_who_have_it():
     for update in shared.bank.additive:  # everyone has all of these
         mean = torch.einsum("kc,kc...->c...", w / w.sum(0), upload.adapters[update.name])
         assert_close(after.adapters[update.name], mean, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("use", "row"), [(1e-3, 5.0), (1e-35, 1.0), (1e-40, 1.0), (0.0, 1.0)])
+def test_a_row_whose_holders_hardly_use_the_adapter_stays(use, row):
+    bank = AdapterPlan(rank=2, layers=("linear",)).bank(nn.Linear(4, 4, bias=False))
+    (part,) = bank.low_rank
+    old = {part.a_name: torch.ones(1, 2, 4), part.b_name: torch.ones(1, 4, 2)}
+    shares = torch.tensor([0.5, 1.0])  # client 1 alone has the second rank
+    sent = truncated(bank, {n: torch.cat([leaf, 5 * leaf])[:, None] for n, leaf in old.items()}, shares)
+    weights = dict.fromkeys(sent, torch.tensor([[10.0], [10.0 * use]]))
+    sums = adapter_sums(bank, sent, weights, shares, False)
+    mean = averaged(bank, old, sums, {n: w.sum(0) for n, w in weights.items()}, "factor")
+    assert_close(mean[part.a_name][0, 1], torch.full((4,), row))
+    assert_close(mean[part.b_name][0, :, 1], torch.full((4,), row))
 
 
 def test_rows_that_nobody_has_stay_bit_for_bit():
@@ -820,6 +834,8 @@ def test_a_module_with_nothing_to_train_is_refused_by_methods_without_adapters()
         ({"restart_below": 0.1, "router": Router("oracle")}, "em router"),
         ({"prune_below": 0.1, "router": Router("oracle")}, "learned routes"),
         ({"prune_below": 0.1, "router": Router(explore=0.0)}, "explore above 0"),
+        ({"prune_below": 0.1, "router": Router(explore=0.5)}, "below 0.5"),
+        ({"restart_below": 0.1, "router": Router(explore=0.0)}, "explore above 0"),
         ({"send_top": -1}, "send_top"),
         ({"layer_routers": True}, "gradient"),
         ({"layer_routers": True, "router": ORACLE}, "gradient"),

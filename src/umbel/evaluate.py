@@ -166,7 +166,8 @@ def mismatch(mixture: np.ndarray, group: np.ndarray) -> float:
 
     truth = (group[:, None] == np.unique(group)).astype(float)  # (K, G)
     weights, true_weights = (own / own.sum(0).clip(1e-30) for own in (mixture.astype(float), truth))
-    apart = np.abs(weights[:, :, None] - true_weights[:, None]).sum(0)  # (C, G)
+    apart: np.ndarray = np.abs(weights[:, :, None] - true_weights[:, None]).sum(0)  # (C, G)
+    apart[mixture.sum(0) == 0] = 2.0  # who serves nobody serves nobody of this group
     paired = apart[linear_sum_assignment(apart)]
     return float((paired.sum() + 2.0 * (truth.shape[1] - len(paired))) / truth.shape[1])
 

@@ -20,6 +20,11 @@ Change = Callable[[Params, Params, Tensor], Params]
 group's mean, (K,) or (K, C)) → what is to stand in the place of the first."""
 
 
+UNUSED_SHARE = (
+    1e-30  # whose share of the examples is less is used by nobody: a mean of so little is rounding error
+)
+
+
 def moved(values: Params, received: Params, _weights: Tensor) -> Params:
     """How far clients have moved a group of tensors; a Change."""
     return {name: leaf - received[name] for name, leaf in values.items()}

@@ -79,11 +79,12 @@ def averaged(bank: Bank, old: Params, sums: dict[str, Params], weights: Params, 
     mean = {name: mixing.mean({name: x}, weights[name])[name] for name, x in sums["values"].items()}
     for part in bank.low_rank if "rank_weights" in sums else ():
         seen = sums["rank_weights"][part.name]  # (C, r)
+        seen = torch.where(seen > mixing.UNUSED_SHARE * weights[part.a_name].sum(), seen, 0.0)
         for name, axis in ((part.a_name, 1), (part.b_name, 2)):
             shape = [1] * mean[name].dim()
             shape[0], shape[axis] = seen.shape
             weight = seen.view(shape).to(mean[name].dtype)
-            among_those = sums["values"][name] / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+            among_those = sums["values"][name] / torch.where(weight > 0, weight, 1.0)
             mean[name] = torch.where(weight > 0, among_those, old[name])
     if how == "factor":
         return mean

@@ -151,11 +151,15 @@ class FLoRAL:
             )
         if not 0 <= self.prune_below < 1 or not 0 <= self.restart_below < 1 or self.send_top < 0:
             raise RecipeError("floral: prune_below and restart_below are in [0, 1), send_top is at least 0")
-        if self.restart_below and self.router.kind != "em":
-            raise RecipeError("floral: restart_below needs the em router: others would avoid the new adapter")
-        if self.prune_below and (self.router.kind == "oracle" or not self.router.explore):
+        if self.restart_below and (self.router.kind != "em" or not self.router.explore):
             raise RecipeError(
-                "floral: prune_below needs learned routes and router.explore above 0, after which they are settled"
+                "floral: restart_below needs the em router, for others would avoid the new adapter, and "
+                "router.explore above 0, the share of the run in which adapters are restarted"
+            )
+        if self.prune_below and (self.router.kind == "oracle" or not 0 < self.router.explore < 0.5):
+            raise RecipeError(
+                "floral: prune_below needs learned routes and router.explore above 0 and below 0.5: routes are "
+                "settled, and adapters pruned, after twice that share of the run"
             )
         if self.layer_routers and self.router.kind != "gradient":
             raise RecipeError(

@@ -39,13 +39,13 @@ from torch import Tensor
 from umbel.clients import Batch, ClientData
 from umbel.errors import RecipeError
 from umbel.methods.protocol import Population
+from umbel.mixing import UNUSED_SHARE
 from umbel.model.loss import FORWARD_EXAMPLES, Loss
 from umbel.tree import Params, broadcast, state
 
 S = TypeVar("S")
 
 ONE_HOT_LOGIT = 1000.0  # softmax over logits this far apart is one-hot, to the last bit
-UNUSED_SHARE = 1e-30  # p_c below this is nobody: a mean of so little is rounding error
 SMALLEST_SHARE = 1e-6  # p_c below this count as this much, so that log p stays finite
 COOLING = 20.0  # what T is divided by at the end of a run
 
