@@ -174,7 +174,7 @@ def test_an_attack_on_labels_needs_labels():
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ({"kind": "flip"}, r"attack.kind: .*'flip'"),
+        ({"kind": "flip"}, r"attack.kind = 'flip', but it is one of .*'sign_flip'"),
         ({"kind": "scale", "share": 1.0}, "attack.share is a share of the clients"),
         ({"kind": "scale", "strength": 0}, "attack.strength must be positive"),
     ],

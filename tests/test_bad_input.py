@@ -30,7 +30,7 @@ def clients(num=3, size=8, **changes):
         ("round=3", "round: there is no such setting; did you mean 'rounds'"),
         ("method.floral.num_adaptors=3", "method.floral.num_adaptors: .* did you mean 'num_adapters'"),
         ("method.floral.router.kinds=em", "method.floral.router.kinds: .* did you mean 'kind'"),
-        ("task.variant=rotated", r"task.variant: invalid enum value .*'rotated'"),
+        ("task.variant=rotated", r"task.variant = 'rotated', but it is one of .*'rotate'"),
         ("task.name=digit", "task.name: there is no 'digit'; did you mean 'digits'"),
         ("rounds=many", "rounds: expected `int`.*'many'"),
         ("rounds=0", "rounds.*at least 1"),
@@ -46,8 +46,13 @@ def clients(num=3, size=8, **changes):
         ("task=digits", "task: a table is wanted"),
         ("method.floral.like=floral-oracle", "goes round in a circle"),
         ("method.floral.server.momentum=1.5", "momentum, beta1 and beta2 must be in"),
-        ("method.floral.local.lr=nan", "positive"),
-        ("method.floral.local.precision=float16", r"local.precision: invalid enum value .*'float16'"),
+        ("method.floral.local.lr=nan", r"method.floral.local: lr.* got lr = nan"),
+        ("rounds=0", "rounds must be at least 1, got 0$"),
+        ("method.floral.personal=[x]", r"it is '\[x\]'; a shell takes quotes away"),
+        (
+            "method.floral.local.precision=float16",
+            r"local.precision = 'float16', but it is one of 'float32', 'bfloat16'",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_path(override, message):
@@ -115,6 +120,31 @@ def test_a_label_out_of_range_names_the_client_and_the_range(label):
     y[2] = label
     with pytest.raises(DataError, match=rf"client 1: label {label} is out of range.*0 to 2"):
         task_of(nn.Linear(4, 3), clients(c1=(x, y)))
+
+
+@pytest.mark.parametrize(
+    ("client", "said"),
+    [
+        ((torch.zeros(8, 5), torch.zeros(8).long()), r"client 1: inputs have the shape \(5,\), client 0's \(4,\)"),
+        (
+            (torch.zeros(8, 4), torch.zeros(8, 2).long()),
+            r"client 1: targets have the shape \(2,\), client 0's \(\)",
+        ),
+        ((torch.zeros(8, 4).numpy(), torch.zeros(8).long()), "client 1: inputs are ndarray; give tensors"),
+    ],
+)
+def test_a_client_that_is_not_like_the_others_is_named(client, said):
+    with pytest.raises(DataError, match=said):
+        task_of(nn.Linear(4, 3), [(torch.zeros(8, 4), torch.zeros(8).long()), client])
+
+
+def test_a_loss_or_a_client_that_is_not_there_is_named():
+    with pytest.raises(DataError, match="loss = 'crossentropy': there are 'cross_entropy', 'mse'"):
+        task_of(nn.Linear(4, 3), clients(), loss="crossentropy")
+    result = umbel.run(task_of(nn.Linear(4, 3), clients()), umbel.FedAvg(), rounds=1)
+    for client in (-1, result.task.num_clients):
+        with pytest.raises(DataError, match=f"client {client}: the run has the clients 0 to"):
+            result.personal_model(client)
 
 
 def test_labels_that_are_no_whole_numbers_are_refused():

@@ -282,7 +282,7 @@ def test_tensors_side_by_side_come_apart_again():
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ({"rule": "mean"}, r"robust.rule: .*'mean'"),
+        ({"rule": "mean"}, r"robust.rule = 'mean', but it is one of .*'median'"),
         ({"hostile": 0.5}, r"robust.hostile must be in \[0, 0.5\), for no rule withstands a majority"),
         ({"bound": 0}, "robust.bound"),
         ({"heaviest": 0.5}, "robust.heaviest"),

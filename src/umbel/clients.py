@@ -30,11 +30,18 @@ class Examples:
         """The examples of a list of (x, y), one pair a client.
 
         Raises:
-            DataError: a client without samples, with NaN in x, or with x and y of different lengths.
+            DataError: a client without samples, with NaN in x, with x and y of different lengths, or not tensors
+                of the same shape as the others'.
         """
         if not clients:
             raise DataError("there are no clients")
         for k, (x, y) in enumerate(clients):
+            for name, own, first in zip(("inputs", "targets"), (x, y), clients[0], strict=True):
+                if not isinstance(own, Tensor):
+                    raise DataError(f"client {k}: {name} are {type(own).__name__}; give tensors (torch.as_tensor)")
+                if own.shape[1:] != first.shape[1:]:
+                    shapes = f"the shape {tuple(own.shape[1:])}, client 0's {tuple(first.shape[1:])}"
+                    raise DataError(f"client {k}: {name} have {shapes}; one model takes one")
             if len(x) != len(y):
                 raise DataError(f"client {k}: {len(x)} inputs but {len(y)} targets")
         count = np.array([len(y) for _, y in clients], dtype=np.int64)

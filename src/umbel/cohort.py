@@ -281,8 +281,15 @@ class Cohort:
                 seen.add(upload, sound)
                 yield upload
         if len(clients) and not worked:
+            noise = self.ledger is not None and self.ledger.privacy.level == "client"
+            cure = (
+                "take fewer rounds, more clients or a larger privacy.epsilon, for noise is as large"
+                if noise
+                else ""
+            )
             raise RoundError(
-                f"round {round}: the loss of every client became NaN or infinite; lower local.lr or check the data"
+                f"round {round}: the loss of every client became NaN or infinite; "
+                f"{cure or 'lower local.lr or check the data'}"
             )
 
     def weights_of(self, clients: np.ndarray) -> dict[int, float]:

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -217,11 +217,17 @@ def build(cls: type[T], table: Any, path: str) -> T:
         try:
             values[key] = msgspec.convert(value, hints[key])
         except msgspec.ValidationError as error:
-            raise RecipeError(f"{where}: {str(error)[0].lower()}{str(error)[1:]} (it is {value!r})") from None
+            if isinstance(value, str) and get_origin(hints[key]) is Literal:
+                allowed = ", ".join(map(repr, get_args(hints[key])))
+                raise RecipeError(f"{where} = {value!r}, but it is one of {allowed}") from None
+            quoted = "; a shell takes quotes away: write it within '…'" if str(value).startswith("[") else ""
+            told = f"{str(error)[0].lower()}{str(error)[1:]} (it is {value!r}{quoted})"
+            raise RecipeError(f"{where}: {told}") from None
     try:
         return cls(**values)
     except RecipeError as error:
-        raise RecipeError(f"{path}: {error}" if path else str(error)) from None
+        told = str(error).removeprefix(f"{path.rpartition('.')[2]}: ")  # classes that say their own name
+        raise RecipeError(f"{path}: {told}" if path else told) from None
 
 
 def _check_size(table: Table) -> None:

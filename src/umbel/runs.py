@@ -11,7 +11,7 @@ from torch import nn
 
 from umbel import tree
 from umbel.cohort import Cohort, Cost, Engine, PrivateStore
-from umbel.errors import RunFolderError
+from umbel.errors import DataError, RunFolderError
 from umbel.folder import SNAPSHOT_CLIENTS, SNAPSHOTS, TRUST_CLIENTS, Checkpoint, RunFolder, check_free, read_lines
 from umbel.methods import METHODS, Method
 from umbel.model.copies import copied
@@ -42,7 +42,13 @@ class Result:
         return self.progress.figures
 
     def personal_model(self, client: int) -> nn.Module:
-        """The module that this client serves, on the CPU, in evaluation mode."""
+        """The module that this client serves, on the CPU, in evaluation mode.
+
+        Raises:
+            DataError: there is no such client.
+        """
+        if not 0 <= client < self.task.num_clients:
+            raise DataError(f"client {client}: the run has the clients 0 to {self.task.num_clients - 1}")
         one = np.array([client])
         params, _ = self.cohort.served(self.progress.shared, self.progress.store.rows(one), one)
         return module_with(self.cohort.loss.module, params)
@@ -165,6 +171,8 @@ def _opened(path: Path, task: Task | None, method: Method | None) -> tuple[RunFo
         folder = RunFolder.opened(path, recipe.identity())
         task, method = recipe.task.load(recipe.schedule.seed), recipe.method
         schedule, engine = recipe.schedule, recipe.engine
+    elif not path.is_dir():
+        raise RunFolderError(f"there is no folder {path}")
     elif task is None or method is None:
         raise RunFolderError(
             f"{path} has no recipe.toml; a run of your own task is resumed with resume(folder, task, method)"

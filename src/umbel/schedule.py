@@ -30,11 +30,11 @@ class Schedule:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or self.evaluate_every < 1 or self.checkpoint_every < 1 or self.clients_per_round < 0:
-            raise RecipeError(
-                "rounds, evaluate_every and checkpoint_every must be at least 1 and clients_per_round at least 0 "
-                f"(all), got {self}"
-            )
+        for name in ("rounds", "evaluate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.clients_per_round < 0:
+            raise RecipeError(f"clients_per_round must be at least 0, which is all, got {self.clients_per_round}")
         if not 0 <= self.held_out < 1:
             raise RecipeError(f"held_out must be in [0, 1), got {self.held_out}")
         if not 0 <= self.validation < 1:

@@ -62,9 +62,15 @@ class LocalTraining:
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < float("inf") or self.batch_size < 1 or self.epochs < 1 or self.steps < 0:
-            raise RecipeError(f"local: lr, batch_size and epochs must be positive, steps not negative, got {self}")
+            raise RecipeError(
+                f"local: lr, batch_size and epochs must be positive, steps not negative, got lr = {self.lr}, "
+                f"batch_size = {self.batch_size}, epochs = {self.epochs}, steps = {self.steps}"
+            )
         if not 0 <= self.momentum < 1 or self.weight_decay < 0:
-            raise RecipeError(f"local: momentum must be in [0, 1) and weight_decay at least 0, got {self}")
+            raise RecipeError(
+                f"local: momentum must be in [0, 1) and weight_decay at least 0, got momentum = {self.momentum}, "
+                f"weight_decay = {self.weight_decay}"
+            )
         if not 0 <= self.beta1 < 1 or not 0 <= self.beta2 < 1 or self.eps <= 0:
             raise RecipeError("local: beta1 and beta2 must be in [0, 1) and eps positive")
         if self.momentum and self.optimizer == "adamw":

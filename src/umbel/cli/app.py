@@ -99,7 +99,7 @@ def run(
     ctx: typer.Context,
     recipe: RecipeName,
     method: Annotated[
-        str | None, typer.Option(metavar="LABEL", help="Which of the recipe's methods; needed if it has several.")
+        str | None, typer.Option(metavar="LABEL", help="One of the recipe's methods, or any other, untuned.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything that is drawn; by default the recipe's.")] = None,
     out: Annotated[

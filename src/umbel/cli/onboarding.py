@@ -1,5 +1,6 @@
 """Onboarding: the clients that a run held out, or one that is given in a file."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ def held_out(folders: Sequence[Path], samples: Sequence[int] | None, json: str |
     paths = [run.path for run in find_runs(folders)]
     documents = [{"folder": str(path)} | onboard(path, samples or SAMPLES).document() for path in paths]
     if json is not None:
-        print_json({"command": " ".join(["umbel", *sys.argv[1:]]), **machine(), "runs": documents}, json)
+        print_json({"command": shlex.join(["umbel", *sys.argv[1:]]), **machine(), "runs": documents}, json)
     if json == STDOUT:
         return
     print_onboarding(grouped(find_runs(paths)))

@@ -1,5 +1,6 @@
 """What came out, as tables for people and as documents for JSON."""
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -311,7 +312,7 @@ def comparison_document(
                 ],
             }
         )
-    about = {"command": " ".join(["umbel", *sys.argv[1:]]), **machine()}
+    about = {"command": shlex.join(["umbel", *sys.argv[1:]]), **machine()}
     about |= {
         "recipe": asked["recipe"],
         "folder": str(folder),

@@ -3,6 +3,7 @@
 A comparison whose methods are "floral local.lr=0.1", "floral local.lr=0.3", …: it is gone on with like any other.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -77,7 +78,7 @@ def go(folder: Path, cells: dict[Path, Asked], workers: int, json: str | None, q
         if json is not None:
             from umbel.folder import machine
 
-            about = {"command": " ".join(["umbel", *sys.argv[1:]]), **machine(), "folder": str(folder)}
+            about = {"command": shlex.join(["umbel", *sys.argv[1:]]), **machine(), "folder": str(folder)}
             print_json(about | (documents[0] if len(documents) == 1 else {"cells": documents}), json)
         if any(failed.values()):
             raise typer.Exit(2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from umbel.clients import Augment, Examples
 from umbel.errors import DataError
-from umbel.model.loss import IGNORED, LossName
+from umbel.model.loss import IGNORED, LOSSES, LossName
 from umbel.seeds import generator
 
 
@@ -153,7 +153,12 @@ def task_of(
 
     Args:
         test: each client's test examples; without it `test_fraction` of its examples are held back.
+
+    Raises:
+        DataError: no such loss, or a client whose data is wrong.
     """
+    if loss not in LOSSES:
+        raise DataError(f"loss = {loss!r}: there are {', '.join(map(repr, LOSSES))}")
     train = Examples.of(clients)
     held = Examples.of(test) if test is not None else None
     if held is None:
