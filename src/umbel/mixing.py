@@ -20,9 +20,7 @@ Change = Callable[[Params, Params, Tensor], Params]
 group's mean, (K,) or (K, C)) → what is to stand in the place of the first."""
 
 
-UNUSED_SHARE = (
-    1e-30  # whose share of the examples is less is used by nobody: a mean of so little is rounding error
-)
+UNUSED_SHARE = 1e-30  # of the examples; what has less is used by nobody: its mean is rounding error
 
 
 def moved(values: Params, received: Params, _weights: Tensor) -> Params:

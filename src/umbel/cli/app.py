@@ -99,7 +99,8 @@ def run(
     ctx: typer.Context,
     recipe: RecipeName,
     method: Annotated[
-        str | None, typer.Option(metavar="LABEL", help="One of the recipe's methods, or any other, untuned.")
+        str | None,
+        typer.Option(metavar="LABEL", help="Of the recipe (needed if it has several), or any other, untuned."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything that is drawn; by default the recipe's.")] = None,
     out: Annotated[

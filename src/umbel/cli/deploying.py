@@ -25,7 +25,8 @@ def init(
     folder: Folder,
     recipe: RecipeName,
     method: Annotated[
-        str | None, typer.Option(metavar="LABEL", help="One of the recipe's methods, or any other, untuned.")
+        str | None,
+        typer.Option(metavar="LABEL", help="Of the recipe (needed if it has several), or any other, untuned."),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, metavar="N", help="How many nodes share the clients.")] = 3,
     host: Annotated[str, typer.Option(metavar="NAME", help="Where nodes find the server.")] = "127.0.0.1",

@@ -58,9 +58,7 @@ class Pretrained(nn.Module):
         self.model, self.kind, self.base, self.pooling = model, kind, base, pooling
         self.head, self.dropped = _on_means(model) if pooling == "mean" else ("", ())
         looked_up = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Embedding))
-        self.num_products = (
-            sum(leaf.numel() for leaf in model.parameters() if leaf.dim() > 1) - looked_up
-        )  # a token's
+        self.num_products = sum(leaf.numel() for leaf in model.parameters() if leaf.dim() > 1) - looked_up
         self.train(model.training)
         config: Any = model.config
         pad = getattr(config, "pad_token_id", None)
