@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
 LOG = getLogger("umbel")
-POLL = 0.1  # seconds between two looks for answers
+POLL = 0.1  # seconds between two looks for answers, at first
+LAG, IDLE = 0.02, 2.0  # later a pause is that part of the time waited, up to so many seconds
 EASE = 4.0  # how many times longer a pause is than the look before it took
 LOOK = 2.0  # seconds between two looks for nodes that are gone, or new
 GONE = {3, 4, 5}  # Flower's ErrorCode where a message, or its node, is not there
@@ -121,7 +122,7 @@ class Exchange:
                 self.overdue |= {name: (node, now + self.patience.answer) for name, node in still.items()}
                 return
             if pending and not answers:
-                time.sleep(max(POLL, EASE * took))
+                time.sleep(max(POLL, EASE * took, min(IDLE, LAG * (now - begin))))
 
     def push(self, kind: str, questions: dict[int, tuple[Facts, Parts]]) -> dict[str, int]:
         """Sends the questions; the messages' names, and whom they are to, but for nodes that are not there."""
