@@ -157,7 +157,7 @@ def test_a_run_that_was_stopped_is_made_again_to_the_same_bits(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"asynchronous": {"buffer": -1}}, "asynchronous: buffer, power and spread must not be negative"),
+        ({"asynchronous": {"buffer": -1}}, "asynchronous: buffer = -1, but it must be at least 0"),
         ({"asynchronous": {"buffer": 5}, "clients_per_round": 3}, "is never full with clients_per_round = 3"),
         ({"asynchronous": {"buffer": 5}, "faults": {"drop_out": 0.1}}, "nobody is late"),
         ({"asynchronous": {"buffers": 5}}, "did you mean 'buffer'"),

@@ -175,8 +175,8 @@ def test_an_attack_on_labels_needs_labels():
     ("table", "said"),
     [
         ({"kind": "flip"}, r"attack.kind = 'flip', but it is one of .*'sign_flip'"),
-        ({"kind": "scale", "share": 1.0}, "attack.share is a share of the clients"),
-        ({"kind": "scale", "strength": 0}, "attack.strength must be positive"),
+        ({"kind": "scale", "share": 1.0}, r"attack: share = .*, but it must be in \[0, 1\)"),
+        ({"kind": "scale", "strength": 0}, "attack: strength = .*, but it must be above 0"),
     ],
 )
 def test_bad_settings_are_named(table, said):

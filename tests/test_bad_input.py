@@ -33,21 +33,24 @@ def clients(num=3, size=8, **changes):
         ("task.variant=rotated", r"task.variant = 'rotated', but it is one of .*'rotate'"),
         ("task.name=digit", "task.name: there is no 'digit'; did you mean 'digits'"),
         ("rounds=many", "rounds: expected `int`.*'many'"),
-        ("rounds=0", "rounds.*at least 1"),
+        ("rounds=0", "^rounds = 0, but it must be at least 1$"),
         ("method.floral.num_adapters=0", "method.floral: .*num_adapters = 0"),
         ("method.floral.adapter.rank=0", "method.floral.adapter: .*rank = 0"),
         ("method.floral.adapter.rank=1.5", "whole rank"),
         ("method.floral.adapter=4", "method.floral.adapter: a table is wanted"),
-        ("method.floral.local.lr=-1", "method.floral.local: .*positive"),
+        ("method.floral.local.lr=-1", "method.floral.local: lr = -1.0, but it must be above 0"),
         ("method.floral.like=florall", "method.floral.like: .*did you mean 'floral'"),
         ("engine.device=cuda:7", "sees no CUDA device" if not torch.cuda.is_available() else ""),
         ("engine.chunk=-1", "chunk"),
         ("engine.device=gpu", "no such device"),
         ("task=digits", "task: a table is wanted"),
         ("method.floral.like=floral-oracle", "goes round in a circle"),
-        ("method.floral.server.momentum=1.5", "momentum, beta1 and beta2 must be in"),
-        ("method.floral.local.lr=nan", r"method.floral.local: lr.* got lr = nan"),
-        ("rounds=0", "rounds must be at least 1, got 0$"),
+        ("method.floral.server.momentum=1.5", r"server: momentum = 1.5, but it must be in \[0, 1\)"),
+        ("method.floral.local.lr=nan", r"method.floral.local: lr = nan, but it must be above 0"),
+        ("method.floral.guard=1.5", r"method.floral: guard = 1.5, but it must be in \[0, 1\]"),
+        ("method.floral.ranks=[0.5,0]", r"method.floral: ranks\[1\] = 0.0, but it must be in \(0, 1\]"),
+        ("secure.ranges={router=-1.0}", "secure: ranges.router = -1.0, but it must be above 0"),
+        ("clients_per_round=-1", "^clients_per_round = -1, but it must be at least 0$"),
         ("method.floral.personal=[x]", r"it is '\[x\]'; a shell takes quotes away"),
         (
             "method.floral.local.precision=float16",
@@ -174,6 +177,11 @@ def test_an_oracle_without_known_groups_is_refused():
 def test_an_oracle_with_fewer_adapters_than_groups_is_refused():
     with pytest.raises(RecipeError, match="at least 4"):
         run_recipe(recipe("method.floral.num_adapters=3", "method.floral.router.kind=oracle"))
+
+
+def test_a_cohort_larger_than_the_clients_that_train_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="clients_per_round = 31, but 30 clients train"):
+        run_recipe(recipe("clients_per_round=31", "held_out=0.25"), tmp_path / "run")
 
 
 def test_batch_norm_with_a_last_batch_of_one_is_refused():

@@ -508,7 +508,7 @@ def test_reading_a_recipe_forms_no_grid():
             "search: up to local.steps there are 1,331 points",
         ),
         (("--search.local.rl=[0.1,1]",), "search, for local: local.rl: there is no such setting"),
-        (("--search.local.lr=[0.1,1]", "--validation=1"), "validation must be in [0, 1)"),
+        (("--search.local.lr=[0.1,1]", "--validation=1"), "validation = 1.0, but it must be in [0, 1)"),
     ],
 )
 def test_a_search_of_nothing_is_refused_before_it_begins(args, says):

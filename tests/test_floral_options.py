@@ -142,7 +142,7 @@ def test_a_negative_number_of_ranks_is_told():
     "wrong", [{"adapter_step": 0.0}, {"adapter_step": 1.5}, {"least_prob": 1.0}, {"bias_start": -1.0}]
 )
 def test_steps_and_floors_out_of_range_are_told(wrong):
-    with pytest.raises(RecipeError, match="adapter_step must be in"):
+    with pytest.raises(RecipeError, match=f"{next(iter(wrong))} = .*, but it must be"):
         FLoRAL(2, **wrong)
 
 
@@ -847,7 +847,7 @@ def test_a_module_with_nothing_to_train_is_refused_by_methods_without_adapters()
     ],
 )
 def test_options_that_make_no_sense_are_refused(settings, said):
-    with pytest.raises(RecipeError, match=f"floral: .*{said}"):
+    with pytest.raises(RecipeError, match=said):
         FLoRAL(**settings)
 
 

@@ -289,8 +289,10 @@ def test_settings_that_make_no_task_are_refused_by_name(recipe, told):
 
 def test_a_base_without_a_tokenizer_is_told(small, tmp_path):
     small_texts.write_vit(tmp_path / "vit")
-    with pytest.raises(DataError, match="no tokenizer"):
+    with pytest.raises(DataError, match=r"there is no tokenizer in .*vit"):
         Tokenizer(str(tmp_path / "vit"))
+    with pytest.raises(DataError, match=r"'nowhere': no such folder here, .*\(UMBEL_DATA\).* no tokenizer"):
+        Tokenizer("nowhere")
 
 
 # Slots.

@@ -19,6 +19,7 @@ from umbel.hazards import Attack, Faults
 from umbel.methods.protocol import Method
 from umbel.model.loss import Loss, mixes_examples
 from umbel.privacy.accounting import Ledger
+from umbel.ranges import check_ranges
 from umbel.train import counted_steps
 from umbel.tree import Params
 from umbel.weighting import Weighting
@@ -53,10 +54,7 @@ class Engine:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        if self.chunk < 0 or self.threads < 0 or self.memory_gb <= 0:
-            raise RecipeError(
-                f"engine: chunk and threads must not be negative and memory_gb must be positive, got {self}"
-            )
+        check_ranges(self, chunk="[0, inf)", threads="[0, inf)", memory_gb="(0, inf)")
         try:
             torch.device(self.device)
         except RuntimeError:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from umbel.errors import RecipeError
+from umbel.ranges import check_ranges
 
 Damage = Literal["nan", "inf", "huge", "bit_flip", "truncated"]
 EVERY_DAMAGE: tuple[Damage, ...] = ("nan", "inf", "huge", "bit_flip", "truncated")
@@ -42,9 +43,7 @@ class Faults:
     quorum: float = 0.0
 
     def __post_init__(self) -> None:
-        for key in ("drop_out", "straggle", "corrupt", "quorum"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise RecipeError(f"faults.{key} is a share between 0 and 1, got {getattr(self, key)}")
+        check_ranges(self, drop_out="[0, 1]", straggle="[0, 1]", corrupt="[0, 1]", quorum="[0, 1]")
         if self.corrupt and not self.kinds:
             raise RecipeError(f"faults.kinds is empty, so nothing can be corrupt; name some of {EVERY_DAMAGE}")
         if self.outlier and self.outlier <= 1:
@@ -75,10 +74,7 @@ class Attack:
     strength: float = 5.0  # s
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share < 1:
-            raise RecipeError(f"attack.share is a share of the clients in [0, 1), got {self.share}")
-        if self.strength <= 0:
-            raise RecipeError(f"attack.strength must be positive, got {self.strength}")
+        check_ranges(self, share="[0, 1)", strength="(0, inf)")
 
 
 @dataclass(frozen=True)
@@ -108,8 +104,7 @@ class Robust:
             raise RecipeError(
                 f"robust.hostile must be in [0, 0.5), for no rule withstands a majority, got {self.hostile}"
             )
-        if self.bound <= 0:
-            raise RecipeError(f"robust.bound must be positive, got {self.bound}")
+        check_ranges(self, bound="(0, inf)")
         if self.heaviest and self.heaviest < 1:
             raise RecipeError(f"robust.heaviest must be at least 1, or 0 for no bound, got {self.heaviest}")
 
@@ -129,5 +124,4 @@ class Asynchronous:
     spread: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.buffer < 0 or self.power < 0 or self.spread < 0:
-            raise RecipeError(f"asynchronous: buffer, power and spread must not be negative, got {self}")
+        check_ranges(self, buffer="[0, inf)", power="[0, inf)", spread="[0, inf)")

@@ -15,7 +15,7 @@ from umbel import tree
 from umbel.attacks import attackers, poisoned, trapped
 from umbel.clock import steps
 from umbel.cohort import Cohort, Cost, Engine, PrivateStore, Tally, chunk_size
-from umbel.errors import DataError
+from umbel.errors import DataError, RecipeError
 from umbel.evaluate import Scores, SummedScores, evaluate, figures_of, routing
 from umbel.faults import MISSING, fates
 from umbel.meeting import (
@@ -116,6 +116,11 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
     if engine.threads:
         torch.set_num_threads(engine.threads)
     members = participants(task.num_clients, schedule)
+    if schedule.clients_per_round > len(members):
+        raise RecipeError(
+            f"clients_per_round = {schedule.clients_per_round}, but {len(members)} clients train; "
+            "make it at most that, or 0 for all"
+        )
     cohorts = (sampled(members, schedule, round) for round in range(1, schedule.rounds + 1))
     spent = ledger(task, method, schedule, cohorts)
     num_rounds = schedule.rounds if spent is None else spent.last_round  # phases and rates end where the run does

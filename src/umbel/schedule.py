@@ -5,6 +5,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from umbel.errors import RecipeError
 from umbel.hazards import Asynchronous, Attack, Faults, Robust
 from umbel.privacy.settings import Privacy
+from umbel.ranges import check_ranges
 from umbel.secure.settings import Secure
 from umbel.weighting import Weighting
 
@@ -30,15 +31,8 @@ class Schedule:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "evaluate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.clients_per_round < 0:
-            raise RecipeError(f"clients_per_round must be at least 0, which is all, got {self.clients_per_round}")
-        if not 0 <= self.held_out < 1:
-            raise RecipeError(f"held_out must be in [0, 1), got {self.held_out}")
-        if not 0 <= self.validation < 1:
-            raise RecipeError(f"validation must be in [0, 1), got {self.validation}")
+        check_ranges(self, rounds="[1, inf)", evaluate_every="[1, inf)", checkpoint_every="[1, inf)")
+        check_ranges(self, clients_per_round="[0, inf)", held_out="[0, 1)", validation="[0, 1)")
         if self.asynchronous.buffer and self.faults.any:
             raise RecipeError("asynchronous.buffer: without a deadline nobody is late; take the [faults] out")
         if 0 < self.clients_per_round < self.asynchronous.buffer:

@@ -16,6 +16,7 @@ from umbel.errors import RecipeError
 from umbel.mixing import as_leading
 from umbel.model.loss import Precision
 from umbel.model.stacked import Factors, factored_gradients
+from umbel.ranges import check_ranges
 from umbel.seeds import generator, normal
 from umbel.tree import Params
 
@@ -61,22 +62,11 @@ class LocalTraining:
     precision: Precision = "float32"
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < float("inf") or self.batch_size < 1 or self.epochs < 1 or self.steps < 0:
-            raise RecipeError(
-                f"local: lr, batch_size and epochs must be positive, steps not negative, got lr = {self.lr}, "
-                f"batch_size = {self.batch_size}, epochs = {self.epochs}, steps = {self.steps}"
-            )
-        if not 0 <= self.momentum < 1 or self.weight_decay < 0:
-            raise RecipeError(
-                f"local: momentum must be in [0, 1) and weight_decay at least 0, got momentum = {self.momentum}, "
-                f"weight_decay = {self.weight_decay}"
-            )
-        if not 0 <= self.beta1 < 1 or not 0 <= self.beta2 < 1 or self.eps <= 0:
-            raise RecipeError("local: beta1 and beta2 must be in [0, 1) and eps positive")
+        check_ranges(self, lr="(0, inf)", batch_size="[1, inf)", epochs="[1, inf)", steps="[0, inf)")
+        check_ranges(self, momentum="[0, 1)", weight_decay="[0, inf)", beta1="[0, 1)", beta2="[0, 1)")
+        check_ranges(self, eps="(0, inf)", warmup="[0, 1)", final="[0, 1]")
         if self.momentum and self.optimizer == "adamw":
             raise RecipeError("local.momentum: AdamW has beta1 instead")
-        if not 0 <= self.warmup < 1 or not 0 <= self.final <= 1:
-            raise RecipeError("local: warmup must be in [0, 1) and final in [0, 1]")
 
     def rate(self, run: float) -> float:
         """What `lr` is multiplied by when the share `run` of the whole run is over."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from umbel.errors import RecipeError
+from umbel.ranges import check_ranges
 
 if TYPE_CHECKING:  # settings are read without NumPy and PyTorch
     import numpy as np
@@ -40,8 +41,7 @@ class Weighting:
     eta: float = 1.0  # rea, per nat
 
     def __post_init__(self) -> None:
-        if self.a < 0 or self.b < 0:
-            raise RecipeError(f"weighting: a and b must not be negative, got {self}")
+        check_ranges(self, a="[0, inf)", b="[0, inf)")
 
     def of(self, train: Examples, clients: np.ndarray) -> np.ndarray:
         """(K,) the weights of a round's clients, before what only their losses can tell (`of_risks`).

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from umbel import mixing, tree
 from umbel.clients import Batch, ClientData
-from umbel.errors import RecipeError
 from umbel.methods.fedavg import FedAvg, Message, Shared, Upload
 from umbel.methods.protocol import Population
 from umbel.methods.settling import choose, settled
 from umbel.model.loss import Loss
+from umbel.ranges import check_ranges
 from umbel.train import Groups, local_train
 from umbel.tree import Params, state
 
@@ -45,8 +45,7 @@ class APFL(FedAvg):
     adaptive: bool = True  # α moves
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise RecipeError(f"apfl: alpha must be in [0, 1], got {self.alpha}")
+        check_ranges(self, alpha="[0, 1]")
 
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
         shared, _ = super().init(module, population)

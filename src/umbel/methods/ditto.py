@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from umbel import tree
 from umbel.clients import ClientData
-from umbel.errors import RecipeError
 from umbel.methods.fedavg import FedAvg, Message, Shared, Upload
 from umbel.methods.fedprox import proximal
 from umbel.methods.protocol import Population
 from umbel.methods.settling import choose, settled
 from umbel.model.loss import Loss
+from umbel.ranges import check_ranges
 from umbel.train import local_train
 from umbel.tree import Params, state
 
@@ -41,8 +41,7 @@ class Ditto(FedAvg):
     strength: float = 1.0  # λ
 
     def __post_init__(self) -> None:
-        if self.strength < 0:
-            raise RecipeError(f"ditto: strength must not be negative, got {self.strength}")
+        check_ranges(self, strength="[0, inf)")
 
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
         shared, _ = super().init(module, population)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from umbel import mixing, tree
 from umbel.clients import ClientData
-from umbel.errors import RecipeError
 from umbel.methods.protocol import Population, Refusals
 from umbel.methods.routing import (
     LabelLosses,
@@ -35,6 +34,7 @@ from umbel.methods.server import Moments, ServerOptimizer
 from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats, trained_params
 from umbel.model.stacked import takes_client_axis
+from umbel.ranges import check_ranges
 from umbel.seeds import seeded
 from umbel.train import Groups, LocalTraining, local_train
 from umbel.tree import Params, state
@@ -106,8 +106,7 @@ class Ensemble:
     refuses: ClassVar[Refusals] = {}
 
     def __post_init__(self) -> None:
-        if self.num_models < 1 or not 0 <= self.guard <= 1:
-            raise RecipeError(f"ensemble: num_models must be at least 1 and guard in [0, 1], got {self}")
+        check_ranges(self, num_models="[1, inf)", guard="[0, 1]")
 
     def adapt(self, module: nn.Module) -> nn.Module:
         return Mixture(module, self.num_models)

@@ -37,6 +37,7 @@ from umbel.methods.server import ServerOptimizer
 from umbel.methods.settling import choose, settled, stacked
 from umbel.mixing import Change
 from umbel.model.loss import IGNORED, Loss
+from umbel.ranges import check_ranges
 from umbel.train import Groups, LocalTraining, local_train
 from umbel.tree import Params, state
 
@@ -73,8 +74,7 @@ class FedDPA:
     refuses: ClassVar[Refusals] = {}
 
     def __post_init__(self) -> None:
-        if not 0 <= self.local_weight <= 1 or not 0 <= self.strength <= 1 or self.samples < 1:
-            raise RecipeError("feddpa: local_weight and strength must be in [0, 1] and samples at least 1")
+        check_ranges(self, local_weight="[0, 1]", strength="[0, 1]", samples="[1, inf)")
         if self.gate == "instance" and not self.adapter.peft:
             raise RecipeError("feddpa: gate = 'instance' wants adapter.peft; without it take gate = 'constant'")
 

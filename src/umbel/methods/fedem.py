@@ -27,6 +27,7 @@ from umbel.methods.protocol import Population, Refusals
 from umbel.methods.server import Moments, ServerOptimizer
 from umbel.mixing import Change
 from umbel.model.loss import FORWARD_EXAMPLES, Loss, running_stats
+from umbel.ranges import check_ranges
 from umbel.train import Groups, LocalTraining, local_train
 from umbel.tree import Params, state
 
@@ -75,8 +76,7 @@ class FedEM:
     refuses: ClassVar[Refusals] = {}
 
     def __post_init__(self) -> None:
-        if self.num_models < 1:
-            raise RecipeError(f"fedem: num_models must be at least 1, got {self.num_models}")
+        check_ranges(self, num_models="[1, inf)")
 
     def adapt(self, module: nn.Module) -> nn.Module:
         return (ProbabilityMixture if self.mixes == "probabilities" else Mixture)(module, self.num_models)

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from umbel.clients import Batch
-from umbel.errors import RecipeError
 from umbel.methods.fedavg import FedAvg, Message
 from umbel.methods.protocol import Refusals
 from umbel.model.loss import Loss
+from umbel.ranges import check_ranges
 from umbel.train import Groups, Objective
 from umbel.tree import Params
 
@@ -28,8 +28,7 @@ class FedProx(FedAvg):
     refuses: ClassVar[Refusals] = {"steps": ""}
 
     def __post_init__(self) -> None:
-        if self.mu < 0:
-            raise RecipeError(f"fedprox: mu must not be negative, got {self.mu}")
+        check_ranges(self, mu="[0, inf)")
 
     def objective(self, loss: Loss, message: Message) -> Objective:
         """The client's loss and the spring."""

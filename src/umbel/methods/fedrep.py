@@ -15,11 +15,11 @@ back as well.
 from dataclasses import dataclass, replace
 
 from umbel.clients import ClientData
-from umbel.errors import RecipeError
 from umbel.methods.fedavg import Message, Upload
 from umbel.methods.fedper import FedPer
 from umbel.methods.partial import Private, parted, whole
 from umbel.model.loss import Loss
+from umbel.ranges import check_ranges
 from umbel.train import local_train
 
 
@@ -28,8 +28,7 @@ class FedRep(FedPer):
     head_epochs: int = 10
 
     def __post_init__(self) -> None:
-        if self.head_epochs < 1:
-            raise RecipeError(f"fedrep: head_epochs must be at least 1, got {self.head_epochs}")
+        check_ranges(self, head_epochs="[1, inf)")
 
     def client_update(
         self, loss: Loss, message: Message, private: Private, data: ClientData

@@ -55,6 +55,7 @@ from umbel.methods.settling import choose, settled, stacked
 from umbel.methods.trusting import usable
 from umbel.mixing import Change, as_leading
 from umbel.model.loss import Loss, running_stats
+from umbel.ranges import check_ranges
 from umbel.train import LocalTraining
 from umbel.tree import Params, state
 
@@ -166,10 +167,7 @@ class FLTAC:
     }
 
     def __post_init__(self) -> None:
-        if min(self.num_clusters, self.staleness) < 0 or self.min_examples < 1:
-            raise RecipeError(
-                "fl_tac: num_clusters and staleness must not be negative, and min_examples at least 1"
-            )
+        check_ranges(self, num_clusters="[0, inf)", staleness="[0, inf)", min_examples="[1, inf)")
         if self.picture == "umap" and find_spec("umap") is None:
             raise RecipeError("fl_tac: picture = 'umap' needs umap-learn: pip install umbel[umap]")
 

@@ -47,6 +47,7 @@ from umbel.methods.server import Moments, ServerOptimizer
 from umbel.methods.settling import settled
 from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats
+from umbel.ranges import check_ranges
 from umbel.seeds import generator
 from umbel.train import Groups, LocalTraining, local_train
 from umbel.tree import Params, state
@@ -131,26 +132,14 @@ class FLoRAL:
     personal: tuple[str, ...] = ()  # patterns of trained tensors that stay with the client: "*classifier.*"
 
     def __post_init__(self) -> None:
-        if self.num_adapters < 1:
+        check_ranges(self, num_adapters="[1, inf)", adapter_lr="(0, inf)", guard="[0, 1]")
+        check_ranges(self, init_ranks="[0, inf)", adapter_step="(0, 1]", least_prob="[0, 1)")
+        check_ranges(self, bias_start="[0, inf)", ranks="(0, 1]", send_top="[0, inf)")
+        check_ranges(self, prune_below="[0, 1)", restart_below="[0, 1)")
+        if self.init_std < 0 and self.init_std != -1:
             raise RecipeError(
-                f"floral: num_adapters = {self.num_adapters}, but there must be at least one adapter"
+                f"floral.init_std = {self.init_std}, but it must be at least 0, or −1 for the layer's own"
             )
-        if self.adapter_lr <= 0 or (self.init_std < 0 and self.init_std != -1) or not 0 <= self.guard <= 1:
-            raise RecipeError(
-                "floral: adapter_lr must be positive, init_std not negative (or −1) and guard in [0, 1]"
-            )
-        if self.init_ranks < 0:
-            raise RecipeError(f"floral: init_ranks = {self.init_ranks}, but it is a number of ranks, or 0 for all")
-        if not 0 < self.adapter_step <= 1 or not 0 <= self.least_prob < 1 or self.bias_start < 0:
-            raise RecipeError(
-                "floral: adapter_step must be in (0, 1], least_prob in [0, 1) and bias_start not negative"
-            )
-        if any(not 0 < share <= 1 for share in self.ranks):
-            raise RecipeError(
-                f"floral: ranks are shares of the adapters' rank, above 0 and at most 1, got {self.ranks}"
-            )
-        if not 0 <= self.prune_below < 1 or not 0 <= self.restart_below < 1 or self.send_top < 0:
-            raise RecipeError("floral: prune_below and restart_below are in [0, 1), send_top is at least 0")
         if self.restart_below and (self.router.kind != "em" or not self.router.explore):
             raise RecipeError(
                 "floral: restart_below needs the em router, for others would avoid the new adapter, and "

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from umbel import mixing, tree
 from umbel.clients import ClientData
-from umbel.errors import RecipeError
 from umbel.methods.ensemble import drawn_apart
 from umbel.methods.protocol import Population, Refusals
 from umbel.methods.routing import LabelLosses, losses_of
 from umbel.methods.server import Moments, ServerOptimizer
 from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats
+from umbel.ranges import check_ranges
 from umbel.train import LocalTraining, local_train
 from umbel.tree import Params, state
 
@@ -67,8 +67,7 @@ class IFCA:
     refuses: ClassVar[Refusals] = {}
 
     def __post_init__(self) -> None:
-        if self.num_models < 1:
-            raise RecipeError(f"ifca: num_models must be at least 1, got {self.num_models}")
+        check_ranges(self, num_models="[1, inf)")
 
     def adapt(self, module: nn.Module) -> nn.Module:
         return module

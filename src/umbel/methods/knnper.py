@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from umbel import mixing
 from umbel.clients import ClientData
-from umbel.errors import ModelError, RecipeError
+from umbel.errors import ModelError
 from umbel.methods.fedavg import FedAvg, Message, Shared
 from umbel.methods.protocol import Population
 from umbel.model.loss import FORWARD_EXAMPLES, Loss
+from umbel.ranges import check_ranges
 from umbel.tree import Params, state
 
 
@@ -104,8 +105,7 @@ class KNNPer(FedAvg):
     features: str = ""  # the layer whose input is φ; "": the last nn.Linear
 
     def __post_init__(self) -> None:
-        if self.neighbours < 1 or not 0 <= self.share <= 1 or self.scale <= 0:
-            raise RecipeError(f"knnper: neighbours and scale must be positive and share in [0, 1], got {self}")
+        check_ranges(self, neighbours="[1, inf)", share="[0, 1]", scale="(0, inf)")
 
     def adapt(self, module: nn.Module) -> nn.Module:
         layers = [path for path, layer in module.named_modules() if isinstance(layer, nn.Linear)]

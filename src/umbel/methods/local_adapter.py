@@ -20,11 +20,11 @@ from umbel import tree
 from umbel.adapters import AdapterPlan, Bank, mix, with_paths
 from umbel.adapters.precondition import precondition
 from umbel.clients import Batch, ClientData
-from umbel.errors import RecipeError
 from umbel.methods.fedavg import FedAvg, Message, Shared, Upload
 from umbel.methods.protocol import Population, nothing_mixed
 from umbel.methods.settling import settled
 from umbel.model.loss import Loss, running_stats, trained_params
+from umbel.ranges import check_ranges
 from umbel.seeds import generator
 from umbel.train import Groups, local_train
 from umbel.tree import Params, state
@@ -46,8 +46,7 @@ class LocalAdapter(FedAvg):
     precondition: bool = False
 
     def __post_init__(self) -> None:
-        if self.adapter_lr <= 0 or self.init_std < 0:
-            raise RecipeError("local_adapter: adapter_lr must be positive and init_std not negative")
+        check_ranges(self, adapter_lr="(0, inf)", init_std="[0, inf)")
 
     def adapt(self, module: nn.Module) -> nn.Module:
         return with_paths(module, self._bank(module))

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from umbel import mixing, tree
 from umbel.clients import Batch, ClientData
-from umbel.errors import RecipeError
 from umbel.methods.fedavg import FedAvg, Message, Shared, Upload
 from umbel.methods.fedprox import squared_distance
 from umbel.methods.protocol import Population
 from umbel.methods.settling import choose, settled
 from umbel.model.loss import Loss
+from umbel.ranges import check_ranges
 from umbel.train import Groups, LocalTraining, local_train
 from umbel.tree import Params, state
 
@@ -47,8 +47,7 @@ class PFedMe(FedAvg):
     inner_steps: int = 5  # K
 
     def __post_init__(self) -> None:
-        if self.strength <= 0 or self.inner_lr <= 0 or self.inner_steps < 1:
-            raise RecipeError(f"pfedme: strength, inner_lr and inner_steps must be positive, got {self}")
+        check_ranges(self, strength="(0, inf)", inner_lr="(0, inf)", inner_steps="[1, inf)")
 
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
         shared, _ = super().init(module, population)

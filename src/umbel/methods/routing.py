@@ -41,6 +41,7 @@ from umbel.errors import RecipeError
 from umbel.methods.protocol import Population
 from umbel.mixing import UNUSED_SHARE
 from umbel.model.loss import FORWARD_EXAMPLES, Loss
+from umbel.ranges import check_ranges
 from umbel.tree import Params, broadcast, state
 
 S = TypeVar("S")
@@ -70,12 +71,8 @@ class Router:
     noise_rounds: int = 100  # "gradient": over so many rounds the noise falls to 0; 0: never, as published
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0 or self.lr <= 0:
-            raise RecipeError(f"router: temperature and lr must be positive, got {self}")
-        if self.noise < 0 or self.examples < 0 or self.noise_rounds < 0 or not 0 <= self.explore <= 1:
-            raise RecipeError(
-                f"router: noise, noise_rounds and examples must not be negative and explore in [0, 1], got {self}"
-            )
+        check_ranges(self, temperature="(0, inf)", lr="(0, inf)", explore="[0, 1]")
+        check_ranges(self, noise="[0, inf)", noise_rounds="[0, inf)", examples="[0, inf)")
 
     def start(
         self, told: "Told", private: Tensor, losses: Callable[[], "LabelLosses"], data: ClientData

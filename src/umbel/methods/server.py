@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from umbel import mixing
-from umbel.errors import RecipeError
+from umbel.ranges import check_ranges
 from umbel.tree import Params, state
 
 
@@ -44,10 +44,7 @@ class ServerOptimizer:
     bias_correction: bool = False
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.eps <= 0:
-            raise RecipeError(f"server: lr and eps must be positive, got {self}")
-        if not all(0 <= decay < 1 for decay in (self.momentum, self.beta1, self.beta2)):
-            raise RecipeError(f"server: momentum, beta1 and beta2 must be in [0, 1), got {self}")
+        check_ranges(self, lr="(0, inf)", eps="(0, inf)", momentum="[0, 1)", beta1="[0, 1)", beta2="[0, 1)")
 
     def init(self, params: Params) -> Moments:
         """The moments before the first round."""

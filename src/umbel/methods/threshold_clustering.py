@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from umbel import tree
 from umbel.clients import ClientData
-from umbel.errors import RecipeError
 from umbel.methods.protocol import Population, Refusals
 from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats, trained_params
+from umbel.ranges import check_ranges
 from umbel.train import LocalTraining, local_train
 from umbel.tree import Params, state
 
@@ -77,10 +77,8 @@ class ThresholdClustering:
     }
 
     def __post_init__(self) -> None:
-        if self.num_clusters < 1 or self.iterations < 1 or self.step <= 0:
-            raise RecipeError("threshold_clustering: num_clusters, iterations and step must be positive")
-        if not 0 <= self.quantile <= 1 or not 0 < self.alpha <= 1:
-            raise RecipeError("threshold_clustering: quantile must be in [0, 1] and alpha in (0, 1]")
+        check_ranges(self, num_clusters="[1, inf)", iterations="[1, inf)", step="(0, inf)")
+        check_ranges(self, quantile="[0, 1]", alpha="(0, 1]")
 
     def adapt(self, module: nn.Module) -> nn.Module:
         return module

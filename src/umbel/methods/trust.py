@@ -31,6 +31,7 @@ from umbel.methods.similarity import Public
 from umbel.methods.trusting import Mix, Topology, figures_of, usable
 from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats
+from umbel.ranges import check_ranges
 from umbel.seeds import generator
 from umbel.train import MOMENTS, Groups, LocalTraining, local_train, no_moments
 from umbel.tree import Params, state
@@ -143,18 +144,15 @@ class Trust:
     }
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0 or not 0 <= self.self_weight <= 1 or not 0 <= self.trust_fraction < 1:
-            raise RecipeError(
-                "trust: temperature must not be negative, self_weight in [0, 1] and trust_fraction in [0, 1)"
-            )
+        check_ranges(self, temperature="[0, inf]", self_weight="[0, 1]", trust_fraction="[0, 1)")
+        check_ranges(self, top_k="[0, inf)", staleness="[0, inf)", top="[0, inf)")
+        check_ranges(self, begin="[1, inf)", every="[1, inf)")
         if self.mode == "paper" and (self.temperature or self.top != Trust.top):
             raise RecipeError(
                 "trust: mode = 'paper' has T = 1 and a top of its own; leave temperature and top out"
             )
         if self.scheme == "validation" and self.trust_fraction == 0:
             raise RecipeError("trust: scheme = 'validation' measures on trust_fraction, which must not be 0")
-        if min(self.top_k, self.staleness, self.top) < 0 or min(self.begin, self.every) < 1:
-            raise RecipeError("trust: top_k, staleness and top must not be negative, begin and every at least 1")
 
     def mixes(self, round: int) -> bool:
         """Whether there is mixing after this round."""

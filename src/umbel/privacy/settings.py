@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from umbel.errors import RecipeError
+from umbel.ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,12 @@ class Privacy:
     statistics_share: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.epsilon < 0 or self.noise_multiplier < 0 or not 0 < self.delta < 1:
-            raise RecipeError("privacy: epsilon and noise_multiplier must not be negative, and delta in (0, 1)")
+        check_ranges(self, epsilon="[0, inf)", noise_multiplier="[0, inf)", delta="(0, 1)")
+        check_ranges(self, clip="(0, inf)", clips="(0, inf)", clip_rate="[0, inf)", clip_rise="[0, 1]")
+        check_ranges(self, quantile="(0, 1)", clip_share="(0, 1)", statistics_share="(0, 1)")
         if self.level != "none" and not self.epsilon and not self.noise_multiplier:
             raise RecipeError(
                 "privacy: give epsilon, which the planned rounds shall spend, or noise_multiplier, or both"
             )
-        if self.clip <= 0 or any(clip <= 0 for clip in self.clips.values()) or self.clip_rate < 0:
-            raise RecipeError("privacy: clip and clips must be positive, and clip_rate at least 0")
-        if not 0 <= self.clip_rise <= 1:
-            raise RecipeError("privacy: clip_rise is a share of the run, from 0 to 1")
-        if not all(0 < share < 1 for share in (self.quantile, self.clip_share, self.statistics_share)):
-            raise RecipeError("privacy: quantile, clip_share and statistics_share must be in (0, 1)")
         if self.clip_share + self.statistics_share >= 1:
             raise RecipeError("privacy: clip_share and statistics_share leave nothing for the model; lower them")

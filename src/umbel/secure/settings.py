@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from umbel.errors import RecipeError
+from umbel.ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -34,5 +35,4 @@ class Secure:
             )
         if self.neighbours < 0 or self.neighbours == 1:
             raise RecipeError(f"secure: neighbours must be 0 (all) or at least 2, got {self.neighbours}")
-        if self.range <= 0 or any(limit <= 0 for limit in self.ranges.values()):
-            raise RecipeError(f"secure: range and ranges must be positive, got {self}")
+        check_ranges(self, range="(0, inf)", ranges="(0, inf)")

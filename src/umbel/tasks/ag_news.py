@@ -15,6 +15,7 @@ from torch import Tensor
 from umbel.clients import Examples
 from umbel.errors import RecipeError
 from umbel.model.pretrained import Kind, Pooling, Pretrained
+from umbel.ranges import check_ranges
 from umbel.tasks.bases import Precision, load_pretrained
 from umbel.tasks.language import Heterogeneity, Reader, Windows, parts_of, shares_of
 from umbel.tasks.task import Task
@@ -40,8 +41,7 @@ class AGNews:
 
     def __post_init__(self) -> None:
         self._windows.check()
-        if self.clients_per_class < 1:
-            raise RecipeError("task: clients_per_class must be at least 1")
+        check_ranges(self, clients_per_class="[1, inf)")
         if self.pooling != "own" and self.task != "classification":
             raise RecipeError(
                 "task: pooling is of a classifier; set task = 'classification', or leave it at 'own'"

@@ -82,10 +82,7 @@ def load_pretrained(
         with seeded(seed, "head"), _quiet():
             model = autos[kind].from_pretrained(place_of(base), config=config, **settings)
     except (OSError, ValueError) as error:
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"{base!r}: no {kind} model in that folder, in {data_folder() / base} or on the hub ({told})"
-        ) from None
+        raise not_there(base, f"{kind} model", error) from None
     return of_transformers(model, kind, base, pooling)
 
 
@@ -104,6 +101,17 @@ def place_of(base: str) -> str:
         if (folder / "config.json").is_file():
             return str(folder)
     return base
+
+
+def not_there(base: str, what: str, error: Exception) -> DataError:
+    """What to say where `what`, the base's model or tokenizer, could not be read."""
+    told = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if (place := place_of(base)) != base or Path(base).is_dir():
+        return DataError(f"task.base = {base!r}: there is no {what} in {place} ({told}); save one there")
+    return DataError(
+        f"task.base = {base!r}: no such folder here, in {data_folder()} (UMBEL_DATA) or in {models_folder()}, and "
+        f"no {what} of that name could be had from the hub ({told}); name another base, or put it there"
+    )
 
 
 def models_folder() -> Path:

@@ -12,6 +12,7 @@ from torch import Tensor
 from umbel.clients import Examples
 from umbel.errors import RecipeError
 from umbel.model.nets import cifar10_cnn, vgg8
+from umbel.ranges import check_ranges
 from umbel.seeds import seeded
 from umbel.tasks.augment import CropAndFlip
 from umbel.tasks.corpora import Images, cifar10, cifar100
@@ -69,10 +70,7 @@ class CIFAR100:
             raise RecipeError("task: cifar100 has 1 to 100 groups, and num_clients is a multiple of num_groups")
         if self.num_clients > 1000:
             raise RecipeError("task: cifar100 has at most 1000 clients")
-        if self.samples_per_client < 0:
-            raise RecipeError("task: samples_per_client must be at least 1, or 0 for all")
-        if not 0 <= self.dropout < 1:
-            raise RecipeError("task: dropout must be at least 0 and below 1")
+        check_ranges(self, samples_per_client="[0, inf)", dropout="[0, 1)")
 
     def load(self, seed: int) -> Task:
         corpus = cifar100()

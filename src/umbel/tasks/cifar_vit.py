@@ -19,6 +19,7 @@ from torch.nn import functional
 from umbel.clients import Examples
 from umbel.errors import RecipeError
 from umbel.model.pretrained import Pretrained
+from umbel.ranges import check_ranges
 from umbel.seeds import generator
 from umbel.tasks.bases import Precision, load_pretrained, place_of
 from umbel.tasks.cifar import DEVIATION, MEAN
@@ -49,8 +50,7 @@ class CIFARViT:
             raise RecipeError("task: num_groups must be 1 to 10, for there are ten labels")
         if self.num_clients < self.num_groups or self.num_clients % self.num_groups:
             raise RecipeError("task: num_clients must be a multiple of num_groups")
-        if self.train_examples < 0:
-            raise RecipeError("task: train_examples must be at least 1, or 0 for all")
+        check_ranges(self, train_examples="[0, inf)")
 
     def load(self, seed: int) -> Task:
         num_labels = 110 if self.variant == "tasks" else 10

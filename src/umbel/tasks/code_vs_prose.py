@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from umbel.errors import RecipeError
+from umbel.ranges import check_ranges
 from umbel.tasks.bases import Precision, load_pretrained
 from umbel.tasks.language import Heterogeneity, Windows, parts_of, shares_of
 from umbel.tasks.task import Task
@@ -34,8 +34,7 @@ class CodeVsProse:
 
     def __post_init__(self) -> None:
         self._windows.check()
-        if self.clients_per_kind < 1:
-            raise RecipeError("task: clients_per_kind must be at least 1")
+        check_ranges(self, clients_per_kind="[1, inf)")
 
     def load(self, seed: int) -> Task:
         shares = shares_of(2, self.clients_per_kind, self.heterogeneity, paired=True)

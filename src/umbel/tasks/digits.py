@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from umbel.clients import Examples
-from umbel.errors import RecipeError
+from umbel.ranges import check_ranges
 from umbel.seeds import seeded
 from umbel.tasks.partition import deal
 from umbel.tasks.task import Task, split
@@ -32,10 +32,8 @@ class Digits:
     batch_norm: bool = False  # behind the hidden layer
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_groups <= 4 or not 1 <= self.num_clients <= 400:
-            raise RecipeError("task: digits has 1 to 4 groups and 1 to 400 clients")
-        if not 0 < self.test_fraction < 1 or self.hidden < 1:
-            raise RecipeError("task: test_fraction must be between 0 and 1 and hidden at least 1")
+        check_ranges(self, num_groups="[1, 4]", num_clients="[1, 400]", hidden="[1, inf)")
+        check_ranges(self, test_fraction="(0, 1)")
 
     def load(self, seed: int) -> Task:
         from sklearn.datasets import load_digits  # takes a second: only when it is used

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import torch
 
 from umbel.errors import RecipeError
+from umbel.ranges import check_ranges
 from umbel.seeds import generator
 from umbel.tasks.bases import Precision, load_pretrained
 from umbel.tasks.slots import Holders, Labelled, held
@@ -56,12 +57,7 @@ class Dolly:
         self._holders.check()
         if not self.categories or len(set(self.categories)) < len(self.categories):
             raise RecipeError("task: categories must be at least one, each named once")
-        if not 0 < self.test_fraction < 1:
-            raise RecipeError("task: test_fraction must be between 0 and 1")
-        if self.train_examples < 0:
-            raise RecipeError("task: train_examples must be at least 1, or 0 for all")
-        if self.length < 4:
-            raise RecipeError("task: length, the tokens of an instruction with its response, must be at least 4")
+        check_ranges(self, test_fraction="(0, 1)", train_examples="[0, inf)", length="[4, inf)")
 
     def load(self, seed: int) -> Task:
         tokenizer = Tokenizer(self.base)

@@ -12,6 +12,7 @@ from typing import Literal
 from umbel.clients import Examples
 from umbel.errors import RecipeError
 from umbel.model.nets import ResNetGN, small_cnn
+from umbel.ranges import check_ranges
 from umbel.seeds import seeded
 from umbel.tasks.corpora import femnist_digits
 from umbel.tasks.task import Task, split
@@ -26,8 +27,7 @@ class FEMNISTDigits:
     test_fraction: float = 0.2
 
     def __post_init__(self) -> None:
-        if not 0 < self.test_fraction < 1:
-            raise RecipeError("task: test_fraction must be between 0 and 1")
+        check_ranges(self, test_fraction="(0, 1)")
         if self.width < 8 or self.width % 8:
             raise RecipeError("task: width must be a multiple of 8, the number of GroupNorm's groups")
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from umbel.clients import Examples
-from umbel.errors import RecipeError
+from umbel.ranges import check_ranges
 from umbel.tasks.bases import Precision, load_pretrained
 from umbel.tasks.task import Task
 from umbel.tasks.texts import rows
@@ -30,8 +30,7 @@ class FlanFedDPA:
     bits: Literal[0, 4, 8] = 0  # 4 or 8 quantise the base (bitsandbytes)
 
     def __post_init__(self) -> None:
-        if self.length < 4:
-            raise RecipeError("task: length, the tokens of an instruction with its answer, must be at least 4")
+        check_ranges(self, length="[4, inf)")
 
     def load(self, seed: int) -> Task:
         tokenizer, parts = Tokenizer(self.base), []

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from umbel.errors import DataError, RecipeError
 from umbel.model.pretrained import Pooling
+from umbel.ranges import check_ranges
 from umbel.seeds import generator
 from umbel.tasks.bases import Precision, load_pretrained
 from umbel.tasks.slots import Holders, held
@@ -74,10 +75,7 @@ class GLUE:
         self._holders.check()
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise RecipeError("task: tasks must be at least one, each named once")
-        if self.length < 4:
-            raise RecipeError("task: length, a sentence's tokens, must be at least 4")
-        if self.train_examples < 0:
-            raise RecipeError("task: train_examples must be at least 1, or 0 for all")
+        check_ranges(self, length="[4, inf)", train_examples="[0, inf)")
         if self.embedded and (self.bits or self.pooling != "own"):
             raise RecipeError("task: embedded texts pass the base once; leave bits at 0 and pooling at 'own'")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from umbel.clients import Examples
 from umbel.errors import RecipeError
+from umbel.ranges import check_ranges
 from umbel.seeds import generator
 from umbel.tasks.texts import Document
 from umbel.tasks.tokens import Tokenizer
@@ -49,8 +50,7 @@ class Windows:
             raise RecipeError(
                 "task: tokens_per_client must be at least 4 windows of length, or 0 for all there are"
             )
-        if not 0 < self.test_fraction < 1:
-            raise RecipeError("task: test_fraction must be between 0 and 1")
+        check_ranges(self, test_fraction="(0, 1)")
         if self.public_windows < 0:
             raise RecipeError("task: public_windows must be at least 1, or 0 for none")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from umbel.errors import RecipeError
 from umbel.model.nets import mlp
+from umbel.ranges import check_ranges
 from umbel.seeds import seeded
 from umbel.tasks.corpora import mnist
 from umbel.tasks.grouped import Grouping, Variant
@@ -28,8 +28,7 @@ class MNIST:
 
     def __post_init__(self) -> None:
         self._grouping.check()
-        if self.hidden < 1:
-            raise RecipeError("task: hidden must be at least 1")
+        check_ranges(self, hidden="[1, inf)")
 
     def load(self, seed: int) -> Task:
         grouping = self._grouping

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from umbel.errors import RecipeError
+from umbel.ranges import check_ranges
 from umbel.tasks.bases import Precision, load_pretrained
 from umbel.tasks.language import Heterogeneity, Windows, parts_of, shares_of
 from umbel.tasks.task import Task
@@ -73,8 +74,7 @@ class Multilingual:
         least = 2 if self.heterogeneity == "mixed" else 1
         if len(set(self.languages)) < max(least, len(self.languages)):
             raise RecipeError("task: languages must be named once each, one at least, and two for mixed clients")
-        if self.clients_per_language < 1:
-            raise RecipeError("task: clients_per_language must be at least 1")
+        check_ranges(self, clients_per_language="[1, inf)")
 
     def load(self, seed: int) -> Task:
         shares = shares_of(len(self.languages), self.clients_per_language, self.heterogeneity, paired=False)

@@ -15,6 +15,7 @@ from torch import Tensor
 from umbel.clients import Examples
 from umbel.errors import RecipeError
 from umbel.model.nets import CharLSTM, CharTransformer
+from umbel.ranges import check_ranges
 from umbel.seeds import seeded
 from umbel.tasks.corpora import Role, shakespeare_by_role
 from umbel.tasks.task import Task, split
@@ -36,10 +37,7 @@ class Shakespeare:
     def __post_init__(self) -> None:
         if self.least_letters < 2 * LENGTH + 1:
             raise RecipeError(f"task: least_letters must be at least {2 * LENGTH + 1}, for two sequences")
-        if self.num_clients < 0:
-            raise RecipeError("task: num_clients must be at least 1, or 0 for all")
-        if not 0 < self.test_fraction < 1:
-            raise RecipeError("task: test_fraction must be between 0 and 1")
+        check_ranges(self, num_clients="[0, inf)", test_fraction="(0, 1)")
         if self.hidden < 4 or self.hidden % 4 or self.num_layers < 1:
             raise RecipeError(
                 "task: hidden must be a multiple of 4, the number of heads, and num_layers at least 1"

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from umbel.errors import RecipeError
+from umbel.ranges import check_ranges
 from umbel.tasks.bases import Precision, load_pretrained
 from umbel.tasks.language import Windows
 from umbel.tasks.task import Task
@@ -32,8 +33,7 @@ class ShakespeareRoles:
 
     def __post_init__(self) -> None:
         self._windows.check()
-        if self.num_clients < 1:
-            raise RecipeError("task: num_clients must be at least 1")
+        check_ranges(self, num_clients="[1, inf)")
 
     def load(self, seed: int) -> Task:
         roles = speeches()[: self.num_clients]

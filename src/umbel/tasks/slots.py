@@ -14,6 +14,7 @@ from torch import Tensor
 
 from umbel.clients import Examples
 from umbel.errors import RecipeError
+from umbel.ranges import check_ranges
 from umbel.seeds import generator, seed_of
 
 LEAST_SHARE = 0.01  # of a task; a smaller one is set to 0
@@ -47,14 +48,12 @@ class Holders:
 
     def check(self) -> None:
         """Raises RecipeError if the settings make no task."""
-        if self.num_holders < 1:
-            raise RecipeError("task: num_holders must be at least 1")
+        check_ranges(self, num_holders="[1, inf)")
         if self.alpha <= 0:
             raise RecipeError("task: alpha, the evenness of the holders' shares, must be above 0")
         if self.least_examples < 1:
             raise RecipeError("task: least_examples, which a slot has for training, must be at least 1")
-        if self.test_examples < 0:
-            raise RecipeError("task: test_examples must be at least 1, or 0 for all")
+        check_ranges(self, test_examples="[0, inf)")
 
     def of(self, train: Sequence[Labelled], test: Sequence[Labelled], seed: int) -> Slots:
         """The slots of tasks, each given by its examples for training and for testing."""

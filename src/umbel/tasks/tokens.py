@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from umbel.errors import DataError
 from umbel.model.loss import IGNORED
-from umbel.tasks.bases import NO_CODE, place_of
-from umbel.tasks.corpora import data_folder
+from umbel.tasks.bases import NO_CODE, not_there, place_of
 
 
 class Tokenizer:
@@ -25,11 +23,7 @@ class Tokenizer:
         try:
             self._own: Any = transformers.AutoTokenizer.from_pretrained(place_of(base), **NO_CODE)
         except (OSError, ValueError) as error:
-            told = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(
-                f"task: base {base!r} has no tokenizer, in that folder, in {data_folder() / base} or on the hub "
-                f"({told}); save one beside the model"
-            ) from None
+            raise not_there(base, "tokenizer", error) from None
         self.end: list[int] = [] if self._own.eos_token_id is None else [int(self._own.eos_token_id)]
 
     @property
