@@ -12,14 +12,14 @@ from torch.testing import assert_close
 from simulate import StoppedError, simulate, stop_after
 from umbel import tree
 from umbel.adapters import AdapterPlan
-from umbel.adapters.averaging import adapter_sums, averaged, factor_error, kept_ranks, truncated
+from umbel.adapters.averaging import adapter_sums, averaged, by_rank, factor_error, kept_ranks, truncated
 from umbel.adapters.products import products
 from umbel.clients import ClientData, Examples
 from umbel.cohort import Engine
 from umbel.errors import ModelError, RecipeError
 from umbel.methods import Ensemble, FedAvg, FLoRAL, Population
 from umbel.methods.floral import each_alone
-from umbel.methods.routing import Router, losses_of
+from umbel.methods.routing import Router, losses_of, moved_share
 from umbel.methods.server import ServerOptimizer
 from umbel.model.loss import Loss
 from umbel.rounds import rounds as rounds_of
@@ -170,11 +170,11 @@ def summed(weights):
     return {name: weight.sum(0) for name, weight in weights.items()}
 
 
-def mean_of(bank, old, adapters, weights, how):
+def mean_of(bank, adapters, weights, how):
     sums = adapter_sums(
         bank, adapters, weights, torch.empty(len(next(iter(weights.values()))), 0), how != "factor"
     )
-    return averaged(bank, old, sums, summed(weights), how)
+    return averaged(bank, sums, summed(weights), how)
 
 
 def error_of(bank, adapters, weights):
@@ -202,16 +202,15 @@ def products_of(part, adapters):
 def test_product_averaging_is_the_nearest_adapter_to_the_mean_product(kind, split):
     bank = replace(PLAN, conv=split).bank(KINDS[kind]().double())
     adapters, weights = trained(bank)
-    old = {name: leaf[0] for name, leaf in adapters.items()}
     (part,) = bank.low_rank
-    mean = mean_of(bank, old, adapters, weights, "product")
+    mean = mean_of(bank, adapters, weights, "product")
     exact = mean_product(part, adapters, weights[part.a_name])
     for c in range(2):
         u, s, v = np.linalg.svd(exact[c].numpy())
         nearest = (u[:, :2] * s[:2]) @ v[:2]
         assert_close(products(bank, mean)[part.name][c], torch.tensor(nearest))
     for update in bank.additive:
-        plain = mean_of(bank, old, adapters, weights, "factor")
+        plain = mean_of(bank, adapters, weights, "factor")
         assert torch.equal(mean[update.name], plain[update.name])
 
 
@@ -221,8 +220,7 @@ def test_product_averaging_is_exact_if_the_mean_product_has_that_rank(same):
     adapters, weights = trained(bank)
     for part in bank.low_rank:
         adapters[getattr(part, same)] = adapters[getattr(part, same)][:1].expand_as(adapters[getattr(part, same)])
-    old = {name: leaf[0] for name, leaf in adapters.items()}
-    mean = mean_of(bank, old, adapters, weights, "product")
+    mean = mean_of(bank, adapters, weights, "product")
     for part in bank.low_rank:
         exact = mean_product(part, adapters, weights[part.a_name])
         assert_close(products(bank, mean)[part.name], exact)
@@ -234,9 +232,8 @@ def test_factors_and_what_they_miss_are_the_mean_product(kind, split):
     layer = KINDS[kind]().double()
     bank = replace(PLAN, conv=split).bank(layer)
     adapters, weights = trained(bank)
-    old = {name: leaf[0] for name, leaf in adapters.items()}
     (part,) = bank.low_rank
-    mean = mean_of(bank, old, adapters, weights, "delta")
+    mean = mean_of(bank, adapters, weights, "delta")
     assert mean[part.name].shape == (2, *layer.weight.shape)
     whole = part.weight_of(products(bank, mean)[part.name]) + mean[part.name]
     assert_close(whole, part.weight_of(mean_product(part, adapters, weights[part.a_name])))
@@ -395,8 +392,13 @@ def test_a_row_is_the_mean_over_the_clients_who_have_it():
         assert_close(after.adapters[update.name], mean, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(("use", "row"), [(1e-3, 5.0), (1e-35, 1.0), (1e-40, 1.0), (0.0, 1.0)])
-def test_a_row_whose_holders_hardly_use_the_adapter_stays(use, row):
+@pytest.mark.parametrize("guard", [0.0, 0.01])
+@pytest.mark.parametrize(
+    ("use", "row", "guarded"),
+    # Of 20 examples .2 and .01 are its holder's: shares .01 and 5e-4, steps 1 and .05 of the way from 1 to 5.
+    [(0.02, 5.0, 5.0), (1e-3, 5.0, 1.2), (1e-35, 1.0, 1.0), (1e-40, 1.0, 1.0), (0.0, 1.0, 1.0)],
+)
+def test_a_row_whose_holders_hardly_use_the_adapter_hardly_moves(use, row, guarded, guard):
     bank = AdapterPlan(rank=2, layers=("linear",)).bank(nn.Linear(4, 4, bias=False))
     (part,) = bank.low_rank
     old = {part.a_name: torch.ones(1, 2, 4), part.b_name: torch.ones(1, 4, 2)}
@@ -404,9 +406,12 @@ def test_a_row_whose_holders_hardly_use_the_adapter_stays(use, row):
     sent = truncated(bank, {n: torch.cat([leaf, 5 * leaf])[:, None] for n, leaf in old.items()}, shares)
     weights = dict.fromkeys(sent, torch.tensor([[10.0], [10.0 * use]]))
     sums = adapter_sums(bank, sent, weights, shares, False)
-    mean = averaged(bank, old, sums, {n: w.sum(0) for n, w in weights.items()}, "factor")
-    assert_close(mean[part.a_name][0, 1], torch.full((4,), row))
-    assert_close(mean[part.b_name][0, :, 1], torch.full((4,), row))
+    used = by_rank(bank, summed(weights), sums)
+    steps = {n: moved_share(used[n], torch.tensor(20.0), guard) for n in old}
+    server = ServerOptimizer()
+    after, _ = server.step(old, averaged(bank, sums, used, "factor"), server.init(old), steps)
+    assert_close(after[part.a_name][0, 1], torch.full((4,), guarded if guard else row))
+    assert_close(after[part.b_name][0, :, 1], torch.full((4,), guarded if guard else row))
 
 
 def test_rows_that_nobody_has_stay_bit_for_bit():

@@ -520,6 +520,15 @@ def test_what_is_told_and_learned_over_many_rounds_is_a_slow_twins():
     assert_close(routes.unevenness, torch.tensor(slow.uneven, dtype=torch.float32))
 
 
+def test_clients_that_never_train_are_not_waited_for():
+    # 3 of 6 clients train, all of them in each round: what is known is the round's, p = (5/6, 1/6) and D = 2.
+    routes = Routes.init("em", 2, Population(6, 0, num_rounds=8, num_members=3))
+    for spread in (1.0, 2.0):
+        routes = routes.after(EM, summed(3, 6.0, [5.0, 1.0], 6.0 * spread))
+    assert_close(routes.share, torch.tensor([5 / 6, 1 / 6]))
+    assert_close(routes.spread, torch.tensor(2.0))
+
+
 def test_a_balance_makes_an_overfull_route_less_likely_and_an_idle_one_more():
     routes = unknown(6, 3).after(EM, summed(6, 6.0, [5.0, 1.0, 0.0], 1.0))
     bias = routes.tell(EM, EVERYONE).bias[0]

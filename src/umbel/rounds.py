@@ -141,6 +141,7 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
             task.public,
             task.owner,
             None if task.shares is None else task.shares.cpu(),
+            len(members),
         ),
     )
     shared, fresh = (tree.map_tensors(lambda leaf: leaf.to(device), state) for state in (shared, fresh))

@@ -66,26 +66,34 @@ def adapter_sums(
     return sums
 
 
-def averaged(bank: Bank, old: Params, sums: dict[str, Params], weights: Params, how: Averaging) -> Params:
+def by_rank(bank: Bank, weights: Params, sums: dict[str, Params]) -> Params:
+    """The weights, Σ w by the tensors' names, where clients' ranks differ those of each rank.
+
+    Args:
+        bank: the adapters' plan.
+        weights: (C,) of all who used the adapter.
+        sums: of `adapter_sums`.
+
+    Returns:
+        (C,), or of a low rank factor (C, r) for A (C, r, …) and (C, 1, r) for B (C, out, r, …).
+    """
+    apart = dict(weights)
+    for part in bank.low_rank if "rank_weights" in sums else ():
+        seen = sums["rank_weights"][part.name]
+        apart[part.a_name], apart[part.b_name] = seen, seen.unsqueeze(1)
+    return apart
+
+
+def averaged(bank: Bank, sums: dict[str, Params], weights: Params, how: Averaging) -> Params:
     """The adapters' means (C, …), and for "delta" what the mean factors miss, by the parts' names.
 
     Args:
         bank: the adapters' plan.
-        old: the server's adapters; a row of a rank that no client has stays what it was.
         sums: of `adapter_sums`, with products unless `how` is "factor".
-        weights: (C,) Σ w, by the tensors' names.
+        weights: Σ w of `by_rank`; where it is 0 the mean is 0 and tells nothing.
         how: see above.
     """
     mean = {name: mixing.mean({name: x}, weights[name])[name] for name, x in sums["values"].items()}
-    for part in bank.low_rank if "rank_weights" in sums else ():
-        seen = sums["rank_weights"][part.name]  # (C, r)
-        seen = torch.where(seen > mixing.UNUSED_SHARE * weights[part.a_name].sum(), seen, 0.0)
-        for name, axis in ((part.a_name, 1), (part.b_name, 2)):
-            shape = [1] * mean[name].dim()
-            shape[0], shape[axis] = seen.shape
-            weight = seen.view(shape).to(mean[name].dtype)
-            among_those = sums["values"][name] / torch.where(weight > 0, weight, 1.0)
-            mean[name] = torch.where(weight > 0, among_those, old[name])
     if how == "factor":
         return mean
     exact = mixing.mean(sums["products"], next(iter(weights.values())))

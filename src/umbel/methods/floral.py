@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from umbel import mixing, tree
 from umbel.adapters import AdapterPlan, Bank, mix, with_paths
-from umbel.adapters.averaging import Averaging, adapter_sums, averaged, factor_error, truncated
+from umbel.adapters.averaging import Averaging, adapter_sums, averaged, by_rank, factor_error, truncated
 from umbel.adapters.places import among, kept_only, picked, placed, spread_out
 from umbel.adapters.precondition import precondition
 from umbel.clients import ClientData
@@ -327,8 +327,9 @@ class FLoRAL:
         mean = mixing.mean(sums["base"], sums["examples"])
         base, base_moments = self.server.step(shared.base, mean, shared.moments["base"])
         routed = sums["route_examples"]  # (C,) or (L, C)
-        weights = adapter_weights(shared.bank, shared.adapters, routed)
-        target = averaged(shared.bank, shared.adapters, sums["adapters"], weights, self.averaging)
+        used = adapter_weights(shared.bank, shared.adapters, routed)
+        weights = by_rank(shared.bank, used, sums["adapters"])
+        target = averaged(shared.bank, sums["adapters"], weights, self.averaging)
         whole = routed if routed.dim() == 1 else routed.mean(0)
         share = {
             name: self.adapter_step * moved_share(weights[name], sums["examples"], self.guard)

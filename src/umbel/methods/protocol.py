@@ -36,6 +36,7 @@ class Population:
     public: Tensor | None = None  # (P, …) inputs that everyone has
     owner: Tensor | None = None  # (clients,) whose slot each client is; None: everyone its own
     shares: Tensor | None = None  # (clients, categories) D, where a benchmark knows it; only oracles look at it
+    num_members: int = 0  # clients that train, the others being held out; 0: all
 
 
 class Method(Protocol):

@@ -144,6 +144,7 @@ class Routes:
     """What the server knows of all routes together."""
 
     oracle: Tensor  # (clients, C) logits, or (clients, 0)
+    members: Tensor  # () clients that train
     round: Tensor  # () rounds done
     rounds: Tensor  # () of the whole run
     balance: Tensor  # (C,) β
@@ -173,8 +174,9 @@ class Routes:
         even, zero = torch.full((num_routes,), 1 / num_routes), torch.zeros(())
         num_labels = population.num_labels if kind == "em" else 0
         labels = torch.zeros(num_labels, num_routes), torch.zeros(num_labels)
+        members = torch.tensor(float(population.num_members or population.num_clients))
         rounds = torch.tensor(float(population.num_rounds))
-        return Routes(oracle, zero, rounds, torch.zeros(num_routes), even, zero, *labels, torch.ones(()))
+        return Routes(oracle, members, zero, rounds, torch.zeros(num_routes), even, zero, *labels, torch.ones(()))
 
     def tell(self, router: Router, clients: Tensor) -> Told:
         """What these clients are told before they train."""
@@ -221,7 +223,7 @@ class Routes:
 
         A round with a part of the clients tells as much less: means move by that part of the way.
         """
-        part = sums["clients"] / self.oracle.shape[0]
+        part = sums["clients"] / self.members
         share = self.share + part * (sums["route_examples"] / sums["examples"] - self.share)
         if "spread" not in sums:  # routes are not found by losses
             return replace(self, round=self.round + 1, share=share.to(self.share.dtype))
@@ -239,8 +241,8 @@ class Routes:
         if self.exploring(router):
             balance = balance + part * (len(share) * share).clamp(min=1e-3).log()
             balance = balance - balance.mean()
-        known = balance, share, spread, losses, counts, uneven
-        return Routes(self.oracle, self.round + 1, self.rounds, *(leaf.to(self.round.dtype) for leaf in known))
+        known = (leaf.to(self.round.dtype) for leaf in (balance, share, spread, losses, counts, uneven))
+        return Routes(self.oracle, self.members, self.round + 1, self.rounds, *known)
 
 
 @state
@@ -329,7 +331,7 @@ def chi_square(counts: Tensor, frequency: Tensor) -> Tensor:
 
 
 def moved_share(route_examples: Tensor, examples: Tensor, guard: float) -> Tensor:
-    """(C,) g_c = min(1, p_c / τ), how far towards its new mean each of the C moves; 0 where nobody used it."""
+    """g_c = min(1, p_c / τ), how far each of the C, or of their ranks, moves to its mean; 0 where unused."""
     share = route_examples / examples
     step = (share / guard).clamp(max=1.0) if guard else torch.ones_like(share)
     return torch.where(share > UNUSED_SHARE, step, 0.0)

@@ -63,8 +63,8 @@ class ServerOptimizer:
             old: the server's tensors.
             mean: the clients' mean of each.
             moments: of `old`.
-            share: how much of the way to the mean counts, a number in [0, 1] or one for each adapter (C,), for
-                all tensors or by name.
+            share: how much of the way to the mean counts, a number in [0, 1] or one for each adapter (C,), or
+                along further leading axes, for all tensors or by name.
                 Where it is 0 (nobody used the adapter, its mean means nothing) old stays, bit for bit.
         """
         count = moments.rounds + 1
