@@ -408,9 +408,9 @@ def task(clients, module):
     )
 
 
-def progress(method, task, mode, num_rounds=2):
+def progress(method, task, mode, num_rounds=2, workers=1, chunk=3):
     schedule = Schedule(rounds=num_rounds)
-    cohort, at = start(task, method, schedule, Engine(mode=mode, chunk=3))
+    cohort, at = start(task, method, schedule, Engine(mode=mode, chunk=chunk, workers=workers))
     return list(rounds(cohort, at, task, schedule, FREE))
 
 
@@ -424,6 +424,18 @@ def test_the_users_model_is_left_alone(method, training):
     assert module.training == training
     assert all(leaf.requires_grad and leaf.grad is None for leaf in module.parameters())
     assert not any(layer._forward_hooks for layer in module.modules())
+
+
+@pytest.mark.parametrize("mode", ["stacked", "looped"])
+@every({name: dict([next(iter(own.items()))]) for name, own in CASES.items()})
+def test_workers_change_nothing_bit_for_bit(method, mode):
+    given = task(labelled(), net())
+    ends = [progress(method, given, mode, workers=workers, chunk=2)[-1] for workers in (1, 3)]
+    alone, together = (outcome(at.shared, at.store, 5) for at in ends)
+    assert equal(alone[0], together[0])
+    assert equal(alone[1], together[1])
+    assert np.array_equal(ends[0].scores.loss, ends[1].scores.loss)
+    assert np.array_equal(ends[0].scores.mixture, ends[1].scores.mixture)
 
 
 @pytest.mark.parametrize("mode", ["stacked", "looped"])

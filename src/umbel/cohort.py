@@ -1,9 +1,12 @@
 """The engine on one machine: which clients are stacked into one program, and how many at a time."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +27,9 @@ from umbel.train import counted_steps
 from umbel.tree import Params
 from umbel.weighting import Weighting
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 COUNTED_BATCH = 64  # examples in a batch whose work is counted, at most
 PROBED_CLIENTS = 8  # how many clients `auto` times, stacked and looped
 PROBED_STEPS = 3
@@ -42,6 +48,8 @@ class Engine:
     chunk: clients stacked at once; 0 takes as many as fit into `memory_gb`.
     device: "cpu", "cuda", "cuda:1", …
     threads: PyTorch's threads on the CPU; 0 leaves them as they are.
+    workers: how many chunks are at work at the same time on the CPU, each on so many `threads` (0: one). Where one
+        client's batches are too small to keep several cores busy, clients side by side do, to the same bits.
     recompute: blocks of a model of transformers keep only their inputs for backward, which computes the rest again
         (gradient checkpointing): less memory, so more clients at once, for about a third more time.
     """
@@ -51,10 +59,11 @@ class Engine:
     memory_gb: float = 2.0
     device: str = "cpu"
     threads: int = 0
+    workers: int = 1
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        check_ranges(self, chunk="[0, inf)", threads="[0, inf)", memory_gb="(0, inf)")
+        check_ranges(self, chunk="[0, inf)", threads="[0, inf)", workers="[1, inf)", memory_gb="(0, inf)")
         try:
             torch.device(self.device)
         except RuntimeError:
@@ -63,6 +72,8 @@ class Engine:
             ) from None
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise RecipeError(f"engine.device = {self.device!r}, but PyTorch sees no CUDA device here; use 'cpu'")
+        if self.workers > 1 and self.device != "cpu":
+            raise RecipeError("engine.workers share a CPU's cores; with another engine.device leave it at 1")
 
 
 class PrivateStore:
@@ -139,6 +150,38 @@ class Cohort:
     num_members: int = 0  # clients that may take part
     secret: bool = False  # whether noise that protects is the operating system's, as where runs are no simulations
     together: bool = False  # whether clients that train one by one are measured at once, which changes roundings
+    losses: tuple[Loss, ...] = ()  # one for each worker, with a module of its own; (): one chunk at a time
+
+    def each(self, work: Callable[["Cohort", T], R], items: Iterable[T]) -> Iterator[R]:
+        """What `work` makes of a cohort and each item, in order; where there are workers, of several at once.
+
+        A module is changed while it runs, so each worker's cohort has its own. No more than a turn is done ahead.
+        """
+        if not self.losses:
+            yield from (work(self, item) for item in items)
+            return
+        idle: SimpleQueue[Cohort] = SimpleQueue()
+        for loss in self.losses:
+            idle.put(replace(self, loss=loss, losses=()))
+
+        def one(item: T) -> R:
+            own = idle.get()
+            try:
+                return work(own, item)
+            finally:
+                idle.put(own)
+
+        waiting: deque[Future[R]] = deque()
+        pool = ThreadPoolExecutor(len(self.losses))
+        try:
+            for item in items:
+                waiting.append(pool.submit(one, item))
+                if len(waiting) > len(self.losses):
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def chunks(self, clients: np.ndarray) -> list[np.ndarray]:
         """The clients in runs of at most `chunk`.
@@ -227,10 +270,14 @@ class Cohort:
     ) -> Iterator[tuple[np.ndarray, tuple[Any, Any]]]:
         """Each chunk of the clients with its `update`, after what can be measured for them all at once."""
         measured = self.measured(shared, clients, round)
-        for place, chunk in enumerate(self.chunks(clients)):
+
+        def work(cohort: Cohort, part: tuple[int, np.ndarray]) -> tuple[np.ndarray, tuple[Any, Any]]:
+            place, chunk = part
             counts = None if weights is None else np.array([weights[client] for client in chunk.tolist()])
             known = None if measured is None else tree.rows(measured, self.index(np.array([place])))
-            yield chunk, self.update(shared, store, chunk, round, counts, known)
+            return chunk, cohort.update(shared, store, chunk, round, counts, known)
+
+        return self.each(work, enumerate(self.chunks(clients)))
 
     def uploads(
         self,
@@ -490,4 +537,5 @@ def _fitting(engine: Engine, cohort: Cohort, shared: Any, store: PrivateStore, c
     with torch.autograd.graph.saved_tensors_hooks(note, lambda leaf: leaf):
         upload, private = cohort.update(shared, store, one, 1)
     per_client = 4 * (tree.row_bytes(upload) + tree.row_bytes(private)) + 2 * saved // _num_steps(cohort, one)
-    return int(max(1, min(len(clients), engine.memory_gb * 1e9 // max(1, per_client))))
+    each_worker = engine.memory_gb * 1e9 / engine.workers
+    return int(max(1, min(-(-len(clients) // engine.workers), each_worker // max(1, per_client))))

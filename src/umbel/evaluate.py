@@ -61,8 +61,8 @@ class SummedScores:
         return {"loss": self.loss, **right, "tested": self.num_tests}
 
 
-Serve = Callable[[np.ndarray], tuple[Params, Tensor]]
-"""K clients → the tensors of their models, leading axis K, and (K, C) how they mix them."""
+Serve = Callable[[Cohort, np.ndarray], tuple[Params, Tensor]]
+"""A cohort and K clients → the tensors of their models, leading axis K, and (K, C) how they mix them."""
 
 
 def evaluate(
@@ -78,7 +78,7 @@ def evaluate(
     The model is that of the client `serves[test]`, or where nothing is said of the client with the test's number.
     """
 
-    def serve(chunk: np.ndarray) -> tuple[Params, Tensor]:
+    def serve(cohort: Cohort, chunk: np.ndarray) -> tuple[Params, Tensor]:
         clients = chunk if serves is None else serves[chunk]
         return cohort.served(shared, store.rows(clients), clients)
 
@@ -88,32 +88,35 @@ def evaluate(
 def scores(cohort: Cohort, serve: Serve, examples: Examples, clients: np.ndarray) -> Scores:
     """The scores of the models that `serve` gives these clients, on `examples`, in the order of `clients`."""
     labels = cohort.loss.name == "cross_entropy"
-    losses, rights, mixtures = [], [], []
-    with torch.no_grad():
-        for first in range(0, len(clients), cohort.chunk):
-            chunk = clients[first : first + cohort.chunk]
-            params, mixture = serve(chunk)
-            data = ClientData(examples, chunk, cohort.seed, 0)
-            loss = torch.zeros(len(chunk), dtype=torch.float64, device=examples.x.device)
-            right = torch.zeros_like(loss)
-            for batch in data.in_order(data.fitting(BATCH)):
-                outputs = cohort.loss.outputs(params, batch.x)
-                weight = 1.0 if batch.weight is None else batch.weight
-                loss += (cohort.loss.per_example(outputs, batch.y) * weight).sum(1)
-                if labels:
-                    hits = (outputs.argmax(-1) == batch.y).reshape(*batch.y.shape[:2], -1).float()
-                    counted = (batch.y != IGNORED).reshape(hits.shape).sum(2).clamp(min=1)  # places of a text
-                    right += (hits.sum(2) / counted * weight).sum(1)
-            count = data.num_examples
-            losses.append(loss / count)
-            rights.append(100 * right / count)
-            mixtures.append(mixture)
+    chunks = [clients[first : first + cohort.chunk] for first in range(0, len(clients), cohort.chunk)]
+
+    def work(own: Cohort, chunk: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            return _sums(own, serve, ClientData(examples, chunk, cohort.seed, 0), labels)
+
+    losses, rights, mixtures = zip(*cohort.each(work, chunks), strict=True)
     return Scores(
         torch.cat(losses).cpu().numpy(),
         torch.cat(rights).cpu().numpy() if labels else None,
         torch.cat(mixtures).cpu().numpy(),
         labels and examples.y.dim() > 1,
     )
+
+
+def _sums(cohort: Cohort, serve: Serve, data: ClientData, labels: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(K,) mean losses and (K,) % right, 0 where there are no labels, of these clients, and how they mix."""
+    params, mixture = serve(cohort, data.clients)
+    loss = torch.zeros(len(data.clients), dtype=torch.float64, device=data.examples.x.device)
+    right = torch.zeros_like(loss)
+    for batch in data.in_order(data.fitting(BATCH)):
+        outputs = cohort.loss.outputs(params, batch.x)
+        weight = 1.0 if batch.weight is None else batch.weight
+        loss += (cohort.loss.per_example(outputs, batch.y) * weight).sum(1)
+        if labels:
+            hits = (outputs.argmax(-1) == batch.y).reshape(*batch.y.shape[:2], -1).float()
+            counted = (batch.y != IGNORED).reshape(hits.shape).sum(2).clamp(min=1)  # places of a text
+            right += (hits.sum(2) / counted * weight).sum(1)
+    return loss / data.num_examples, 100 * right / data.num_examples, mixture
 
 
 def figures_of(found: Scores | SummedScores, method: Any, group: np.ndarray | None) -> dict[str, Any]:

@@ -22,13 +22,13 @@ from umbel import tree
 from umbel.clients import ClientData, Examples
 from umbel.cohort import Cohort
 from umbel.errors import DataError, RecipeError
-from umbel.evaluate import Scores, scores
+from umbel.evaluate import Scores, Serve, scores
 from umbel.folder import ONBOARDING, write_json
 from umbel.methods import Method
 from umbel.methods.ensemble import Mixture
 from umbel.methods.settling import choose, stacked
 from umbel.model.loss import mixes_examples, running_stats
-from umbel.rounds import held_out, participants
+from umbel.rounds import Progress, held_out, participants
 from umbel.runs import Result, module_with, opened
 from umbel.seeds import generator
 from umbel.tasks import Task
@@ -130,8 +130,8 @@ def onboard(
     members = participants(result.task.num_clients, result.schedule)
     at = result.progress
 
-    def served(chunk: np.ndarray) -> Served:
-        return cohort.served(at.shared, at.store.rows(chunk), chunk)
+    def served(own: Cohort, chunk: np.ndarray) -> Served:
+        return own.served(at.shared, at.store.rows(chunk), chunk)
 
     trained = Point(int(cohort.train.count[members].mean()), _score(scores(cohort, served, test, members)))
     metric = "accuracy" if cohort.loss.name == "cross_entropy" else "loss"
@@ -173,7 +173,7 @@ def onboard_client(
     own, seen = (_only(known, place, *pair) for pair in (sets[0], sets[-1]))
     client = np.array([place])
     result = replace(result, cohort=replace(result.cohort, train=own))
-    params, mixture = _serve(result, _settled)(client)
+    params, mixture = _serve(result.progress, _settled)(result.cohort, client)
     ways = {} if test is None else _by_samples(result, client, seen, [*samples, len(train[1])])
     figures = {way: points[-1].mean for way, points in ways.items()}
     model = module_with(result.cohort.loss.module, params)
@@ -192,7 +192,7 @@ def _by_samples(
     """How well each way does with so many samples of these clients; more than anyone has is the same as all."""
     cohort = result.cohort
     ways: dict[str, list[Point]] = {"routes": [], "fine-tune": [], "global": []}
-    score = _score(scores(cohort, _serve(result, _fresh), test, clients))
+    score = _score(scores(cohort, _serve(result.progress, _fresh), test, clients))
     most = int(cohort.train.count[clients].max())
     for count in sorted({min(count, most) for count in samples}):
         if count == 0:
@@ -201,7 +201,7 @@ def _by_samples(
             continue
         few = replace(cohort, train=first_samples(cohort.train, clients, count, cohort.seed))
         for way, serve in (("routes", _settled), ("fine-tune", _tuned)):
-            own = scores(few, _serve(replace(result, cohort=few), serve), test, clients)
+            own = scores(few, _serve(result.progress, serve), test, clients)
             ways[way].append(Point(count, _score(own)))
         ways["global"].append(Point(count, score))
     return ways
@@ -263,11 +263,10 @@ Way = Callable[[Cohort, Any, Any, ClientData], Served]
 """(cohort, message, fresh private, samples) → models and mixtures."""
 
 
-def _serve(result: Result, way: Way) -> Callable[[np.ndarray], Served]:
+def _serve(at: Progress, way: Way) -> Serve:
     """For `scores`: the models of clients that nobody has seen yet, each made in this way."""
-    cohort, at = result.cohort, result.progress
 
-    def serve(clients: np.ndarray) -> Served:
+    def serve(cohort: Cohort, clients: np.ndarray) -> Served:
         index = torch.from_numpy(clients.astype(np.int64)).to(cohort.train.x.device)
         data = ClientData(cohort.train, clients, cohort.seed, 0, None, cohort.augment)
         with torch.enable_grad():
@@ -343,8 +342,8 @@ def _tuned(cohort: Cohort, message: Any, private: Any, data: ClientData) -> Serv
 def _settles(result: Result, clients: np.ndarray) -> bool:
     """Whether a new client's samples change its model in any way but fine-tuning."""
     for chunk in result.cohort.chunks(clients):
-        fresh, _ = _serve(result, _fresh)(chunk)
-        settled, _ = _serve(result, _settled)(chunk)
+        fresh, _ = _serve(result.progress, _fresh)(result.cohort, chunk)
+        settled, _ = _serve(result.progress, _settled)(result.cohort, chunk)
         if any(not torch.equal(leaf, settled[name]) for name, leaf in fresh.items()):
             return True
     return False

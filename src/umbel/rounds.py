@@ -113,8 +113,8 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
     """The engine's view of a task, and the state before round 1."""
     _check_batches(task, method)
     check(task, method, schedule)
-    if engine.threads:
-        torch.set_num_threads(engine.threads)
+    if threads := engine.threads or (1 if engine.workers > 1 else 0):
+        torch.set_num_threads(threads)
     members = participants(task.num_clients, schedule)
     if schedule.clients_per_round > len(members):
         raise RecipeError(
@@ -170,7 +170,10 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
     first = sampled(members, schedule, 1)
     first = first if len(first) else members[:1]
     chunk = chunk_size(engine, cohort, shared, store, first)
-    return replace(cohort, chunk=chunk, together=engine.mode == "auto"), Progress(0, shared, store, {}, None)
+    workers = engine.workers if engine.workers > 1 else 0
+    losses = tuple(replace(loss, module=copied(module)) for _ in range(workers))
+    cohort = replace(cohort, chunk=chunk, together=engine.mode == "auto", losses=losses)
+    return cohort, Progress(0, shared, store, {}, None)
 
 
 def _check_batches(task: Task, method: Method) -> None:

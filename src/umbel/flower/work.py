@@ -332,10 +332,10 @@ def scored(work: Work, facts: Facts, messages: dict[int, Any]) -> Scores:
     tests = work.task.tests_of(np.array(sorted(messages)))
     serves = None if work.task.serves is None else work.task.serves.cpu().numpy()
 
-    def serve(chunk: np.ndarray) -> tuple[Params, Tensor]:
+    def serve(cohort: Cohort, chunk: np.ndarray) -> tuple[Params, Tensor]:
         client = int(chunk[0] if serves is None else serves[chunk][0])
         own = started(work, facts, client, messages[client], work.kept.latest(client))
-        return work.cohort.serving(messages[client], own, np.array([client]))
+        return cohort.serving(messages[client], own, np.array([client]))
 
     return scores(work.cohort, serve, work.task.test.to(work.cohort.train.x.device), tests)
 
