@@ -179,9 +179,9 @@ def test_a_damaged_upload_leaves_the_client_with_what_it_trained():
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ({"drop_out": 1.5}, r"faults: faults.drop_out is a share between 0 and 1, got 1.5"),
-        ({"straggle": -0.1}, "faults.straggle"),
-        ({"quorum": 2}, "faults.quorum"),
+        ({"drop_out": 1.5}, r"faults: drop_out = 1.5, but it must be in \[0, 1\]"),
+        ({"straggle": -0.1}, "faults: straggle = -0.1"),
+        ({"quorum": 2}, "faults: quorum = 2"),
         ({"outlier": 0.5}, "faults.outlier"),
         ({"corrupt": 0.1, "kinds": []}, "faults.kinds is empty"),
         ({"kinds": ["nan", "rust"]}, r"faults.kinds: .*\['nan', 'rust'\]"),

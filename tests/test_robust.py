@@ -284,7 +284,7 @@ def test_tensors_side_by_side_come_apart_again():
     [
         ({"rule": "mean"}, r"robust.rule = 'mean', but it is one of .*'median'"),
         ({"hostile": 0.5}, r"robust.hostile must be in \[0, 0.5\), for no rule withstands a majority"),
-        ({"bound": 0}, "robust.bound"),
+        ({"bound": 0}, "robust: bound = .* above 0"),
         ({"heaviest": 0.5}, "robust.heaviest"),
         ({"rul": "median"}, "did you mean 'rule'"),
     ],

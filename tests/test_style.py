@@ -32,6 +32,7 @@ every_module = pytest.mark.parametrize("module", PATHS)
 # A module imports from lines above its own only; a package's modules from lines above their own in the package.
 LAYERS = """
     errors seeds tree flops untrusted
+    ranges
     clients hazards
     weighting secure privacy
     schedule
@@ -324,7 +325,8 @@ def test_docstrings_speak_of_arguments_that_exist(module):
         section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", text, re.MULTILINE)
         if section and isinstance(node, ast.FunctionDef):
             told = re.findall(r"^    (\w+): ", section[1], re.MULTILINE)
-            taken = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            named = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            taken = [arg.arg for arg in (*named, node.args.kwarg) if arg is not None]
             assert told, f"{name}: Args of nothing"
             assert set(told) <= set(taken), f"{name}: {set(told) - set(taken)}"
 
