@@ -49,7 +49,8 @@ class Engine:
     device: "cpu", "cuda", "cuda:1", …
     threads: PyTorch's threads on the CPU; 0 leaves them as they are.
     workers: how many chunks are at work at the same time on the CPU, each on so many `threads` (0: one). Where one
-        client's batches are too small to keep several cores busy, clients side by side do, to the same bits.
+        client's batches are too small to keep several cores busy, clients side by side do. The same chunks give
+        the same bits.
     recompute: blocks of a model of transformers keep only their inputs for backward, which computes the rest again
         (gradient checkpointing): less memory, so more clients at once, for about a third more time.
     """

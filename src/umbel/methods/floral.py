@@ -137,9 +137,7 @@ class FLoRAL:
         check_ranges(self, bias_start="[0, inf)", ranks="(0, 1]", send_top="[0, inf)")
         check_ranges(self, prune_below="[0, 1)", restart_below="[0, 1)")
         if self.init_std < 0 and self.init_std != -1:
-            raise RecipeError(
-                f"floral.init_std = {self.init_std}, but it must be at least 0, or −1 for the layer's own"
-            )
+            raise RecipeError(f"init_std = {self.init_std}, but it must be at least 0, or −1 for the layer's own")
         if self.restart_below and (self.router.kind != "em" or not self.router.explore):
             raise RecipeError(
                 "floral: restart_below needs the em router, for others would avoid the new adapter, and "
