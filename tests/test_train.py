@@ -152,6 +152,19 @@ def test_the_rate_is_that_of_the_round():
     assert moved[1] / moved[0] == pytest.approx(local.rate(0.9), rel=1e-3)
 
 
+@pytest.mark.parametrize("how", [{}, {"momentum": 0.9, "weight_decay": 0.1}, {"optimizer": "adamw"}], ids=str)
+@pytest.mark.parametrize("schedule", [{"warmup": 0.5}, {"decay": "cosine"}], ids=str)
+def test_a_clients_rates_are_its_own_whoever_is_stacked_with_it(how, schedule):
+    examples = clients(4, 40, 9)
+    local = LocalTraining(lr=0.1, batch_size=4, epochs=2, **schedule, **how)
+    together, _, _ = trained(examples, local, round=2, num_rounds=4)
+    for client in range(3):
+        alone, _, _ = trained(examples, local, [client], round=2, num_rounds=4)
+        assert_close(
+            {n: leaf[client] for n, leaf in together["w"].items()}, {n: x[0] for n, x in alone["w"].items()}
+        )
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import cos, pi
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
@@ -114,7 +115,7 @@ def local_train(
     leaves = [leaf.requires_grad_(True) for params in trained.values() for leaf in params.values()]
     names = [(group, name) for group, params in trained.items() for name in params]
     optimizer = _Optimizer(local, trained, lr, plain, groups.get(MOMENTS), len(data.clients))
-    num_steps = data.num_steps(local.batch_size, local.epochs, local.steps)
+    rate_at = _rates(local, data)
     total = torch.zeros(len(data.clients), device=data.examples.x.device)
     steps = torch.zeros_like(total)
     batches = data.batches(local.batch_size, local.epochs, local.shuffle, local.steps)
@@ -143,8 +144,7 @@ def local_train(
                     dense[group][name] = grad
                 conditioned = precondition(trained, dense)
                 grads = {place: conditioned[names[place][0]][names[place][1]] for place in grads}
-            run = (data.round - 1 + step / num_steps) / data.num_rounds if data.num_rounds else local.warmup
-            optimizer.step(grads, factors, batch.active, local.rate(min(max(run, 0.0), 1.0)))
+            optimizer.step(grads, factors, batch.active, rate_at(step))
             if project is not None:
                 project(trained)
             present = 1.0 if batch.active is None else batch.active
@@ -153,6 +153,25 @@ def local_train(
     for leaf in leaves:
         leaf.requires_grad_(False)
     return groups, total / steps
+
+
+def _rates(local: LocalTraining, data: ClientData) -> Callable[[int], float | Tensor]:
+    """What rates are multiplied by at a step of the round: a number, or (K,) where clients differ.
+
+    A client's round is over when its own last step is, whoever is stacked with it.
+    """
+    lengths, which = np.unique(data.own_steps(local.batch_size, local.epochs, local.steps), return_inverse=True)
+
+    def at(step: int) -> float | Tensor:
+        if not data.num_rounds:
+            return local.rate(local.warmup)
+        over = [(data.round - 1 + min(step / length, 1.0)) / data.num_rounds for length in lengths.tolist()]
+        shares = [local.rate(min(max(run, 0.0), 1.0)) for run in over]
+        if len(set(shares)) == 1:
+            return shares[0]
+        return torch.tensor(shares, device=data.examples.x.device)[torch.from_numpy(which)]
+
+    return at
 
 
 MOMENTS = "moments"  # the group of an optimizer's memory
@@ -205,9 +224,9 @@ class _Optimizer:
             self.names = [f"{g}/{n}" for g, params in kept.items() for n in params]
 
     def step(
-        self, grads: dict[int, Tensor], factors: dict[int, Factors], active: Tensor | None, share: float
+        self, grads: dict[int, Tensor], factors: dict[int, Factors], active: Tensor | None, share: float | Tensor
     ) -> None:
-        """One step along the gradients of the leaves by place, at `share` of the rates.
+        """One step along the gradients of the leaves by place, at `share` of the rates, or each client's (K,).
 
         `factors` are gradients too, of which a `plain` optimizer alone takes any.
         """
@@ -217,12 +236,12 @@ class _Optimizer:
         if chosen:
             self._sgd(chosen, [grads[i] for i in chosen], active, share)
         for place, pairs in factors.items():
-            leaf, rate = self.leaves[place], self.rates[place] * share
+            leaf, rate = self.leaves[place], self.rates[place] * (share if isinstance(share, float) else 1.0)
             for grad, x in pairs:
-                moving = _where(active, grad, torch.zeros_like(grad))
+                moving = _at(share, _where(active, grad, torch.zeros_like(grad)))
                 torch.baddbmm(leaf, moving.mT, x, alpha=-rate, out=leaf)
 
-    def _sgd(self, chosen: list[int], grads: list[Tensor], active: Tensor | None, share: float) -> None:
+    def _sgd(self, chosen: list[int], grads: list[Tensor], active: Tensor | None, share: float | Tensor) -> None:
         leaves, eased = [self.leaves[i] for i in chosen], [self.eased[i] for i in chosen]
         if self.local.weight_decay:
             decays = [self.local.weight_decay * ease for ease in eased]
@@ -236,18 +255,21 @@ class _Optimizer:
             grads = velocity
         if active is not None:
             grads = [_where(active, grad, torch.zeros_like(grad)) for grad in grads]
-        rates = [self.rates[i] for i in chosen]
+        rates, common = [self.rates[i] for i in chosen], share if isinstance(share, float) else 1.0
+        grads = [_at(share, grad) for grad in grads]
         for rate in set(rates):
             same = [i for i, other in enumerate(rates) if other == rate]
-            torch._foreach_add_([leaves[i] for i in same], [grads[i] for i in same], alpha=-rate * share)
+            torch._foreach_add_([leaves[i] for i in same], [grads[i] for i in same], alpha=-rate * common)
 
-    def _adamw(self, grads: list[Tensor], active: Tensor | None, share: float) -> None:
+    def _adamw(self, grads: list[Tensor], active: Tensor | None, share: float | Tensor) -> None:
         local, count = self.local, self.moments["t"]
         chosen = [i for i, adam in enumerate(self.adam) if adam]
-        leaves, rates = [self.leaves[i] for i in chosen], [self.rates[i] * share for i in chosen]
+        leaves, rates = [self.leaves[i] for i in chosen], [self.rates[i] for i in chosen]
         first, second = ([self.moments[f"{part}/{name}"] for name in self.names] for part in ("m", "v"))
         grads = [grad.contiguous() for grad in grads]  # the fused step reads memory as if it were
-        if active is None and bool((count == count[0]).all()):  # PyTorch's own, in one pass over memory
+        if (
+            active is None and isinstance(share, float) and bool((count == count[0]).all())
+        ):  # PyTorch's own, in one pass over memory
             for rate in set(rates):
                 same = [k for k, other in enumerate(rates) if other == rate]
                 chosen_leaves, chosen_grads, m, v = (
@@ -264,7 +286,7 @@ class _Optimizer:
                     amsgrad=False,
                     beta1=local.beta1,
                     beta2=local.beta2,
-                    lr=rate,
+                    lr=rate * share,
                     weight_decay=local.weight_decay,
                     eps=local.eps,
                     maximize=False,
@@ -277,7 +299,8 @@ class _Optimizer:
             two.copy_(_where(active, torch.lerp(grad.square(), two, local.beta2), two))
             steps = count.view(-1, *[1] * (leaf.dim() - 1)).clamp(min=1)
             size = (two / (1 - local.beta2**steps)).sqrt_().add_(local.eps)
-            moved = leaf * (1 - rate * local.weight_decay) - rate / (1 - local.beta1**steps) * one / size
+            own = rate * (share if isinstance(share, float) else as_leading(share.to(leaf.dtype), leaf))
+            moved = leaf * (1 - own * local.weight_decay) - own / (1 - local.beta1**steps) * one / size
             leaf.copy_(_where(active, moved, leaf))
 
 
@@ -322,6 +345,11 @@ class _Noise:
             drawn = torch.stack([normal(leaf.shape[1:], draw) for draw in self.draws])
             leaf.add_(spread * drawn.to(leaf)).div_(as_leading(lot.to(leaf.dtype), leaf))
         return losses / real.sum(1).clamp(min=1), total
+
+
+def _at(share: float | Tensor, grad: Tensor) -> Tensor:
+    """The gradient (K, …), at each client's own share of the rates where they differ."""
+    return grad if isinstance(share, float) else as_leading(share.to(grad.dtype), grad) * grad
 
 
 def _where(active: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
