@@ -7,6 +7,7 @@ from torch import nn
 import umbel
 from umbel.errors import DataError, ModelError, RecipeError, RoundError, UmbelError
 from umbel.folder import RunFolder
+from umbel.methods import FedAvgFinetune, FlexLoRA
 from umbel.recipe import find, load, read
 from umbel.runs import run_recipe
 from umbel.tasks import task_of
@@ -213,3 +214,47 @@ def test_a_loss_that_is_not_finite_for_anyone_stops_the_run_with_its_last_checkp
     with pytest.raises(RoundError, match=r"round \d: .*every client"):
         umbel.run(task, method, schedule=schedule, folder=tmp_path / "run")
     assert RunFolder.opened(tmp_path / "run", {})._checkpoints()
+
+
+def test_what_a_method_starts_from_stays_where_a_recipe_says_less():
+    own = recipe("method.x.name=pfedme", "method.x.local.batch_size=8", label="x").method
+    table = load(find("digits"))
+    table["local"] = {}
+    table["method"] = {
+        "pfedme": {"local": {"batch_size": 8}},
+        "local_adapter": {"adapter": {"layers": ["linear"]}},
+        "fedavg_finetune": {"finetune": {"lr": 0.03}},
+        "with_peft": {"name": "local_adapter", "adapter": {"peft": {"r": 2, "target_modules": ["0"]}}},
+    }
+    assert own.local.lr == load(find("digits"))["local"]["lr"]  # which [local] says for all
+    assert read(table, "pfedme").method.local == umbel.LocalTraining(lr=0.005, batch_size=8)
+    assert read(table, "local_adapter").method.adapter == umbel.AdapterPlan(0.01, ("linear",))
+    assert read(table, "fedavg_finetune").method.finetune == umbel.LocalTraining(lr=0.03, epochs=5)
+    assert read(table, "with_peft").method.adapter.peft["r"] == 2
+
+
+def test_a_pattern_that_matches_nothing_is_named():
+    plan = umbel.AdapterPlan(targets=("0.*", "typo.*"))
+    with pytest.raises(
+        ModelError, match=r"adapter.targets: typo.\* matches no parameter of Sequential; it has 0.weight"
+    ):
+        plan.bank(nn.Sequential(nn.Linear(4, 3)))
+
+
+def test_nobody_left_to_train_is_said():
+    with pytest.raises(RecipeError, match=r"held_out = 0.9 leaves none of 3 clients to train"):
+        umbel.run(
+            task_of(nn.Linear(4, 3), clients()), umbel.FedAvg(), schedule=umbel.Schedule(rounds=1, held_out=0.9)
+        )
+
+
+def test_ranks_beside_a_plan_of_pefts_are_refused_by_name():
+    with pytest.raises(RecipeError, match="flexlora: ranks are of umbel's own adapters"):
+        FlexLoRA((1, 2), umbel.AdapterPlan(peft={"r": 2}))
+
+
+def test_batches_of_one_example_are_told_of_fine_tuning_too():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    method = FedAvgFinetune(umbel.LocalTraining(batch_size=4), finetune=umbel.LocalTraining(batch_size=5))
+    with pytest.raises(DataError, match=r"client 0: .*choose another finetune.batch_size than 5"):
+        umbel.run(task_of(model, clients()), method, rounds=1)

@@ -836,6 +836,7 @@ def test_a_module_with_nothing_to_train_is_refused_by_methods_without_adapters()
         ({"prune_below": 1.0}, "prune_below"),
         ({"prune_below": -0.1}, "prune_below"),
         ({"restart_below": 1.0}, "restart_below"),
+        ({"restart_below": 0.25, "num_adapters": 4}, "even share"),
         ({"restart_below": 0.1, "router": Router("oracle")}, "em router"),
         ({"prune_below": 0.1, "router": Router("oracle")}, "learned routes"),
         ({"prune_below": 0.1, "router": Router(explore=0.0)}, "explore above 0"),

@@ -11,7 +11,8 @@ import umbel
 from umbel import tree
 from umbel.errors import DataError, RecipeError, RunFolderError
 from umbel.evaluate import evaluate
-from umbel.methods import IFCA, FedBN, FedEM, ThresholdClustering
+from umbel.methods import IFCA, FedBN, FedDPA, FedEM, FedIT, ThresholdClustering, lora
+from umbel.model.loss import Loss
 from umbel.onboarding import TUNING_EPOCHS, first_samples, onboard, onboard_client, read_client
 from umbel.rounds import held_out, participants
 from umbel.runs import opened
@@ -125,6 +126,39 @@ def test_every_method_can_be_onboarded_and_says_whether_it_settles(method):
     assert all(np.isfinite(point.mean) for points in found.ways.values() for point in points)
     if not found.settles:
         assert found.ways["routes"][1].mean == found.ways["global"][1].mean
+
+
+@pytest.mark.parametrize("variant", ["T", "F"])
+@pytest.mark.parametrize("gate", ["constant", "instance"])
+def test_a_client_that_fed_dpa_has_never_seen_starts_from_the_global_adapter_alone(variant, gate):
+    plan = umbel.AdapterPlan(peft={"r": 2, "target_modules": ["0"], "lora_alpha": 8})
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).requires_grad_(
+        False
+    )
+    method = FedDPA(plan, variant=variant, gate=gate, local=LOCAL)
+    result = trained(method, model=model)
+    found = onboard(result, (0, 10))
+    message = method.send(result.progress.shared, torch.arange(1))
+    x = result.task.test.x[:5]
+    fresh = method.personalize(message, result.progress.store.fresh(1))
+    common = lora.adapted(message.bank, message.base, message.adapter)
+    plain = FedIT(plan, LOCAL)
+    alone = Loss(plain.adapt(result.task.model), "cross_entropy").outputs(common, x[None])
+    torch.testing.assert_close(result.cohort.loss.outputs(fresh, x[None]), alone)
+    if variant == "T":  # l needs two rounds
+        assert found.ways["routes"][1].mean == found.ways["global"][1].mean
+
+
+@pytest.mark.parametrize(
+    "method", [FedBN(LOCAL), umbel.FLoRAL(2, umbel.AdapterPlan(1), local=LOCAL)], ids=["fedbn", "floral"]
+)
+def test_one_sample_is_no_batch_for_batch_norm_and_changes_nothing(method):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    found = onboard(trained(method, model=model), (0, 1, 9, 20))  # 9 = 8 + 1
+    if isinstance(method, FedBN):
+        scores = [point.scores.tolist() for point in found.ways["routes"]]
+        assert scores[0] == scores[1] == scores[2] != scores[3]
+    assert all(np.isfinite(point.mean) for points in found.ways.values() for point in points)
 
 
 @pytest.mark.parametrize("method", [FedEM(2, LOCAL), ensemble()], ids=["fedem", "ensemble"])

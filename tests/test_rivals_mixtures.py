@@ -28,6 +28,8 @@ from umbel.methods import (
 )
 from umbel.methods.threshold_clustering import far_apart, within_reach
 from umbel.model.loss import Loss
+from umbel.runs import run
+from umbel.tasks import task_of
 from umbel.train import LocalTraining
 
 # With x = 1 a line's answer is its weight w, its loss (w − t)²; a step of rate ¼ goes half the way to t.
@@ -498,3 +500,19 @@ def test_flexlora_ranks_are_ranks_or_budgets():
 def test_impossible_settings_are_refused(make):
     with pytest.raises(RecipeError):
         make()
+
+
+def test_models_with_a_single_number_are_clustered_too():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.scale = nn.Linear(4, 3), nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x):
+            return self.scale * self.linear(x)
+
+    clients = [
+        (torch.randn(6, 4, generator=torch.Generator().manual_seed(k)), torch.arange(6) % 3) for k in range(4)
+    ]
+    shared = run(task_of(Scaled(), clients), ThresholdClustering(2, local=STEPS), rounds=2).progress.shared
+    assert all(leaf.isfinite().all() for leaf in tree.tensors(shared).values() if leaf.is_floating_point())

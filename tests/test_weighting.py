@@ -1,5 +1,6 @@
 """How much each client counts: the rules by hand, and that methods and recipes follow them."""
 
+from itertools import pairwise
 from math import exp, log
 
 import numpy as np
@@ -12,12 +13,14 @@ from umbel.adapters import AdapterPlan
 from umbel.clients import Examples
 from umbel.cohort import Engine
 from umbel.errors import RecipeError
+from umbel.hazards import Faults
 from umbel.methods import FedAvg, FLoRAL
 from umbel.methods.routing import Router
 from umbel.recipe import find, labels, load, read
 from umbel.runs import run
 from umbel.schedule import Schedule
-from umbel.tasks import Task
+from umbel.secure.settings import Secure
+from umbel.tasks import Task, task_of
 from umbel.train import LocalTraining
 from umbel.weighting import Weighting, label_discrepancy
 
@@ -88,6 +91,30 @@ def test_feddiscos_sums_are_over_the_rounds_clients():
 def test_feddisco_falls_back_to_examples_where_every_term_is_zero():
     train = labelled([0, 0, 0], [1, 1], [0])
     assert Weighting("feddisco", a=9.0, b=0.0).of(train, EVERYONE).tolist() == [3.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("secure", [Secure(), Secure("masks")], ids=["plain", "masks"])
+@pytest.mark.parametrize(
+    "method", [FedAvg(HALFWAY), FLoRAL(2, AdapterPlan(1), local=HALFWAY)], ids=["fedavg", "floral"]
+)
+def test_a_round_in_which_nobody_counts_changes_nothing(method, secure):
+    # Only the even client counts, and in some rounds its upload is late while others' are there.
+    x = torch.eye(4)
+    ones = [(x, torch.ones(4).long())] * 11
+    task = task_of(nn.Linear(4, 2), [(x, torch.tensor([0, 1, 0, 1])), *ones])
+    plan = Schedule(
+        rounds=8, weighting=Weighting("feddisco", a=9.0, b=0.0), faults=Faults(straggle=0.2), secure=secure
+    )
+    ends = []
+
+    def watch(at):
+        base = getattr(at.shared, "base", None) or at.shared.params
+        ends.append((base["weight"].clone(), at.figures.get("lost", {}).get("late", 0)))
+
+    run(task, method, schedule=plan, engine=STACKED, on_round=watch)
+    assert all(weight.isfinite().all() and weight.norm() > 0.1 for weight, _ in ends)
+    still = [torch.equal(one, other) for (one, _), (other, late) in pairwise(ends) if 0 < late < 12]
+    assert 0 < sum(still) < len(still)
 
 
 def test_feddisco_of_even_clients_adds_the_same_to_all():

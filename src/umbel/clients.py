@@ -74,6 +74,11 @@ class Examples:
     def num_clients(self) -> int:
         return len(self.count)
 
+    def lengths(self, clients: np.ndarray) -> np.ndarray:
+        """(K,) numbers that are equal for clients whose rounds have batches of the same sizes."""
+        counts: np.ndarray = self.count[clients]
+        return counts if self.slots is None else counts * (self.slots.max() + 1) + self.slots[clients]
+
     def to(self, device: torch.device) -> "Examples":
         return Examples(self.x.to(device), self.y.to(device), self.start, self.count, self.slots)
 

@@ -187,13 +187,13 @@ class Cohort:
     def chunks(self, clients: np.ndarray) -> list[np.ndarray]:
         """The clients in runs of at most `chunk`.
 
-        Where a batch's examples see each other (BatchNorm) only clients with equally many examples are
-        stacked, for then no batch needs padding.
+        Where a batch's examples see each other (BatchNorm) only clients with equally many examples (and slots)
+        are stacked, for then no batch needs padding and nobody waits for another.
         """
         parts = [clients]
         if self.chunk > 1 and mixes_examples(self.loss.module):
-            counts = self.train.count[clients]
-            parts = [clients[counts == n] for n in np.unique(counts)]
+            lengths = self.train.lengths(clients)
+            parts = [clients[lengths == length] for length in np.unique(lengths)]
         return [part[i : i + self.chunk] for part in parts for i in range(0, len(part), self.chunk)]
 
     def update(

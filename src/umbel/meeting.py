@@ -165,7 +165,7 @@ def ledger(task: Task, method: Method, schedule: Schedule, cohorts: Iterable[np.
 
 
 def server_step(cohort: Cohort, shared: Any, uploads: Iterator[Any], schedule: Schedule, tally: Tally) -> Any:
-    """The server's state after these uploads of a round; what it was where there is none.
+    """The server's state after these uploads of a round; what it was where there is none, or none that counts.
 
     Single uploads are compared, and held until all are in, only where damage is to be found or a mean made robust.
     """
@@ -176,16 +176,25 @@ def server_step(cohort: Cohort, shared: Any, uploads: Iterator[Any], schedule: S
             tally.num_uploads -= outliers
             tally.lose({"outlier": outliers})
         uploads = iter(held)
+    counted = [0.0]
+
+    def weighed(uploads: Iterator[Any]) -> Iterator[Any]:
+        for upload in uploads:
+            counted[0] += float(upload.weight.sum()) if hasattr(upload, "weight") else len(upload.loss)
+            yield upload
+
+    uploads = weighed(uploads)
     first = next(uploads, None)
     if first is None:
         return shared
     if robust.rule == "none":
-        return method.server_update(shared, chain([first], uploads))
+        after = method.server_update(shared, chain([first], uploads))
+        return after if counted[0] else shared
     every = tree.map_tensors(lambda *leaves: torch.cat(leaves), first, *uploads)
     everyone = torch.zeros(len(every.loss), dtype=torch.long, device=every.loss.device)
     message = method.send(shared, everyone)  # all have received the same
     every = method.changed(bounded_claims(every, robust.heaviest), message, rule_of(robust))
-    return method.server_update(shared, iter([every]))
+    return method.server_update(shared, iter([every])) if counted[0] else shared
 
 
 def late_uploads(
@@ -239,7 +248,9 @@ def meet(
     privacy = cohort.ledger.privacy if cohort.ledger is not None else schedule.privacy
     if privacy.level != "client":
         found = total(None)
-        after = shared if found.sums is None else method.summed_update(shared, found.sums)
+        sums = found.sums or {}
+        counts = all(float(sums[name]) > 0 for name in clipping.COUNTS if name in sums)
+        after = method.summed_update(shared, sums) if sums and counts else shared
         return Met(after, clips, found.figures, found.bytes_up, found.bytes_down)
     like = method.contribution(form())
     groups = clipping.groups_of(like, privacy)

@@ -170,7 +170,7 @@ def onboard_client(
     known = result.cohort.train
     sets = [_fitting(known, *train, "train")] + ([_fitting(known, *test, "test")] if test is not None else [])
     Task("client", result.task.model, result.task.loss, Examples.of(sets[:1]), Examples.of(sets[-1:]))  # checks
-    own, seen = (_only(known, place, *pair) for pair in (sets[0], sets[-1]))
+    own, seen = (_only(known, place, *pair).to(known.x.device) for pair in (sets[0], sets[-1]))
     client = np.array([place])
     result = replace(result, cohort=replace(result.cohort, train=own))
     params, mixture = _serve(result.progress, _settled)(result.cohort, client)
@@ -387,7 +387,7 @@ def _fitting(known: Examples, x: Tensor, y: Tensor, split: str) -> tuple[Tensor,
             )
         if like.is_floating_point() != values.is_floating_point():
             raise DataError(f"{split}: {name} are {values.dtype}, those of the run {like.dtype}")
-    return x.to(known.x), y.to(known.y)
+    return x.to(known.x.dtype), y.to(known.y.dtype)
 
 
 def _only(known: Examples, place: int, x: Tensor, y: Tensor) -> Examples:

@@ -19,7 +19,7 @@ A recipe file describes one task and any number of ways to train on it:
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -81,6 +81,10 @@ def find(name: str) -> Path:
             raise RecipeError(f"there is no recipe file {path}")
         return path
     known = shipped()
+    if name not in known and name in TASKS:
+        there = [own for own, file in known.items() if load(file).get("task", {}).get("name") == name]
+        which = f"recipes with it are {', '.join(there)}" if there else "no recipe that comes with umbel has it"
+        raise RecipeError(f"{name} is a task, and a recipe is wanted: {which}; or write one (docs/methods.md)")
     if name not in known:
         raise RecipeError(f"there is no recipe {name!r}{_nearest(name, known)}; umbel tasks lists them")
     return known[name]
@@ -141,6 +145,8 @@ def read(table: Table, label: str) -> Recipe:
         {key: table.get(key, {}) for key in ARRANGED}, {key: method_table.pop(key, {}) for key in ARRANGED}
     )
     arranged |= {"pool": method_table.pop("pool")} if "pool" in method_table else {}
+    if "task" not in table:
+        raise RecipeError("the recipe has no task; add a table [task] with its name, such as name = 'digits'")
     method = _named(method_table, METHODS, f"method.{label}", default=label)
     task = _named(dict(table.get("task", {})), TASKS, "task", default=None)
     schedule = build(Schedule, {k: v for k, v in table.items() if k in schedule_keys} | arranged, "")
@@ -201,8 +207,11 @@ def put(table: Table, key: str, value: Any) -> None:
     table[last] = value
 
 
-def build(cls: type[T], table: Any, path: str) -> T:
-    """An instance of the dataclass from the table; nested dataclasses likewise."""
+def build(cls: type[T], table: Any, path: str, under: T | None = None) -> T:
+    """An instance of the dataclass from the table; nested dataclasses likewise.
+
+    What the table leaves out is as in `under`, which a method may have other than the class (pFedMe's local.lr).
+    """
     if not isinstance(table, dict):
         raise RecipeError(f"{path}: a table is wanted, got {table!r}")
     hints = get_type_hints(cls)
@@ -212,7 +221,10 @@ def build(cls: type[T], table: Any, path: str) -> T:
     for key, value in table.items():
         where = f"{path}.{key}" if path else key
         if is_dataclass(hints[key]):
-            values[key] = build(hints[key], value, where)
+            own = _default(cls, key) if under is None else getattr(under, key)
+            # PEFT's plan of an adapter says all of it.
+            own = None if isinstance(value, dict) and "peft" in value else own
+            values[key] = build(hints[key], value, where, own)
             continue
         try:
             values[key] = msgspec.convert(value, hints[key])
@@ -224,10 +236,18 @@ def build(cls: type[T], table: Any, path: str) -> T:
             told = f"{str(error)[0].lower()}{str(error)[1:]} (it is {value!r}{quoted})"
             raise RecipeError(f"{where}: {told}") from None
     try:
-        return cls(**values)
+        return cls(**values) if under is None else replace(under, **values)  # type: ignore[type-var]
     except RecipeError as error:
         told = str(error).removeprefix(f"{path.rpartition('.')[2]}: ")  # classes that say their own name
         raise RecipeError(f"{path}: {told}" if path else told) from None
+
+
+def _default(cls: type, key: str) -> Any:
+    """What the field of the dataclass is if nobody says anything; None if somebody has to."""
+    own = next(field for field in fields(cls) if field.name == key)
+    if own.default_factory is not MISSING:
+        return own.default_factory()
+    return None if own.default is MISSING else own.default
 
 
 def _check_size(table: Table) -> None:
@@ -292,7 +312,7 @@ def _no_strangers(table: Table, known: set[str], path: str) -> None:
 def _nearest(name: str, known: Any) -> str:
     """What the reader may have meant, as the end of a sentence."""
     near = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f" (there are: {', '.join(sorted(known))})"
+    return f"; did you mean {near[0]!r}?" if near else f" (there are: {', '.join(sorted(set(known)))})"
 
 
 def _leaves(table: Table, path: str) -> Iterator[tuple[str, Any]]:

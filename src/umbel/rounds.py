@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
 from umbel import tree
 from umbel.attacks import attackers, poisoned, trapped
@@ -31,14 +30,16 @@ from umbel.meeting import (
     total_here,
 )
 from umbel.methods.protocol import Method, Population
+from umbel.methods.settling import lonely
 from umbel.model.copies import copied
 from umbel.model.dropout import seed_dropout
-from umbel.model.loss import Loss, check_repeatable
+from umbel.model.loss import Loss, check_repeatable, has_batch_norm
 from umbel.model.recompute import recomputing
 from umbel.model.stacked import stackable
 from umbel.schedule import Schedule
 from umbel.seeds import choose, seed_of
 from umbel.tasks.task import Task
+from umbel.train import LocalTraining
 from umbel.tree import Params
 
 
@@ -116,6 +117,10 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
     if threads := engine.threads or (1 if engine.workers > 1 else 0):
         torch.set_num_threads(threads)
     members = participants(task.num_clients, schedule)
+    if not len(members):
+        raise RecipeError(
+            f"held_out = {schedule.held_out} leaves none of {task.num_clients} clients to train; hold out fewer"
+        )
     if schedule.clients_per_round > len(members):
         raise RecipeError(
             f"clients_per_round = {schedule.clients_per_round}, but {len(members)} clients train; "
@@ -178,14 +183,15 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
 
 def _check_batches(task: Task, method: Method) -> None:
     """Raises DataError if BatchNorm would have to train on a batch of one example."""
-    size = method.local.batch_size
-    alone = np.flatnonzero(task.train.count % size == 1) if size > 1 else np.arange(1)
-    batch_norm = nn.modules.batchnorm._BatchNorm
-    if len(alone) and any(isinstance(layer, batch_norm) for layer in task.model.modules()):
-        raise DataError(
-            f"client {alone[0]}: its last batch has one example, on which BatchNorm cannot train; "
-            f"choose another local.batch_size than {size}"
-        )
+    if not has_batch_norm(task.model):
+        return
+    for setting in ("local", "finetune"):
+        local: LocalTraining | None = getattr(method, setting, None)
+        if local is not None and (alone := np.flatnonzero(lonely(task.train.count, local.batch_size))).size:
+            raise DataError(
+                f"client {alone[0]}: its last batch has one example, on which BatchNorm cannot train; "
+                f"choose another {setting}.batch_size than {local.batch_size}"
+            )
 
 
 def participants(num_clients: int, schedule: Schedule) -> np.ndarray:

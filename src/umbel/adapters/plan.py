@@ -73,6 +73,13 @@ class AdapterPlan:
         """
         if self.peft:
             return self._of_peft(module)
+        known = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+        for pattern in self.targets:
+            if not any(matches(name, [pattern]) for name in known):
+                raise ModelError(
+                    f"adapter.targets: {pattern} matches no parameter of {type(module).__name__}; "
+                    f"it has {', '.join(known) or 'none'}"
+                )
         low_rank: list[LowRank] = []
         additive: list[Additive] = []
         for path, layer in module.named_modules():

@@ -69,7 +69,9 @@ class FedDPA:
     published_gate: bool = False  # weights (α, 1 − α), as the published code has them
     local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
-    freeze_base: bool = True  # nothing but adapters and heads is trained
+    freeze_base: bool = (
+        True  # nothing but adapters is trained; with adapter.peft that and the head, whatever it says
+    )
     personal: tuple[str, ...] = ()  # patterns of trained tensors that stay with the client: "*classifier.*"
     refuses: ClassVar[Refusals] = {}
 
@@ -140,20 +142,25 @@ class FedDPA:
                 rates = {"own": self.local.lr}
                 return self._train(loss, message, message.adapter, private.head, data, (0.0, 1.0), rates)[0]["own"]
 
-            tuned = stacked(work, loss, message, private, data)
+            tuned = stacked(work, loss, message, private, data, self.local.batch_size, message.adapter)
             own = choose(tree.finite_rows(replace(private, adapter=tuned)), tuned, message.adapter)
         if self.gate == "constant":
             return Served(own, head, private.seen.new_empty(len(private.seen), 0))
         return Served(own, head, self._anchor(loss, message, own, head, data))
 
-    def personalize(self, message: Message, private: Served) -> Params:
+    def personalize(self, message: Message, private: Private | Served) -> Params:
+        """The model of what `settle` gave, or of a client that nobody has seen: g alone."""
+        own = message.adapter if isinstance(private, Private) else private.adapter
         if self.gate == "constant":
-            mixed = self._mixed(message, message.base, message.adapter, private.adapter, self._weights())
+            mixed = self._mixed(message, message.base, message.adapter, own, self._weights())
             return mixed | message.stats | private.head
-        both = self._mixed(message, message.base, message.adapter, private.adapter, (1.0, 1.0))
+        if isinstance(private, Private):  # without an anchor the gate is open, so what it weighs is said here
+            alone = self._mixed(message, message.base, message.adapter, own, (1.0, 0.0))
+            return inside(alone | message.stats | private.head)
+        both = self._mixed(message, message.base, message.adapter, own, (1.0, 1.0))
         return inside(both | message.stats | private.head) | {"anchor": private.anchor}
 
-    def mixture(self, message: Message, private: Served) -> Tensor:
+    def mixture(self, message: Message, private: Private | Served) -> Tensor:
         """(K, 2) the weights of the global and the local adapter; with a gate those at a cosine of 1."""
         some = next(iter(message.adapter.values()))
         return some.new_tensor(self._weights()).expand(len(some), 2)

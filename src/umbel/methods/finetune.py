@@ -45,8 +45,9 @@ class FedAvgFinetune(FedAvg):
             )
             return Served(tuned["params"], tuned["stats"])
 
-        tuned = stacked(work, loss, message, private, data)
-        served: Served = choose(tree.finite_rows(tuned), tuned, Served(message.params, message.stats))
+        received = Served(message.params, message.stats)
+        tuned = stacked(work, loss, message, private, data, self.finetune.batch_size, received)
+        served: Served = choose(tree.finite_rows(tuned), tuned, received)
         return served
 
     def personalize(self, message: Message, private: Any) -> Params:

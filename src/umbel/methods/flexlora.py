@@ -25,6 +25,7 @@ from umbel import mixing, tree
 from umbel.adapters import AdapterPlan, Bank, with_paths
 from umbel.adapters.products import factors, products, summed_products
 from umbel.clients import ClientData
+from umbel.errors import RecipeError
 from umbel.methods import lora
 from umbel.methods.fedit import Private
 from umbel.methods.lora import Message
@@ -58,6 +59,12 @@ class FlexLoRA:
     refuses: ClassVar[Refusals] = {
         "mean": "it averages products of factors, and a robust mean of factors is none of products"
     }
+
+    def __post_init__(self) -> None:
+        if self.ranks and self.adapter.peft:
+            raise RecipeError(
+                "flexlora: ranks are of umbel's own adapters; adapter.peft has one r for all clients"
+            )
 
     def banks(self, module: nn.Module) -> list[Bank]:
         """The plan of each of the ranks."""

@@ -143,6 +143,11 @@ class FLoRAL:
                 "floral: restart_below needs the em router, for others would avoid the new adapter, and "
                 "router.explore above 0, the share of the run in which adapters are restarted"
             )
+        if self.restart_below * self.num_adapters >= 1:
+            raise RecipeError(
+                f"floral: restart_below = {self.restart_below}, but it must be less than an even share, "
+                f"1 / num_adapters = {1 / self.num_adapters:.3g}, or adapters that are in use would start anew"
+            )
         if self.prune_below and (self.router.kind == "oracle" or not 0 < self.router.explore < 0.5):
             raise RecipeError(
                 "floral: prune_below needs learned routes and router.explore above 0 and below 0.5: routes are "

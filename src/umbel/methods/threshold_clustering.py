@@ -155,7 +155,7 @@ class ThresholdClustering:
 
 def flat(tensors: Params) -> Tensor:
     """(rows, numbers in a row) all tensors side by side."""
-    return torch.cat([leaf.flatten(1) for leaf in tensors.values()], 1)
+    return torch.cat([leaf.reshape(len(leaf), -1) for leaf in tensors.values()], 1)
 
 
 def within_reach(centre: Tensor, points: Tensor, share: Tensor, quantile: float) -> Tensor:
