@@ -14,8 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from umbel import AdapterPlan, Engine, FLoRAL, LocalTraining, Router, run, task_of
 from umbel.adapters import mix, with_paths
-from umbel.adapters.lora_layers import factor_names, lora_layers
+from umbel.adapters.lora_layers import factor_names, lora_layers, parts_of
+from umbel.clients import ClientData, Examples
 from umbel.errors import ModelError, RecipeError
+from umbel.methods.routing import losses_of
 from umbel.model.dropout import KEY, seed_dropout
 from umbel.model.loss import Loss
 from umbel.model.pretrained import Pretrained, of_transformers
@@ -314,8 +316,9 @@ def test_training_leaves_the_base_bit_for_bit(targets):
 def test_dropout_is_the_clients_own():
     module, bank, adapters, probs = adapted("llama", {"target_modules": ["q_proj"], "lora_dropout": 0.5})
     loss, x = loss_of(module, bank), inputs(module, 1, B).expand(K, -1, -1)
-    assert loss.dropouts
-    assert all(name.endswith(f"lora_dropout.default.{KEY}") for name in loss.dropouts)
+    keys, _ = loss.dropouts
+    assert keys
+    assert all(name.endswith(f"lora_dropout.default.{KEY}") for name in keys)
     same = mix(
         bank, {}, {n: leaf[:1].expand(K, *leaf.shape[1:]) for n, leaf in adapters.items()}, probs[:1].expand(K, -1)
     )
@@ -334,6 +337,14 @@ def test_a_bank_of_peft_starts_as_the_base():
     with torch.no_grad():
         found = loss_of(module, bank).outputs(mix(bank, {}, adapters, torch.full((1, C), 0.5)), x)
     assert_close(found[0], module.eval()(x[0]), rtol=0, atol=0)
+
+
+def test_only_words_are_drawn_as_words_are():
+    kinds = {part.kind for part in parts_of(pretrained("vit"), LORA | {"target_modules": ["projection"]})}
+    assert kinds == {"conv"}  # vit.embeddings.patch_embeddings.projection
+    assert [part.kind for part in parts_of(pretrained("gpt2"), LORA | {"target_modules": ["wte"]})] == [
+        "embedding"
+    ]
 
 
 def test_scalings_ranks_and_names_are_pefts():
@@ -392,6 +403,57 @@ HALF = {
     "vit": "all-linear",
     "convnext": ["pwconv1", "patch_embeddings"],
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("bert", FLoRAL(2, AdapterPlan(2, ("linear", "bias")), local=LocalTraining(0.01, batch_size=2))),
+        (
+            "bert",
+            FLoRAL(
+                2,
+                AdapterPlan(peft=LORA | {"target_modules": "all-linear"}),
+                local=LocalTraining(0.01, batch_size=2),
+            ),
+        ),
+        ("resnet", FLoRAL(2, AdapterPlan(2, realization="factored"), local=LocalTraining(0.01, batch_size=2))),
+        (
+            "gpt2",
+            FLoRAL(
+                2,
+                AdapterPlan(2, ("embedding", "linear"), realization="factored"),
+                local=LocalTraining(0.01, batch_size=2),
+                freeze_base=True,
+            ),
+        ),
+    ],
+    ids=["merged", "peft and head", "convolutions", "embeddings"],
+)
+def test_what_is_trained_beside_a_base_of_half_precision_is_float32(name, method):
+    module = pretrained(name).to(torch.bfloat16)
+    x = inputs(module, 6)
+    y = x.roll(-1, -1) if name == "gpt2" else torch.arange(len(x)) % 3
+    clients = [(x.to(torch.bfloat16) if x.is_floating_point() else x, y)] * K
+    result = run(task_of(module, clients), method, rounds=1, engine=Engine("stacked", chunk=K))
+    shared = result.progress.shared
+    assert shared.adapters
+    assert all(leaf.dtype == torch.float32 for leaf in (shared.base | shared.adapters).values())
+    rounded = {n: leaf.to(torch.bfloat16).float() for n, leaf in (shared.base | shared.adapters).items()}
+    assert all(
+        not torch.equal(leaf, (shared.base | shared.adapters)[n]) for n, leaf in rounded.items() if leaf.any()
+    )
+    personal = result.personal_model(0)
+    assert all(leaf.dtype == torch.bfloat16 for n, leaf in personal.named_parameters() if "lora" not in n)
+    assert personal(x.to(torch.bfloat16) if x.is_floating_point() else x).dtype == torch.bfloat16
+
+
+def test_losses_of_many_examples_are_summed_in_numbers_that_can():
+    module = nn.Linear(2, 4).to(torch.bfloat16)
+    examples = Examples.of([(torch.zeros(1500, 2, dtype=torch.bfloat16), torch.zeros(1500, dtype=torch.long))])
+    candidates = {"weight": torch.zeros(2, 4, 2), "bias": torch.zeros(2, 4)}
+    found = losses_of(Loss(module, "cross_entropy"), candidates, ClientData(examples, np.arange(1), 0, 1)).mean
+    assert_close(found, torch.full((1, 2), float(np.log(4))), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", HALF)
@@ -508,6 +570,12 @@ REFUSED = {
     "velora_config": {"scale": 1.0},
     "runtime_config": {"ephemeral_gpu_offload": True},
 }
+
+
+def test_what_says_that_nothing_is_asked_for_is_taken_and_false_where_it_asks_is_not():
+    parts_of(pretrained("llama"), LORA | {"target_modules": ["q_proj"], "loftq_config": {}, "use_dora": False})
+    with pytest.raises(RecipeError, match="init_lora_weights = False"):
+        parts_of(pretrained("llama"), LORA | {"target_modules": ["q_proj"], "init_lora_weights": False})
 
 
 @pytest.mark.parametrize("key", REFUSED)

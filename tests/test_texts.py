@@ -519,17 +519,24 @@ def test_texts_of_a_length_are_computed_together_and_answered_in_order(dropout, 
     assert len(seen) > 1
     assert sum(rows * places for rows, places in seen) < 0.8 * x.numel()
     torch.testing.assert_close(whole, parted)
-    trained = [answers(products) for products in (1e9, 0.0, 0.0)]
-    assert torch.equal(*trained[1:])
-    assert torch.allclose(*trained[:2], atol=1e-6) == (not dropout)
-    if not dropout:
-        weight = torch.randn(whole.shape, generator=draw)
-        one, other = (torch.autograd.grad((each * weight).sum(), [*leaves.values()]) for each in trained[:2])
-        for wanted, found in zip(one, other, strict=True):
-            torch.testing.assert_close(wanted, found)
+    trained = [answers(products) for products in (1e9, 0.0)]
+    torch.testing.assert_close(*trained)
+    assert torch.allclose(trained[0], whole, atol=1e-6) == (not dropout)
+    weight = torch.randn(whole.shape, generator=draw)
+    one, other = (torch.autograd.grad((each * weight).sum(), [*leaves.values()]) for each in trained)
+    for wanted, found in zip(one, other, strict=True):
+        torch.testing.assert_close(wanted, found)
+    if dropout:
+        seen_alone = Loss(module, "cross_entropy").outputs(
+            mix(bank, {}, {n: leaf[1:2] for n, leaf in leaves.items()}, torch.ones(1, 1)),
+            x[1:2],
+            True,
+            torch.tensor([6]),
+        )
+        torch.testing.assert_close(seen_alone[0], trained[0][1])  # its texts are shorter than the others'
 
 
-def test_every_part_of_a_batch_has_masks_of_its_own(monkeypatch):
+def test_every_text_of_a_batch_has_masks_of_its_own(monkeypatch):
     monkeypatch.setattr(pretrained_module, "PIECE_PRODUCTS", 0.0)
     base = small_bert()
     bank = AdapterPlan(peft={"r": 2, "target_modules": ["query"], "lora_dropout": 0.5}).bank(base)
@@ -681,6 +688,24 @@ def test_an_instruction_with_and_without_context_is_held_together():
 def test_a_fraction_that_empties_a_part_is_told(small):
     with pytest.raises(RecipeError, match=r"test_fraction.*brainstorming"):
         Dolly(test_fraction=0.999, num_holders=2).load(0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"), [("say 1", "r1!"), ("c" * 300, "r1!"), ("say 1", "r" * 300), ("", "r1!")]
+)
+def test_what_a_tokenizer_puts_in_front_stays_in_front_of_a_prompt(prompt, answer, small):
+    own = Tokenizer("models/stories260K")
+    own.begin = []
+    bare, wanted = own.answered([(prompt, answer)], 64)
+    own.begin = [9]
+    x, y = own.answered([(prompt, answer)], 64)
+    assert x.shape == y.shape == (1, 64)
+    assert x[0, 0] == 9
+    asked, told = (targets[0][targets[0] != IGNORED] for targets in (wanted, y))
+    assert torch.equal(told, asked[: len(told)])
+    assert len(asked) - len(told) <= (len(answer) == 300)
+    if prompt == "say 1" and answer == "r1!":
+        assert torch.equal(x[0, 1:], bare[0, :-1])
 
 
 def test_a_long_prompt_loses_its_contexts_front_and_keeps_its_instruction(small):
@@ -923,3 +948,22 @@ def test_a_true_base_predicts_true_text(real_data):
 def test_ends_are_between_documents(small):
     task = CodeVsProse(**SMALL).load(0)
     assert (task.train.x == END).any()
+
+
+def test_a_base_whose_weights_are_not_whole_is_refused(tmp_path):
+    base = small_bert().model
+    for name, own, config in (
+        ("whole", base, base.config),
+        ("no pooler", base.bert.__class__(base.config, add_pooling_layer=False), base.config),
+        ("wider", base, BertConfig(**{**base.config.to_dict(), "intermediate_size": 12})),
+    ):
+        own.save_pretrained(tmp_path / name)
+        config.save_pretrained(tmp_path / name)
+    load_pretrained(str(tmp_path / "whole"), "text", num_labels=3)  # a head of another size is drawn
+    load_pretrained(str(tmp_path / "no pooler"), "text", num_labels=2, pooling="mean")
+    with pytest.raises(
+        ModelError, match=r"bert.pooler.dense.bias, .*frozen random numbers; take pooling = 'mean'"
+    ):
+        load_pretrained(str(tmp_path / "no pooler"), "text", num_labels=2)
+    with pytest.raises(ModelError, match=r"bert.encoder.*intermediate.*; name a base whose weights are whole"):
+        load_pretrained(str(tmp_path / "wider"), "text", num_labels=2)

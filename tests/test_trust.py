@@ -197,6 +197,24 @@ def test_layers_count_by_what_they_add_each_with_its_own_scaling():
     assert_close(torch.from_numpy(found), unit @ unit.T)
 
 
+def test_what_all_have_begun_with_makes_nobody_alike():
+    bank, adapters = drawn(net(), AdapterPlan(2, ("linear",)), 5)
+    axes = {part.a_name: 1 for part in bank.low_rank} | {part.b_name: 2 for part in bank.low_rank}
+    start = {}
+    for name, leaf in adapters.items():  # one rank is everyone's and large, one a client's own
+        common, own = leaf.split(1, axes[name])
+        common = 10 * common[:1]
+        adapters[name] = torch.cat([common.expand_as(own), own], axes[name])
+        start[name] = torch.cat([common, torch.zeros_like(own[:1])], axes[name])
+    dense = [(adapters[p.b_name][:, :, 1:] @ adapters[p.a_name][:, 1:]).flatten(1) for p in bank.low_rank]
+    unit = nn.functional.normalize(torch.cat(dense, 1))
+    assert product_cosines(bank, adapters).min() > 0.9
+    assert_close(product_cosines(bank, adapters, start), unit @ unit.T)
+    one = {name: leaf.unsqueeze(1) for name, leaf in adapters.items()}
+    begun = {name: leaf.unsqueeze(1) for name, leaf in start.items()}
+    assert_close(torch.from_numpy(inner_products(bank, begun, one, {}, "unit_product")), unit @ unit.T)
+
+
 @pytest.mark.parametrize("numbers", [1, 2**25])
 def test_divergences_are_those_of_a_loop(numbers, monkeypatch):
     monkeypatch.setattr(similarity, "NUMBERS", numbers)
@@ -315,6 +333,14 @@ def test_sparse_rows_keep_what_is_asked_for():
     # As published, two stay however low they are.
     assert (trust_of(scores, allowed, own, threshold=0.95) > 0).sum(1).tolist() == [2, 2]
     assert (trust_of(scores, allowed, own, top_k=3) > 0).sum(1).tolist() == [3, 3]
+
+
+def test_among_equals_a_client_is_nearest_to_itself():
+    even, own = torch.zeros(3, 4), torch.tensor([2, 0, 3])
+    allowed = torch.ones(3, 4, dtype=torch.bool)
+    assert torch.equal(trust_of(even, allowed, own, top_k=1).argmax(1), own)
+    kept = trust_of(even, allowed, own, threshold=0.5) > 0
+    assert kept.tolist() == [[True, False, True, False], [True, True, False, False], [True, False, False, True]]
 
 
 def test_a_floor_leaves_the_others_their_proportions():
@@ -649,9 +675,10 @@ def test_clients_that_mix_for_themselves_hear_the_absent_for_a_while(staleness):
     assert torch.equal(run.shared.trust[4], torch.eye(5)[4])  # it has not come to mix
 
 
+@pytest.mark.parametrize("sparse", [{}, {"top_k": 1}, {"threshold": 0.5}], ids=str)
 @pytest.mark.parametrize("scheme", ["uniform", "weights", "predictions"])
-def test_a_client_that_was_never_there_gets_the_mean_of_those_it_may_listen_to(scheme):
-    run = Run(Trust(PLAN, STEPS, scheme, begin=1)).go([0, 1, 2])
+def test_a_client_that_was_never_there_gets_the_mean_of_those_it_may_listen_to(scheme, sparse):
+    run = Run(Trust(PLAN, STEPS, scheme, begin=1, **sparse)).go([0, 1, 2])
     held, trust = run.shared.held["base"]["0.weight"], run.shared.trust
     assert_close(trust[3:], torch.tensor([[1 / 3, 1 / 3, 1 / 3, 0, 0]] * 2))
     sent = Run(Trust(PLAN, STEPS, "none")).go([0, 1, 2]).shared.held["base"]["0.weight"]
@@ -709,6 +736,16 @@ def test_products_are_mixed_to_the_nearest_of_their_rank(module):
     expected = products(bank, factors(bank, dense))
     assert_close(products(bank, {n: leaf[:, 0] for n, leaf in found.items()}), expected)
     assert {n: leaf.shape[1:] for n, leaf in found.items()} == {n: v.shape[1:] for n, v in held["adapter"].items()}
+
+
+def test_a_rank_above_a_layers_sides_is_zero_where_products_are_mixed():
+    peft = {"r": 4, "target_modules": ["0"]}
+    bank, adapters = drawn(nn.Sequential(nn.Linear(6, 2)).requires_grad_(False), AdapterPlan(peft=peft), 3)
+    held = {"base": {}, "adapter": {name: leaf.unsqueeze(1) for name, leaf in adapters.items()}, "stats": {}}
+    found = combined(bank, held, torch.eye(3).double(), torch.arange(3), "product")["adapter"]
+    assert {n: leaf.shape for n, leaf in found.items()} == {n: leaf.shape for n, leaf in held["adapter"].items()}
+    assert_close(products(bank, {n: leaf[:, 0] for n, leaf in found.items()}), products(bank, adapters))
+    assert_close(products(bank, factors(bank, products(bank, adapters))), products(bank, adapters))
 
 
 # Who learns what.
@@ -916,3 +953,13 @@ def test_its_settings_survive_a_recipe_file():
         recipe = read(own, "trust")
         assert read(tomllib.loads(tomli_w.dumps(recipe.table())), "trust") == recipe
     assert read(table, "trust").method.topology == ((0, 1), (1, 2))
+
+
+@pytest.mark.parametrize(("count", "fraction", "batch_size"), [(3, 0.5, 4), (5, 0.9, 4), (9, 0.5, 2), (6, 0.2, 4)])
+def test_nobody_trains_on_one_example_by_itself(count, fraction, batch_size):
+    data = ClientData(Examples.of(labelled([count])), np.arange(1), 0, 1)
+    (own,), (held,) = (part.part for part in split(data, fraction, batch_size))
+    assert len(own) >= 2
+    assert len(own) % batch_size != 1
+    assert held.size
+    assert set(own).isdisjoint(held)

@@ -14,7 +14,7 @@ so that no product is formed, and B A is the same for any basis that the rank's 
 
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,7 +41,12 @@ def inner_products(bank: Bank, start: Params, adapters: Params, heads: Params, f
         features: which.
     """
     if features == "unit_product":
-        found = sum(_of_products(bank, adapters))
+        both = {
+            name: torch.cat([start[name].to(leaf).view(1, *leaf.shape[1:]), leaf])
+            for name, leaf in adapters.items()
+        }
+        whole: Any = sum(_of_products(bank, both))
+        found = whole[1:, 1:] - whole[1:, :1] - whole[:1, 1:] + whole[0, 0] if bank.low_rank else 0
         added = {update.name: adapters[update.name] - start[update.name] for update in bank.additive}
     else:
         found = 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from umbel import tree
-from umbel.tree import Params
+from umbel.tree import HALF, Params
 
 Change = Callable[[Params, Params, Tensor], Params]
 """(what clients made of a group of tensors, (K, …) or (K, C, …), what they had received, what each counts in the
@@ -33,7 +33,7 @@ def weighted_sum(weights: Tensor, values: Params) -> Params:
 
     Tensors of half precision come as float32: a sum over clients has more digits than they have.
     """
-    values = {name: x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for name, x in values.items()}
+    values = {name: x.float() if x.dtype in HALF else x for name, x in values.items()}
     if weights.dim() == 1:
         return {name: torch.tensordot(weights.to(x.dtype), x, dims=1) for name, x in values.items()}
     return {name: (as_leading(weights.to(x.dtype), x) * x).sum(0) for name, x in values.items()}

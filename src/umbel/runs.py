@@ -20,7 +20,7 @@ from umbel.rounds import Progress, honest, participants, rounds, start
 from umbel.schedule import Schedule
 from umbel.tasks import Task
 from umbel.tasks.pool import arranged
-from umbel.tree import Params
+from umbel.tree import HALF, Params
 
 Watcher = Callable[[Progress], None]
 
@@ -129,7 +129,10 @@ def module_with(module: nn.Module, params: Params) -> nn.Module:
         path, _, own_name = name.rpartition(".")
         owner, value = copy.get_submodule(path), leaf[0].detach().clone().cpu()
         if own_name in owner._parameters:
-            owner.get_parameter(own_name).data = value  # in place, so that a tied name follows
+            own = owner.get_parameter(
+                own_name
+            )  # in place, so that a tied name follows; of half precision as it was
+            own.data = value.to(own.dtype) if own.dtype in HALF else value
         else:
             setattr(owner, own_name, value)
     return copy

@@ -15,6 +15,9 @@ S = TypeVar("S")
 Params = dict[str, Tensor]
 """Tensors by dotted name, as PyTorch and PEFT give them; never a module."""
 
+HALF = (torch.bfloat16, torch.float16)
+"""Types with too few digits for sums, and for what small steps train."""
+
 _STATES: set[type] = set()
 
 

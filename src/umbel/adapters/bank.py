@@ -175,14 +175,22 @@ class Bank:
         return tensors
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """The type of the adapters' numbers: the module's own.
+        """The type of the adapters' numbers: the module's own, or float32 if that has fewer digits.
 
-        Beside a base of PEFT's it is at least float32, for its layers convert what they see, and numbers of half
-        precision or packed ones cannot be trained by small steps.
+        Numbers of half precision, or packed ones, cannot be trained by small steps.
         """
         kinds = [leaf.dtype for leaf in module.parameters() if leaf.is_floating_point()]
-        first = kinds[0] if kinds else torch.float32
-        return torch.promote_types(first, torch.float32) if self.peft else first
+        return torch.promote_types(kinds[0] if kinds else torch.float32, torch.float32)
+
+    def frozen_on(self, device: torch.device) -> Params:
+        """The `frozen` tensors on this device, to which they are moved once."""
+        if device not in self._moved:
+            self._moved[device] = {name: leaf.to(device) for name, leaf in self.frozen.items()}
+        return self._moved[device]
+
+    @cached_property
+    def _moved(self) -> dict[torch.device, Params]:
+        return {}
 
     @property
     def layers(self) -> tuple[str, ...]:

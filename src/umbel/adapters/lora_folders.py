@@ -104,6 +104,11 @@ def _check_shapes(
 
 def _scaling(config: dict[str, Any], path: str, rank: int, where: str) -> float:
     """What the folder's layer multiplies B·A by."""
+    start = config.get("init_lora_weights")
+    if start not in (None, True, False, "gaussian", "orthogonal", "eva"):
+        raise RecipeError(
+            f"{where}: init_lora_weights = {start!r} has changed the base; it cannot seed a bank on this one"
+        )
     for setting in ("use_dora", "lora_bias", "alora_invocation_tokens", "kasa_config", "monteclora_config"):
         if config.get(setting):
             raise RecipeError(f"{where}: {setting} makes it more than two factors; it cannot seed a bank")

@@ -20,6 +20,7 @@ from umbel.adapters.bank import Kind, LowRank
 from umbel.errors import ModelError, RecipeError
 from umbel.model import stacked
 from umbel.model.copies import copied
+from umbel.tree import HALF
 
 NAME = "default"  # PEFT's own name for a module's only adapter
 
@@ -75,7 +76,10 @@ def config_of(table: Mapping[str, Any]) -> Any:
             meant = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_TAKEN[:-5])}"
             raise RecipeError(f"adapter.peft.{key}: LoraConfig has no such setting; {meant}")
         default = defaults[key]
-        if key not in _TAKEN and value and (default is MISSING or value != default):
+        nothing = (
+            value is None or value == default or (value in ((), [], {}) and (default is MISSING or not default))
+        )
+        if key not in _TAKEN and not nothing:
             why = _REFUSED.get(key, "an adapter has two factors for each layer and no more")
             raise RecipeError(f"adapter.peft.{key} = {value!r} is not for mixing: {why}; leave it out")
     _check_numbers(table)
@@ -113,7 +117,7 @@ def parts_of(module: nn.Module, table: Mapping[str, Any]) -> tuple[LowRank, ...]
     for path, layer in lora_layers(with_lora(module, table)).items():
         a, b = factors_of(layer)
         names = factor_names(path, layer)
-        kind: Kind = "embedding" if "embedding" in names[0] else "linear" if a.dim() == 2 else "conv"
+        kind: Kind = "embedding" if ".lora_embedding_A." in names[0] else "linear" if a.dim() == 2 else "conv"
         shape = (b.shape[0], *a.shape[1:])
         on_a = (True,) * (a.dim() - 2)
         scaling, gated = layer.scaling[NAME], stacked.GATE in layer._buffers
@@ -179,6 +183,9 @@ def with_lora(module: nn.Module, table: Mapping[str, Any]) -> nn.Module:
                 f"name it in adapter.peft.exclude_modules"
             )
         _check_layer(path, layer)
+        for name, leaf in layer.named_parameters():
+            if "lora_" in name and leaf.dtype in HALF:  # PEFT gives them the base's type
+                leaf.data = leaf.data.float()
         if _in_rows(inner, layer):
             layer.__class__ = _embedding_in_rows()
         if type(layer) is Linear:  # those of quantised layers keep PEFT's own path

@@ -43,7 +43,7 @@ def mix(
         B (K, out, C·r, …), which the module of `with_paths` runs beside the layer.
     """
     params = dict(base)
-    frozen = {n: leaf.to(probs.device).expand(len(probs), *leaf.shape) for n, leaf in bank.frozen.items()}
+    frozen = {n: leaf.expand(len(probs), *leaf.shape) for n, leaf in bank.frozen_on(probs.device).items()}
     base = frozen | base
     of_layer = probs.unbind(1) if probs.dim() == 3 else None
 
@@ -87,7 +87,7 @@ def stack_rank(a: Tensor, b: Tensor, probs: Tensor | None) -> tuple[Tensor, Tens
 def _merged(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Weight + B·A for weight (K, out, in, *kernel); kernel axes broadcast against each other."""
     if weight.dim() == 3:
-        return torch.baddbmm(weight, b, a)
+        return torch.baddbmm(weight.to(a.dtype), b, a)
     spatial = tuple(range(3, weight.dim()))
     b_last = b.permute(0, *spatial, 1, 2)  # (K, *kernel_b, out, C·r)
     a_last = a.permute(0, *spatial, 1, 2)  # (K, *kernel_a, C·r, in)
@@ -126,9 +126,10 @@ def _path(part: LowRank, own_name: str) -> Any:
             path = stacked.linear(stacked.embedding(inputs[0], b), a.mT)
             if layer.padding_idx is not None:  # its row is used as it is, but never trained
                 path = torch.where((inputs[0] == layer.padding_idx).unsqueeze(-1), path.detach(), path)
-            return output + path
+            return (output + path).to(output.dtype)
         if isinstance(layer, nn.modules.conv._ConvNd):
-            return output + _conv_path(layer, part.on_a, inputs[0], a, b)
+            path = _conv_path(layer, part.on_a, inputs[0].to(a.dtype), a, b)
+            return (output + path).to(output.dtype)
         return stacked.low_rank(output, inputs[0], a, b, layer.get_buffer(stacked.GATE))
 
     return hook

@@ -13,6 +13,7 @@ for each (o, s_B) and a column for each (i, s_A).
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from umbel.adapters.bank import Bank, LowRank
@@ -70,8 +71,10 @@ def _rank_last(part: LowRank) -> tuple[int, ...]:
 
 
 def _nearest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(…, rows, rank) and (…, rank, columns)."""
+    """(…, rows, rank) and (…, rank, columns); ranks that a matrix of this size cannot have are zero."""
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    if (more := rank - s.shape[-1]) > 0:
+        u, s, v = F.pad(u, (0, more)), F.pad(s, (0, more)), F.pad(v, (0, 0, 0, more))
     noise = s[..., :1] * max(matrix.shape[-2:]) * torch.finfo(s.dtype).eps
     root = torch.where(s > noise, s, 0.0).sqrt()[..., :rank]
     u, v = u[..., :rank], v[..., :rank, :]

@@ -74,7 +74,7 @@ class Gated(nn.Module):
     def share(self, embedded: Tensor, anchor: Tensor) -> Tensor:
         """(rows, …) α of embeddings (rows, …, width); anchor (width,), or (K, width) for the rows of K clients."""
         own = F.normalize(embedded, dim=-1).reshape(anchor.numel() // anchor.shape[-1], -1, embedded.shape[-1])
-        similar = own @ anchor.reshape(len(own), -1, 1)
+        similar = own.to(anchor.dtype) @ anchor.reshape(len(own), -1, 1)
         return (self.strength * similar).clamp(0, 1).view(embedded.shape[:-1])
 
     def _at(self, weights: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

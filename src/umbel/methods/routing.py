@@ -279,17 +279,16 @@ def losses_of(
     """
     num_clients, num_candidates = len(data.clients), next(iter(candidates.values())).shape[0]
     some = next(iter(candidates.values()))
-    sums = some.new_zeros(num_clients * num_labels, num_candidates)
-    counts = some.new_zeros(num_clients * num_labels)
+    kind = torch.promote_types(some.dtype, torch.float32)  # half precision counts to 256 and no further
+    sums = some.new_zeros(num_clients * num_labels, num_candidates, dtype=kind)
+    counts = some.new_zeros(num_clients * num_labels, dtype=kind)
     first = torch.arange(num_clients, device=some.device).unsqueeze(1) * num_labels
     with torch.no_grad():
         for batch in data.in_order(data.fitting(FORWARD_EXAMPLES)):
             label = batch.y if num_labels > 1 else 0
             place = (first + label).expand(batch.y.shape[:2]).flatten()
             weight = (
-                torch.ones_like(place, dtype=some.dtype)
-                if batch.weight is None
-                else batch.weight.to(some.dtype).flatten()
+                torch.ones_like(place, dtype=kind) if batch.weight is None else batch.weight.to(kind).flatten()
             )
             images = batch.x.dim() == 5  # of which many models at once are slower than one after the other
             if num_clients == 1 or private or images:
@@ -299,7 +298,7 @@ def losses_of(
             if bounded is not None and num_labels > 1:
                 own = (bounded > 0).unsqueeze(1).expand(batch.y.shape[:2]).reshape(-1, 1)
                 values = torch.where(own & values.isfinite(), -torch.expm1(-values), values)
-            sums.index_add_(0, place, values.to(some.dtype) * weight.unsqueeze(1))
+            sums.index_add_(0, place, values.to(kind) * weight.unsqueeze(1))
             counts.index_add_(0, place, weight)
     return LabelLosses(sums.view(num_clients, num_labels, -1), counts.view(num_clients, num_labels))
 

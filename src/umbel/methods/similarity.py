@@ -33,12 +33,15 @@ PAPER_TOP = 100  # logits of a prediction that the published code keeps
 PAPER_SHARPNESS = 10.0
 
 
-def product_cosines(bank: Bank, adapters: Params) -> Tensor:
+def product_cosines(bank: Bank, adapters: Params, start: Params | None = None) -> Tensor:
     """(N, N) cosines of the clients' whole updates, for adapters (N, …): the same for any factors of a product.
 
     ⟨B_i A_i, B_j A_j⟩ = Σ over r × r entries of (A_i A_jᵀ) ∘ (B_iᵀ B_j), so no product is formed: O(r d) a pair.
-    An update of zero is like nothing, itself included.
+    An update of zero is like nothing, itself included. With a `start` (1, …), which all have in common, an update
+    is what has been added to its product.
     """
+    if start is not None:
+        adapters = {name: torch.cat([start[name].to(leaf), leaf]) for name, leaf in adapters.items()}
     num_clients = len(next(iter(adapters.values())))
     gram = next(iter(adapters.values())).new_zeros(num_clients, num_clients)
     for part in bank.low_rank:
@@ -53,6 +56,8 @@ def product_cosines(bank: Bank, adapters: Params) -> Tensor:
     for update in bank.additive:
         flat = adapters[update.name].flatten(1)
         gram += flat @ flat.T
+    if start is not None:
+        gram = gram[1:, 1:] - gram[1:, :1] - gram[:1, 1:] + gram[0, 0]
     length = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
     return (gram / length.unsqueeze(1) / length).clamp(-1, 1)
 
@@ -134,8 +139,13 @@ def public_of(module: nn.Module, population: Population, published: bool, top: i
 
 def no_answers(public: Public, dtype: torch.dtype, num_clients: int) -> Params:
     """(clients, M, k) zeros in the form of `predicted`."""
-    like = kept(torch.zeros(1, 1, public.num_labels, dtype=dtype), public.top)
+    like = kept(torch.zeros(1, 1, public.num_labels, dtype=_kind_of(dtype)), public.top)
     return {n: leaf.new_zeros(num_clients, public.num_places, leaf.shape[2]) for n, leaf in like.items()}
+
+
+def _kind_of(dtype: torch.dtype) -> torch.dtype:
+    """In which answers of this type are compared: half precision has too few digits to tell two apart."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def predicted(loss: Loss, models: Params, public: Public) -> Params:
@@ -146,6 +156,7 @@ def predicted(loss: Loss, models: Params, public: Public) -> Params:
     with torch.no_grad():
         for x in public.x.to(next(iter(models.values())).device).split(size):
             answers = loss.outputs(models, x.unsqueeze(0).expand(num_models, *x.shape))
+            answers = answers.to(_kind_of(answers.dtype))
             if public.logits:
                 answers = answers.flatten(2, -2)[:, :, -1] if answers.dim() > 3 else answers
             else:

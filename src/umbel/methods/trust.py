@@ -299,7 +299,9 @@ class Trust:
                 f"trust: client {who}'s adapter is so large that it cannot be compared; lower local.lr"
             )
         rows = ((new.heard == new.round) | (new.heard == 0)).nonzero().squeeze(1)
-        weights = self._weights(scores[rows], new.linked[rows] & fresh, rows).to(new.trust.dtype)
+        allowed, never = new.linked[rows] & fresh, new.heard[rows] == 0
+        weights = self._weights(scores[rows], allowed, rows).to(new.trust.dtype)
+        weights[never] = trusting.trust_of(scores[rows][never], allowed[never], rows[never], 1.0).to(weights)
         mixed = trusting.combined(new.bank, new.held, weights, rows, self.mix)
         tree.map_tensors(lambda old, row: old.index_copy_(0, rows, row), new.held, mixed)
         new.trust[rows] = weights
@@ -308,8 +310,12 @@ class Trust:
         """(n, n) s of these clients."""
         if self.scheme == "weights":
             adapters = {name: leaf[some, 0] for name, leaf in new.held["adapter"].items()}
-            score = similarity.row_cosines if self.mode == "paper" else similarity.product_cosines
-            return score(new.bank, adapters)
+            if self.mode == "paper":
+                return similarity.row_cosines(new.bank, adapters)
+            # A seed that all have begun with makes nobody alike; without one all products begin at zero.
+            seeded = new.bank.seeds and self.shared_start
+            begun = new.bank.init(1, generator(0, "adapters"), 0.0) if seeded else None
+            return similarity.product_cosines(new.bank, adapters, begun)
         if self.scheme == "predictions" and new.public is not None:
             answers = tree.rows(new.predictions, some)
             if self.mode == "umbel":

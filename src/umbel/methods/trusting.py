@@ -49,14 +49,13 @@ def trust_of(
         self_weight: a client trusts itself so much at least, if it may listen to itself and has a score of its
             own, be it one that `threshold` or `top_k` leaves out.
     """
-    scores = scores.double()
+    scores, oneself = scores.double(), F.one_hot(own, scores.shape[1]).bool()
     usable = heard = allowed & scores.isfinite()
     scores = scores.masked_fill(~usable, float("-inf"))
     if threshold > float("-inf"):
-        usable = usable & ((scores >= threshold) | _highest(scores, 2))
+        usable = usable & ((scores >= threshold) | _highest(scores, 2, oneself))
     if top_k:
-        usable = usable & _highest(scores, top_k)
-    oneself = F.one_hot(own, scores.shape[1]).bool()
+        usable = usable & _highest(scores, top_k, oneself)
     nobody = ~usable.any(1, keepdim=True)
     usable, scores = usable | (nobody & oneself), scores.masked_fill(nobody, 0.0)
     below = (scores - scores.amax(1, keepdim=True)).masked_fill(~usable, 0.0)
@@ -67,9 +66,10 @@ def trust_of(
     return torch.where(too_low, lifted, weights)
 
 
-def _highest(scores: Tensor, count: int) -> Tensor:
-    """(K, N) bool: the `count` highest of each row."""
-    places = scores.topk(min(count, scores.shape[1]), 1).indices
+def _highest(scores: Tensor, count: int, oneself: Tensor) -> Tensor:
+    """(K, N) bool: the `count` highest of each row; among equals the client itself is first, then by number."""
+    order = oneself.int().argsort(dim=1, descending=True, stable=True)
+    places = order.gather(1, scores.gather(1, order).argsort(dim=1, descending=True, stable=True)[:, :count])
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, places, True)
 
 
@@ -179,7 +179,7 @@ def split(data: ClientData, fraction: float, batch_size: int) -> tuple[ClientDat
         count, first = int(data.examples.count[client]), int(data.examples.start[client])
         own = data.part[place] if data.part is not None else np.arange(first, first + count)
         order = torch.randperm(len(own), generator=generator(data.seed, "trust", client)).numpy()
-        cut = min(max(1, round(fraction * len(own))), len(own) - 1) if len(own) > 2 else 0
+        cut = min(max(1, round(fraction * len(own))), len(own) - 2) if len(own) > 2 else 0
         cut += len(own) - cut > 1 and (len(own) - cut) % batch_size == 1
         trained.append(own[np.sort(order[cut:])])
         held.append(own[np.sort(order[:cut])] if cut else own)
@@ -199,7 +199,8 @@ def combined(bank: Bank, held: Groups, weights: Tensor, own: Tensor, how: Mix) -
     """
 
     def mean(leaf: Tensor) -> Tensor:
-        mixed: Tensor = torch.tensordot(weights.to(leaf.dtype), leaf, 1)
+        wide = leaf.to(torch.promote_types(leaf.dtype, torch.float32))
+        mixed: Tensor = torch.tensordot(weights.to(wide.dtype), wide, 1).to(leaf.dtype)
         return mixed
 
     mixed = {part: {name: mean(leaf) for name, leaf in tensors.items()} for part, tensors in held.items()}
@@ -221,11 +222,16 @@ def _nearest(bank: Bank, adapters: Params, weights: Tensor) -> Params:
     """
     found: Params = {}
     for part in bank.low_rank:
-        a, b = adapters[part.a_name][:, 0], adapters[part.b_name][:, 0].movedim(2, 1)
+        kind = torch.promote_types(
+            adapters[part.a_name].dtype, torch.float32
+        )  # nothing of half precision is decomposed
+        a, b = adapters[part.a_name][:, 0].to(kind), adapters[part.b_name][:, 0].to(kind).movedim(2, 1)
         q_a, r_a = torch.linalg.qr(a.flatten(2).flatten(0, 1).T)  # (in, R), (R, N·r)
         q_b, r_b = torch.linalg.qr(b.flatten(2).flatten(0, 1).T)
         each = weights.to(a.dtype).repeat_interleave(part.rank, 1).unsqueeze(1)  # (K, 1, N·r)
         u, s, v = torch.linalg.svd((r_b * each) @ r_a.T, full_matrices=False)
+        if (more := part.rank - s.shape[1]) > 0:
+            u, s, v = F.pad(u, (0, more)), F.pad(s, (0, more)), F.pad(v, (0, 0, 0, more))
         noise = s[:, :1] * max(q_a.shape[0], q_b.shape[0]) * torch.finfo(s.dtype).eps
         root = torch.where(s > noise, s, 0.0).sqrt()[:, : part.rank].unsqueeze(1)
         of_b = q_b @ u[..., : part.rank]
@@ -234,4 +240,4 @@ def _nearest(bank: Bank, adapters: Params, weights: Tensor) -> Params:
         size = len(weights)
         found[part.a_name] = of_a.reshape(size, 1, *a.shape[1:])
         found[part.b_name] = (of_b * root * sign).mT.reshape(size, *b.shape[1:]).movedim(1, 2).unsqueeze(1)
-    return {name: leaf.contiguous() for name, leaf in found.items()}
+    return {name: leaf.contiguous().to(adapters[name].dtype) for name, leaf in found.items()}

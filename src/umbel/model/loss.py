@@ -14,10 +14,9 @@ from torch.func import functional_call, vmap
 
 from umbel.clients import Batch, ClientData
 from umbel.errors import DataError, ModelError
-from umbel.model.dropout import dropout_keys
+from umbel.model.dropout import KEY, ROWS, dropout_buffers
 from umbel.model.stacked import rows_of, takes_client_axis
-from umbel.seeds import hashed
-from umbel.tree import Params, is_broadcast
+from umbel.tree import HALF, Params, is_broadcast
 
 LossName = Literal["cross_entropy", "mse"]
 Precision = Literal["float32", "bfloat16"]
@@ -84,7 +83,8 @@ class Loss:
         return batch.mean(self.per_example(self.outputs(params, batch.x, training, batch.key), batch.y))
 
     def per_example(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(K, B) losses for outputs (K, B, …)."""
+        """(K, B) losses for outputs (K, B, …), of which half precision has too few digits."""
+        outputs = outputs.float() if outputs.dtype in HALF else outputs
         flat = LOSSES[self.name](outputs.flatten(0, 1), targets.flatten(0, 1))
         return flat.view(targets.shape[:2])
 
@@ -95,15 +95,18 @@ class Loss:
             ModelError: K > 1 and PyTorch cannot stack a layer of the module.
         """
         module: Any = self.module
+        if self.halves:
+            params = {name: _in_type(leaf, self.halves.get(name, leaf.dtype)) for name, leaf in params.items()}
         if self.whole or not hasattr(module, "pieces"):
             return self._answers(params, x, training, key)
         parts = module.pieces(x)
         if len(parts) < 2:
             return self._answers(params, module.shortened(x), training, key)
         answers, places = [], []
-        for number, (clients, rows, part) in enumerate(parts):
-            own = {name: _rows(leaf, clients) for name, leaf in params.items()}
-            seed = None if key is None else hashed(key[clients] + number)  # parts have masks of their own
+        numbered = self.dropouts[1] if training and key is not None else ()
+        for clients, rows, part in parts:
+            own = {name: _rows(leaf, clients) for name, leaf in params.items()} | dict.fromkeys(numbered, rows)
+            seed = None if key is None else key[clients]
             answers.append(self._answers(own, part, training, seed).flatten(0, 1))
             places.append((clients.unsqueeze(1) * x.shape[1] + rows).flatten())
         joined = torch.cat(answers)[torch.cat(places).argsort()]
@@ -119,7 +122,7 @@ class Loss:
         if any(layer.training != training for layer in self.module.modules()):
             self.module.train(training)
         if training and key is not None:
-            params = params | dict.fromkeys(self.dropouts, key)
+            params = params | dict.fromkeys(self.dropouts[0], key)
         if x.shape[0] == 1:
             # squeeze, not [0]: the gradient of an index would fill a whole tensor with zeros first
             one = {name: leaf.squeeze(0) for name, leaf in params.items()}
@@ -160,9 +163,14 @@ class Loss:
         return frozenset() if mixes_examples(self.module) else takes_client_axis(self.module)
 
     @cached_property
-    def dropouts(self) -> tuple[str, ...]:
-        """The names of the module's dropout keys."""
-        return dropout_keys(self.module)
+    def dropouts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The names of the module's dropout keys, and of what says which rows of a batch they are for."""
+        return dropout_buffers(self.module, KEY), dropout_buffers(self.module, ROWS)
+
+    @cached_property
+    def halves(self) -> dict[str, torch.dtype]:
+        """The types of the module's parameters of half precision, by name; what is trained is wider."""
+        return {name: leaf.dtype for name, leaf in self.module.named_parameters() if leaf.dtype in HALF}
 
     def _alone(self, params: Params, x: Tensor, training: bool) -> Tensor:
         if x.dim() != 4:
@@ -178,6 +186,11 @@ class Loss:
         return outputs
 
 
+def _in_type(leaf: Tensor, kind: torch.dtype) -> Tensor:
+    """The leaf (K, …) in this type; one for all stays so."""
+    return leaf[:1].to(kind).expand_as(leaf) if is_broadcast(leaf) else leaf.to(kind)
+
+
 def _rows(leaf: Tensor, clients: Tensor) -> Tensor:
     """The leaf (K, …) of these clients (k,), which are in order; one for all stays so."""
     if len(clients) == len(leaf):
@@ -188,10 +201,16 @@ def _rows(leaf: Tensor, clients: Tensor) -> Tensor:
 def trained_params(module: nn.Module, needed: bool = True) -> Params:
     """Copies of the parameters that training changes, by name: all but those with requires_grad=False.
 
+    They are at least float32, for numbers of half precision cannot be trained by small steps; a `Loss` computes
+    with them in the module's own type.
+
     Raises:
         ModelError: there is none, though it is `needed`.
     """
-    found = {name: leaf.detach().clone() for name, leaf in module.named_parameters() if leaf.requires_grad}
+    trained = {name: leaf.detach() for name, leaf in module.named_parameters() if leaf.requires_grad}
+    found = {
+        name: leaf.to(torch.promote_types(leaf.dtype, torch.float32), copy=True) for name, leaf in trained.items()
+    }
     if needed and not found:
         raise ModelError(
             f"every parameter of {type(module).__name__} has requires_grad=False: there is nothing to train; "
@@ -236,11 +255,15 @@ def running_stats(module: nn.Module) -> Params:
 
 def mixes_examples(module: nn.Module) -> bool:
     """Whether examples of a batch meet in training: BatchNorm's outputs, any norm layer's running statistics."""
-    return any(
-        isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        or (isinstance(layer, nn.modules.batchnorm._NormBase) and layer.track_running_stats)
+    return has_batch_norm(module) or any(
+        isinstance(layer, nn.modules.batchnorm._NormBase) and layer.track_running_stats
         for layer in module.modules()
     )
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether the module has a BatchNorm layer, which cannot train on one example."""
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules())
 
 
 def check_repeatable(module: nn.Module, x: Tensor) -> None:

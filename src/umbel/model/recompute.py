@@ -49,7 +49,7 @@ def recomputing(module: nn.Module) -> nn.Module:
 
 def _again(function: Any, *args: Any) -> Any:
     """What `function`, a partial of a block's forward, makes of `args`; and once more in backward."""
-    block: nn.Module = function.args[0]
+    block: nn.Module = function.args[0] if function.args else function.func.__self__  # before transformers 5
     # With duplicates: all dropouts of a client have the same key.
     tensors: Params = dict(block.named_buffers(remove_duplicate=False))
     tensors |= block.named_parameters(remove_duplicate=False)

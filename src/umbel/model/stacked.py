@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from umbel.model.dropout import KEY, SeededDropout
+from umbel.model.dropout import KEY, ROWS, SeededDropout
 
 _APART = (
     nn.Identity,
@@ -276,7 +276,7 @@ def takes_client_axis(module: nn.Module) -> frozenset[str]:
     for path, layer in module.named_modules():
         if isinstance(layer, (StackedLinear, StackedEmbedding, StackedLayerNorm, SeededDropout)):
             own = [name for name, _ in layer.named_parameters(recurse=False)]
-            own += [KEY] if isinstance(layer, SeededDropout) else []
+            own += [KEY, ROWS] if isinstance(layer, SeededDropout) else []
         else:
             own = list(getattr(layer, "client_axis", ()))
         own += [GATE] if GATE in layer._buffers else []

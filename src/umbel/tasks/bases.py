@@ -56,7 +56,8 @@ def load_pretrained(
 
     Raises:
         DataError: there is no such model, it is none of the kind, or its weights are not safetensors.
-        ModelError: bits without bitsandbytes, no token to pad texts with, or a head that cannot take a mean.
+        ModelError: bits without bitsandbytes, weights that lack a part of the base, no token to pad texts with, or
+            a head that cannot take a mean.
     """
     import transformers
 
@@ -67,8 +68,6 @@ def load_pretrained(
     }
     # Weights as safetensors only: any other file of weights is a pickle.
     settings: dict[str, Any] = {"dtype": getattr(torch, precision), "use_safetensors": True, **NO_CODE}
-    if bits:
-        settings["quantization_config"] = _quantised(bits, settings["dtype"])
     try:
         config = transformers.AutoConfig.from_pretrained(place_of(base), **NO_CODE)
         for name in _NO_DROPOUT:
@@ -79,11 +78,39 @@ def load_pretrained(
             settings["ignore_mismatched_sizes"] = True
         if kind == "text" and config.pad_token_id is None:
             config.pad_token_id = _padding(config.eos_token_id, base)
+        if bits:
+            settings["quantization_config"] = _quantised(bits, settings["dtype"], _heads(autos[kind], config))
         with seeded(seed, "head"), _quiet():
-            model = autos[kind].from_pretrained(place_of(base), config=config, **settings)
+            model, read = autos[kind].from_pretrained(
+                place_of(base), config=config, output_loading_info=True, **settings
+            )
     except (OSError, ValueError) as error:
         raise not_there(base, f"{kind} model", error) from None
+    _check_whole(base, kind, str(getattr(model, "base_model_prefix", "")), read, pooling)
     return of_transformers(model, kind, base, pooling)
+
+
+def _check_whole(base: str, kind: Kind, prefix: str, read: dict[str, Any], pooling: Pooling) -> None:
+    """Raises ModelError if tensors that stay frozen had to be drawn, as lacking or of other shapes in the file."""
+    drawn = {*read["missing_keys"], *(own if isinstance(own, str) else own[0] for own in read["mismatched_keys"])}
+    frozen = sorted(name for name in drawn if kind == "causal_lm" or name.startswith(f"{prefix}."))
+    if pooling == "mean":  # nobody looks at what the pooler says
+        frozen = [name for name in frozen if not name.startswith(f"{prefix}.pooler.")]
+    if frozen:
+        pooler = all(".pooler." in name for name in frozen)
+        cure = "take pooling = 'mean'" if pooler else "name a base whose weights are whole"
+        what = ", ".join(frozen[:3]) + (" and others" if len(frozen) > 3 else "")
+        raise ModelError(
+            f"task.base = {base!r}: {what} is not in its weights, or in another shape than in config.json, and "
+            f"would be frozen random numbers; {cure}"
+        )
+
+
+def _heads(auto: Any, config: Any) -> list[str]:
+    """The names of the parts of such a model that are not the base."""
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
 def _padding(end: int | list[int] | None, base: str) -> int:
@@ -120,7 +147,12 @@ def models_folder() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "umbel" / "models"
 
 
-def _quantised(bits: Literal[0, 4, 8], compute: torch.dtype) -> Any:
+def _quantised(bits: Literal[0, 4, 8], compute: torch.dtype, whole: list[str]) -> Any:
+    """Of all modules but the `whole` ones.
+
+    Raises:
+        ModelError: there is no bitsandbytes.
+    """
     import importlib.util
 
     import transformers
@@ -128,7 +160,11 @@ def _quantised(bits: Literal[0, 4, 8], compute: torch.dtype) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(f"bits = {bits} needs bitsandbytes: pip install bitsandbytes, or leave bits at 0")
     return transformers.BitsAndBytesConfig(
-        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=compute, bnb_4bit_quant_type="nf4"
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        llm_int8_skip_modules=whole,  # of 4 bits too, whatever its name says
+        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_quant_type="nf4",
     )
 
 

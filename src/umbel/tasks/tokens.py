@@ -24,6 +24,10 @@ class Tokenizer:
             self._own: Any = transformers.AutoTokenizer.from_pretrained(place_of(base), **NO_CODE)
         except (OSError, ValueError) as error:
             raise not_there(base, "tokenizer", error) from None
+        begin = self._own.bos_token_id
+        self.begin: list[int] = (
+            [] if begin is None or begin not in self._own("a")["input_ids"][:1] else [int(begin)]
+        )
         self.end: list[int] = [] if self._own.eos_token_id is None else [int(self._own.eos_token_id)]
 
     @property
@@ -62,15 +66,17 @@ class Tokenizer:
         """(N, length) ids of prompts with their answers, and for each place the id that follows.
 
         What follows counts if it is the answer's or the end's; elsewhere, padding included, it is IGNORED. Of an
-        answer the first half of `length` is kept if it is longer; of a prompt its end, so far as there is room.
+        answer the first half of `length` is kept if it is longer; of a prompt its end, so far as there is room. In
+        front is what the tokenizer puts there itself, as Llama's does: who uses the adapter will have it there.
         """
         x = torch.zeros(len(pairs), length, dtype=torch.long)
         y = torch.full_like(x, IGNORED)
         prompts, answers = (self.plain(texts) for texts in zip(*pairs, strict=True))
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            room = max(length // 2, length + 1 - len(prompt))
+            room = max(length // 2, length + 1 - len(self.begin) - len(prompt))
             said = (answer + self.end)[: min(room, length)]
-            given = (prompt or [0])[-(length + 1 - len(said)) :]
+            kept = length + 1 - len(self.begin) - len(said)
+            given = self.begin + prompt[max(0, len(prompt) - kept) :] or [0]
             ids = torch.tensor(given + said)
             x[row, : len(ids) - 1] = ids[:-1]
             y[row, len(given) - 1 : len(ids) - 1] = ids[len(given) :]
