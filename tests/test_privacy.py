@@ -533,6 +533,8 @@ def test_options_that_need_more_than_moves_are_refused():
         {"clip": 0.0},
         {"quantile": 1.0},
         {"clip_share": 0.6, "statistics_share": 0.5},
+        {"epsilon": 50.0},  # and nobody is protected
+        {"noise_multiplier": 1.0},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong):

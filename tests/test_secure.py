@@ -278,3 +278,8 @@ def test_shares_are_shamirs():
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(RecipeError, match="|".join(wrong)):
         Secure("masks", **wrong)
+
+
+def test_masks_that_are_spoken_of_and_not_asked_for_are_told():
+    with pytest.raises(RecipeError, match=r"secure.neighbours is set, but secure.aggregation = 'plain'"):
+        Secure(neighbours=4)

@@ -46,6 +46,12 @@ class Privacy:
         check_ranges(self, epsilon="[0, inf)", noise_multiplier="[0, inf)", delta="(0, 1)")
         check_ranges(self, clip="(0, inf)", clips="(0, inf)", clip_rate="[0, inf)", clip_rise="[0, 1]")
         check_ranges(self, quantile="(0, 1)", clip_share="(0, 1)", statistics_share="(0, 1)")
+        for name in ("epsilon", "noise_multiplier"):
+            if self.level == "none" and getattr(self, name):
+                raise RecipeError(
+                    f"privacy.{name} = {getattr(self, name)}, but privacy.level = 'none' protects nobody; add "
+                    "privacy.level = 'client' or 'example'"
+                )
         if self.level != "none" and not self.epsilon and not self.noise_multiplier:
             raise RecipeError(
                 "privacy: give epsilon, which the planned rounds shall spend, or noise_multiplier, or both"

@@ -1,6 +1,6 @@
 """How secure aggregation is done: the recipe's table [secure]."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
 from umbel.errors import RecipeError
@@ -36,3 +36,10 @@ class Secure:
         if self.neighbours < 0 or self.neighbours == 1:
             raise RecipeError(f"secure: neighbours must be 0 (all) or at least 2, got {self.neighbours}")
         check_ranges(self, range="(0, inf)", ranges="(0, inf)")
+        defaults = {own.name: {} if own.default is MISSING else own.default for own in fields(self)}
+        said = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if self.aggregation == "plain" and said:
+            raise RecipeError(
+                f"secure.{said[0]} is set, but secure.aggregation = 'plain' masks nothing; add "
+                "secure.aggregation = 'masks'"
+            )
