@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,13 @@ from typer.testing import CliRunner
 from umbel import recipe
 from umbel.cli import app
 from umbel.cli.options import of_method
+from umbel.cli.settings import settings_of
+from umbel.cohort import Engine
 from umbel.folder import read_lines
+from umbel.methods import METHODS
+from umbel.schedule import Schedule
+from umbel.tasks import TASKS
+from umbel.train import LocalTraining
 
 COMMANDS = ["tasks", "methods", "run", "compare", "tune", "resume", "onboard", "export", "report"]
 
@@ -168,11 +175,64 @@ def test_a_method_keeps_the_settings_that_it_takes_over_from_another():
         (["onboard", "nothing", "--samples", "1,few"], "--samples=1,few"),
         (["compare", "digits", "synthetic_linear", "--methods", "florla"], "no method 'florla'"),
         (["compare", "digits", "none.toml"], "no recipe file none.toml"),
+        (
+            ["compare", "digits", "--method", "floral"],
+            "there is no option --method here; --methods takes one or several",
+        ),
+        (["run", "digits", "--method", "floral", "--adapter.rank=4"], r"did you mean --method.adapter.rank\?"),
+        (["compare", "digits", "--adapter.rank=4"], r"did you mean --method.LABEL.adapter.rank\?"),
+        (["run", "digits", "--method", "floral", "--tsk.variant=both"], r"did you mean --task.variant\?"),
+        (
+            ["run", "digits", "--method", "floral", "--json", "out.txt"],
+            "--json out.txt: a file's name that ends in .json",
+        ),
+        (
+            ["run", "mnist"],
+            "mnist is a task, and a recipe is wanted: recipes with it are onboarding, table1/mnist_ls,",
+        ),
+        (
+            ["run", "digits", "--method", "floral", "--privacy.epsilon=50"],
+            "privacy.level = 'none' protects nobody",
+        ),
+        (["run", "digits", "--method", "floral", "--out", "/proc/x/y"], "nothing can be written in /proc"),
+        (["methods", "florla"], r"did you mean 'floral'\?"),
+        (
+            ["deploy", "init", "trial", "digits", "--method", "floral", "--faults.drop_out=0.3"],
+            "faults. is for the simulator",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_said_before_anything_is_written(args, says):
     assert re.search(says, error(*args))
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["settings"], *(["methods", own] for own in METHODS), *(["tasks", own] for own in TASKS)],
+    ids=" ".join,
+)
+def test_every_setting_is_listed_with_its_default(command):
+    found = umbel(*command).stdout
+    assert re.search(r"setting +default +what it is", found)
+    for cls in {"settings": [Schedule, Engine, LocalTraining]}.get(command[0]) or [(METHODS | TASKS)[command[1]]]:
+        settings = list(settings_of(cls))
+        assert {setting.name.partition(".")[0] for setting in settings} == {own.name for own in fields(cls)}
+        assert all(re.search(rf"^{re.escape(setting.name)} +", found, re.MULTILINE) for setting in settings)
+
+
+def test_what_a_setting_is_comes_from_where_it_is_written():
+    found = {setting.name: setting for setting in settings_of(METHODS["floral"])}
+    assert found["guard"] == (
+        "guard",
+        "0.01",
+        "τ, the share of examples below which an adapter moves less; 0: no guard",
+    )
+    assert found["router.kind"].said == '"em", "gradient", "oracle"'
+    assert found["adapter.rank"].said.startswith(
+        "a rank (≥ 1) for every layer, or with ρ in (0, 1) a relative budget"
+    )
+    assert {s.name: s.default for s in settings_of(METHODS["pfedme"])}["local.lr"] == "0.005"
 
 
 def test_an_existing_folder_is_refused_and_untouched():

@@ -176,7 +176,7 @@ def test_an_unfinished_run_is_said_to_be_one(runs, tmp_path):
 def test_an_oracle_is_a_bound_and_never_the_best(runs, tmp_path):
     oracle = trained(tmp_path / "oracle", "floral-oracle")
     text = page(grouped(find_runs([runs, oracle])))
-    row = re.search(r"floral-oracle <small>bound</small>.*?</tr>", text).group()
+    row = re.search(r"floral-oracle <small>reference</small>.*?</tr>", text).group()
     assert "class=best" not in row
     assert "class=best" in text
 

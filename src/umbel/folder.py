@@ -246,16 +246,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def check_free(path: Path) -> None:
     """Raises RunFolderError if something is at `path`."""
     if path.exists():
-        raise RunFolderError(
-            f"{path} exists and is left as it is; go on with it by `umbel resume {path}`, or name another "
-            f"folder with --out"
-        )
+        begun = any((path / name).is_file() for name in ("run.json", "compare.toml"))
+        how = f"go on with it by `umbel resume {path}`, or name" if begun else "name"
+        raise RunFolderError(f"{path} exists and is left as it is; {how} another folder with --out")
 
 
 def check_space(path: Path, num_bytes: int) -> None:
     """Raises RunFolderError if the disk that `path` will be on has less room than this."""
     above = next(parent for parent in path.absolute().parents if parent.exists())
-    free = shutil.disk_usage(above).free
+    disk = shutil.disk_usage(above)
+    if not os.access(above, os.W_OK) or not disk.total:
+        raise RunFolderError(f"{path}: nothing can be written in {above}; name another folder with --out")
+    free = disk.free
     if free < num_bytes + 1_000_000:
         raise RunFolderError(
             f"{path}: the run's checkpoints need {num_bytes / 1e6:,.0f} MB, but the disk has {free / 1e6:,.0f} MB "

@@ -178,7 +178,7 @@ def _summary(groups: Sequence[Group]) -> str:
         )
         if lost:
             cells += f"<td>{sum(dropped(run.history) for run in group.runs)}</td>"
-        bound = " <small>bound</small>" if group.oracle else ""
+        bound = " <small>reference</small>" if group.oracle else ""
         name = f"<th scope=row>{_swatch(place, group)}{escape(group.label)}{bound}</th>"
         rows.append(f"<tr>{name}<td>{len(group.runs)}</td>{cells}</tr>")
     return _table("summary", ["method", "runs", *titles, *(["dropped"] if lost else [])], rows)

@@ -25,6 +25,7 @@ from umbel.cli.options import (
     of_method,
 )
 from umbel.cli.said import listing, told
+from umbel.cli.settings import print_settings, show_settings
 from umbel.cli.show import show_run
 from umbel.errors import RecipeError
 
@@ -66,32 +67,66 @@ def umbel(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @app.command()
-def tasks() -> None:
-    """List the tasks, and the recipes that come with umbel.
+def tasks(
+    name: Annotated[str | None, typer.Argument(metavar="[TASK]", help="Whose settings to list.")] = None,
+) -> None:
+    """List the tasks and the recipes, or one task's settings.
 
     Example: umbel tasks
+
+    Example: umbel tasks digits
     """
     with told():
         from umbel.recipe import labels, load, shipped
         from umbel.tasks import TASKS
 
+        if name is not None:
+            show_settings(name, TASKS, f'[task] name = "{name}" in a recipe, --task.SETTING=… of a command:')
+            return
         listing("Tasks (task.name in a recipe)", {name: _first_line(cls) for name, cls in TASKS.items()})
         found = {name: ", ".join(labels(load(path))) for name, path in shipped().items()}
         listing("Recipes (umbel run NAME --method LABEL, umbel compare NAME) and their methods", found)
 
 
 @app.command()
-def methods() -> None:
-    """List the methods.
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[METHOD]", help="Whose settings to list.")] = None,
+) -> None:
+    """List the methods, or one method's settings.
 
     Example: umbel methods
+
+    Example: umbel methods floral
     """
     with told():
         from umbel.methods import METHODS
 
+        if name is not None:
+            show_settings(name, METHODS, f"[method.{name}] in a recipe, --method.{name}.SETTING=… of a command:")
+            return
         listing(
             "Methods (method.LABEL.name in a recipe)", {name: _first_line(cls) for name, cls in METHODS.items()}
         )
+
+
+@app.command()
+def settings() -> None:
+    """List the settings that every run has.
+
+    Those of a task are told by umbel tasks TASK, those of a method by umbel methods METHOD.
+
+    Example: umbel settings
+    """
+    with told():
+        from umbel.cohort import Engine
+        from umbel.schedule import Schedule
+        from umbel.train import LocalTraining
+
+        print_settings("Of a run: --SETTING=…", Schedule)
+        print_settings(
+            "Of local training, for all methods that say nothing else: --local.SETTING=…", LocalTraining
+        )
+        print_settings("Of how the work is laid out, which changes no result: --engine.SETTING=…", Engine)
 
 
 @app.command(cls=Overridable)

@@ -44,11 +44,13 @@ def init(
     """
     with told():
         from umbel.flower import trial
+        from umbel.flower.lead import refuse_simulated
         from umbel.recipe import find, load, read
 
         path = find(recipe)
         label = chosen_label(method, load(path))
         what = read(load(path, of_method(ctx.args, load(path), label)), label)
+        refuse_simulated(what.schedule)
         trial.init(folder, what, nodes, host, port)
         print(f"next:   umbel deploy up {folder}      (or see {folder / 'README.md'})")
 

@@ -46,7 +46,8 @@ Workers = Annotated[
         min=0,
         metavar="N",
         show_default=False,
-        help="Runs at the same time, each on one thread; by default one a core.",
+        help="Runs at the same time, each on one thread; by default one a core. For one run's clients there is "
+        "--engine.workers.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
@@ -86,7 +87,10 @@ def with_json_place(args: Sequence[str]) -> list[str]:
     while rest:
         arg = rest.pop(0)
         if arg == "--json":
-            arg = f"--json={rest.pop(0) if rest and rest[0].endswith('.json') else STDOUT}"
+            after = Path(rest[0]) if rest and not rest[0].startswith("-") else Path()
+            if after.suffix not in ("", ".json", ".toml") and not after.exists():
+                fail(f"--json {after}: a file's name that ends in .json is wanted, or none, to print it")
+            arg = f"--json={rest.pop(0) if after.suffix == '.json' else STDOUT}"
         placed.append(arg)
     return placed
 
@@ -184,8 +188,14 @@ def _check_name(name: str, known: set[str], tables: Sequence[str]) -> None:
     plain = {field.name for field in fields(Schedule)} - set(tables)
     if (first in tables and rest) or (first in plain and not rest):
         return
+    if f"--{first}s" in known and not rest:
+        fail(f"there is no option {name} here; --{first}s takes one or several: --{first}s=A,B")
     if first in tables:
         fail(f"{name} is a table of settings; give one of them: {name}.SETTING=…")
+    if rest:
+        near = get_close_matches(first, tables, n=1)
+        own = near[0] if near else f"method.LABEL.{first}" if "--methods" in known else f"method.{first}"
+        fail(f"there is no option {name}; did you mean --{'.'.join([own, *rest])}?")
     options = sorted(known | {f"--{key}" for key in plain} | {f"--{key}.…" for key in tables})
     near = get_close_matches(name, options, n=1)
     meant = (

@@ -268,7 +268,7 @@ def _notes(groups: Sequence["Group"]) -> str:
             f"Tested on training examples (validation = {', '.join(f'{own:g}' for own in sorted(shares))})."
         )
     if any(group.oracle for group in groups):
-        notes.append("Oracles know the clients' true groups: bounds, not contestants.")
+        notes.append("Oracles know the clients' true groups: references, not contestants.")
     return "\n".join(notes)
 
 
