@@ -192,7 +192,7 @@ def test_a_method_keeps_the_settings_that_it_takes_over_from_another():
         ),
         (
             ["run", "digits", "--method", "floral", "--privacy.epsilon=50"],
-            "privacy.level = 'none' protects nobody",
+            "privacy: epsilon = 50.0, but level = 'none' protects nobody",
         ),
         (["run", "digits", "--method", "floral", "--out", "/proc/x/y"], "nothing can be written in /proc"),
         (["methods", "florla"], r"did you mean 'floral'\?"),

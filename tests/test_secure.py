@@ -281,5 +281,5 @@ def test_settings_that_make_no_sense_are_refused(wrong):
 
 
 def test_masks_that_are_spoken_of_and_not_asked_for_are_told():
-    with pytest.raises(RecipeError, match=r"secure.neighbours is set, but secure.aggregation = 'plain'"):
+    with pytest.raises(RecipeError, match="secure: neighbours is set, but aggregation = 'plain'"):
         Secure(neighbours=4)

@@ -49,7 +49,7 @@ class Privacy:
         for name in ("epsilon", "noise_multiplier"):
             if self.level == "none" and getattr(self, name):
                 raise RecipeError(
-                    f"privacy.{name} = {getattr(self, name)}, but privacy.level = 'none' protects nobody; add "
+                    f"privacy: {name} = {getattr(self, name)}, but level = 'none' protects nobody; add "
                     "privacy.level = 'client' or 'example'"
                 )
         if self.level != "none" and not self.epsilon and not self.noise_multiplier:

@@ -40,6 +40,6 @@ class Secure:
         said = [name for name, default in defaults.items() if getattr(self, name) != default]
         if self.aggregation == "plain" and said:
             raise RecipeError(
-                f"secure.{said[0]} is set, but secure.aggregation = 'plain' masks nothing; add "
+                f"secure: {said[0]} is set, but aggregation = 'plain' masks nothing; add "
                 "secure.aggregation = 'masks'"
             )
