@@ -253,6 +253,12 @@ def test_ranks_beside_a_plan_of_pefts_are_refused_by_name():
         FlexLoRA((1, 2), umbel.AdapterPlan(peft={"r": 2}))
 
 
+@pytest.mark.parametrize("setting", [{"warmup": 0.1}, {"decay": "cosine"}, {"precision": "bfloat16"}])
+def test_what_fine_tuning_does_not_have_is_refused(setting):
+    with pytest.raises(RecipeError, match=f"finetune.{next(iter(setting))}"):
+        FedAvgFinetune(finetune=umbel.LocalTraining(**setting))
+
+
 def test_batches_of_one_example_are_told_of_fine_tuning_too():
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     method = FedAvgFinetune(umbel.LocalTraining(batch_size=4), finetune=umbel.LocalTraining(batch_size=5))

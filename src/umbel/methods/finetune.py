@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from umbel import tree
 from umbel.clients import ClientData
+from umbel.errors import RecipeError
 from umbel.methods.fedavg import FedAvg, Message
 from umbel.methods.protocol import Refusals
 from umbel.methods.settling import choose, stacked
@@ -34,6 +35,14 @@ class Served:
 class FedAvgFinetune(FedAvg):
     finetune: LocalTraining = field(default_factory=lambda: LocalTraining(epochs=5))  # E and how
     refuses: ClassVar[Refusals] = {"steps": ""}
+
+    def __post_init__(self) -> None:
+        plain = LocalTraining()
+        for name in ("warmup", "decay", "precision"):
+            if getattr(self.finetune, name) != getattr(plain, name):
+                raise RecipeError(
+                    f"finetune.{name}: fine-tuning comes after the rounds, at one rate; leave it out"
+                )
 
     def settle(self, loss: Loss, message: Message, private: Any, data: ClientData) -> Served:
         """The received model, fine-tuned."""
