@@ -160,7 +160,8 @@ def _rates(local: LocalTraining, data: ClientData) -> Callable[[int], float | Te
 
     A client's round is over when its own last step is, whoever is stacked with it.
     """
-    lengths, which = np.unique(data.own_steps(local.batch_size, local.epochs, local.steps), return_inverse=True)
+    own_steps = data.own_steps(local.batch_size, local.epochs, local.steps).clip(min=1)
+    lengths, which = np.unique(own_steps, return_inverse=True)
 
     def at(step: int) -> float | Tensor:
         if not data.num_rounds:
@@ -267,9 +268,8 @@ class _Optimizer:
         leaves, rates = [self.leaves[i] for i in chosen], [self.rates[i] for i in chosen]
         first, second = ([self.moments[f"{part}/{name}"] for name in self.names] for part in ("m", "v"))
         grads = [grad.contiguous() for grad in grads]  # the fused step reads memory as if it were
-        if (
-            active is None and isinstance(share, float) and bool((count == count[0]).all())
-        ):  # PyTorch's own, in one pass over memory
+        # PyTorch's own, in one pass over memory, where all clients are at the same step and rate.
+        if active is None and isinstance(share, float) and bool((count == count[0]).all()):
             for rate in set(rates):
                 same = [k for k, other in enumerate(rates) if other == rate]
                 chosen_leaves, chosen_grads, m, v = (

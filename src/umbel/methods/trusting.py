@@ -222,9 +222,8 @@ def _nearest(bank: Bank, adapters: Params, weights: Tensor) -> Params:
     """
     found: Params = {}
     for part in bank.low_rank:
-        kind = torch.promote_types(
-            adapters[part.a_name].dtype, torch.float32
-        )  # nothing of half precision is decomposed
+        # Nothing of half precision can be decomposed.
+        kind = torch.promote_types(adapters[part.a_name].dtype, torch.float32)
         a, b = adapters[part.a_name][:, 0].to(kind), adapters[part.b_name][:, 0].to(kind).movedim(2, 1)
         q_a, r_a = torch.linalg.qr(a.flatten(2).flatten(0, 1).T)  # (in, R), (R, N·r)
         q_b, r_b = torch.linalg.qr(b.flatten(2).flatten(0, 1).T)

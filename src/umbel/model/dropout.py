@@ -16,7 +16,7 @@ from umbel.seeds import hashed
 
 KEY = "dropout_key"  # the buffer that carries the client's key into the forward pass
 ROWS = (
-    "dropout_rows"  # the buffer that carries which of the client's examples are in it, where they are not in order
+    "dropout_rows"  # the buffer with the numbers of the client's examples, where they are not all or not in order
 )
 
 
