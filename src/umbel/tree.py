@@ -18,6 +18,12 @@ Params = dict[str, Tensor]
 HALF = (torch.bfloat16, torch.float16)
 """Types with too few digits for sums, and for what small steps train."""
 
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type itself, or float32 if that has more digits: in which sums are kept, and what is trained."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 _STATES: set[type] = set()
 
 

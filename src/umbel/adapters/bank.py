@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from umbel.errors import RecipeError
 from umbel.model.stacked import GATE
-from umbel.tree import Params
+from umbel.tree import Params, wide
 
 Kind = Literal["linear", "conv", "embedding", "norm", "bias"]
 
@@ -180,7 +180,7 @@ class Bank:
         Numbers of half precision, or packed ones, cannot be trained by small steps.
         """
         kinds = [leaf.dtype for leaf in module.parameters() if leaf.is_floating_point()]
-        return torch.promote_types(kinds[0] if kinds else torch.float32, torch.float32)
+        return wide(kinds[0] if kinds else torch.float32)
 
     def frozen_on(self, device: torch.device) -> Params:
         """The `frozen` tensors on this device, to which they are moved once."""

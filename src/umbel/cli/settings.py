@@ -36,7 +36,7 @@ def show_settings(name: str, registry: Mapping[str, type], title: str) -> None:
     print_settings(title, registry[name])
 
 
-def print_settings(title: str, cls: type, prefix: str = "") -> None:
+def print_settings(title: str, cls: type) -> None:
     """A table of the class's settings."""
     from rich.markup import escape
     from rich.table import Table
@@ -45,7 +45,7 @@ def print_settings(title: str, cls: type, prefix: str = "") -> None:
     table.add_column("setting", no_wrap=True)
     table.add_column("default", overflow="fold", max_width=40)
     table.add_column("what it is")
-    for setting in settings_of(cls, prefix):
+    for setting in settings_of(cls):
         table.add_row(*(escape(part) for part in setting))
     print_table(title, table)
     print()

@@ -69,9 +69,7 @@ class FedDPA:
     published_gate: bool = False  # weights (α, 1 − α), as the published code has them
     local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
-    freeze_base: bool = (
-        True  # nothing but adapters is trained; with adapter.peft that and the head, whatever it says
-    )
+    freeze_base: bool = True  # nothing but adapters is trained; adapter.peft trains the head too, whatever it says
     personal: tuple[str, ...] = ()  # patterns of trained tensors that stay with the client: "*classifier.*"
     refuses: ClassVar[Refusals] = {}
 

@@ -394,7 +394,7 @@ def mean_of(weight: Tensor, slots: Adapter) -> Adapter:
     """(C, …) Σ_k w_kc x_k / Σ_k w_kc with weights (K, C); 0 where they are all 0."""
 
     def mean(leaf: Tensor) -> Tensor:
-        wide = leaf.to(torch.promote_types(leaf.dtype, torch.float32))  # half precision has too few digits for n
+        wide = leaf.to(tree.wide(leaf.dtype))  # half precision has too few digits for n
         return mixing.mean({"": torch.tensordot(weight.T.to(wide.dtype), wide, 1)}, weight.sum(0))[""].to(
             leaf.dtype
         )

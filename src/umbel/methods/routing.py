@@ -42,7 +42,7 @@ from umbel.methods.protocol import Population
 from umbel.mixing import UNUSED_SHARE
 from umbel.model.loss import FORWARD_EXAMPLES, Loss
 from umbel.ranges import check_ranges
-from umbel.tree import Params, broadcast, state
+from umbel.tree import Params, broadcast, state, wide
 
 S = TypeVar("S")
 
@@ -279,7 +279,7 @@ def losses_of(
     """
     num_clients, num_candidates = len(data.clients), next(iter(candidates.values())).shape[0]
     some = next(iter(candidates.values()))
-    kind = torch.promote_types(some.dtype, torch.float32)  # half precision counts to 256 and no further
+    kind = wide(some.dtype)  # half precision counts to 256 and no further
     sums = some.new_zeros(num_clients * num_labels, num_candidates, dtype=kind)
     counts = some.new_zeros(num_clients * num_labels, dtype=kind)
     first = torch.arange(num_clients, device=some.device).unsqueeze(1) * num_labels

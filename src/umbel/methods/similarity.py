@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from umbel import tree
 from umbel.adapters import Bank
 from umbel.clients import ClientData
 from umbel.errors import RecipeError
@@ -139,13 +140,8 @@ def public_of(module: nn.Module, population: Population, published: bool, top: i
 
 def no_answers(public: Public, dtype: torch.dtype, num_clients: int) -> Params:
     """(clients, M, k) zeros in the form of `predicted`."""
-    like = kept(torch.zeros(1, 1, public.num_labels, dtype=_kind_of(dtype)), public.top)
+    like = kept(torch.zeros(1, 1, public.num_labels, dtype=tree.wide(dtype)), public.top)
     return {n: leaf.new_zeros(num_clients, public.num_places, leaf.shape[2]) for n, leaf in like.items()}
-
-
-def _kind_of(dtype: torch.dtype) -> torch.dtype:
-    """In which answers of this type are compared: half precision has too few digits to tell two apart."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def predicted(loss: Loss, models: Params, public: Public) -> Params:
@@ -156,7 +152,7 @@ def predicted(loss: Loss, models: Params, public: Public) -> Params:
     with torch.no_grad():
         for x in public.x.to(next(iter(models.values())).device).split(size):
             answers = loss.outputs(models, x.unsqueeze(0).expand(num_models, *x.shape))
-            answers = answers.to(_kind_of(answers.dtype))
+            answers = answers.to(tree.wide(answers.dtype))  # half precision tells no two apart
             if public.logits:
                 answers = answers.flatten(2, -2)[:, :, -1] if answers.dim() > 3 else answers
             else:

@@ -20,7 +20,7 @@ from umbel.methods import lora
 from umbel.methods.protocol import Population
 from umbel.seeds import generator
 from umbel.train import Groups
-from umbel.tree import Params
+from umbel.tree import Params, wide
 
 Mix = Literal["factors", "A", "B", "product"]
 Topology = Literal["full", "ring", "star"] | tuple[tuple[int, int], ...]
@@ -199,8 +199,8 @@ def combined(bank: Bank, held: Groups, weights: Tensor, own: Tensor, how: Mix) -
     """
 
     def mean(leaf: Tensor) -> Tensor:
-        wide = leaf.to(torch.promote_types(leaf.dtype, torch.float32))
-        mixed: Tensor = torch.tensordot(weights.to(wide.dtype), wide, 1).to(leaf.dtype)
+        kind = wide(leaf.dtype)
+        mixed: Tensor = torch.tensordot(weights.to(kind), leaf.to(kind), 1).to(leaf.dtype)
         return mixed
 
     mixed = {part: {name: mean(leaf) for name, leaf in tensors.items()} for part, tensors in held.items()}
@@ -223,7 +223,7 @@ def _nearest(bank: Bank, adapters: Params, weights: Tensor) -> Params:
     found: Params = {}
     for part in bank.low_rank:
         # Nothing of half precision can be decomposed.
-        kind = torch.promote_types(adapters[part.a_name].dtype, torch.float32)
+        kind = wide(adapters[part.a_name].dtype)
         a, b = adapters[part.a_name][:, 0].to(kind), adapters[part.b_name][:, 0].to(kind).movedim(2, 1)
         q_a, r_a = torch.linalg.qr(a.flatten(2).flatten(0, 1).T)  # (in, R), (R, N·r)
         q_b, r_b = torch.linalg.qr(b.flatten(2).flatten(0, 1).T)

@@ -16,7 +16,7 @@ from umbel.clients import Batch, ClientData
 from umbel.errors import DataError, ModelError
 from umbel.model.dropout import KEY, ROWS, dropout_buffers
 from umbel.model.stacked import rows_of, takes_client_axis
-from umbel.tree import HALF, Params, is_broadcast
+from umbel.tree import HALF, Params, is_broadcast, wide
 
 LossName = Literal["cross_entropy", "mse"]
 Precision = Literal["float32", "bfloat16"]
@@ -208,9 +208,7 @@ def trained_params(module: nn.Module, needed: bool = True) -> Params:
         ModelError: there is none, though it is `needed`.
     """
     trained = {name: leaf.detach() for name, leaf in module.named_parameters() if leaf.requires_grad}
-    found = {
-        name: leaf.to(torch.promote_types(leaf.dtype, torch.float32), copy=True) for name, leaf in trained.items()
-    }
+    found = {name: leaf.to(wide(leaf.dtype), copy=True) for name, leaf in trained.items()}
     if needed and not found:
         raise ModelError(
             f"every parameter of {type(module).__name__} has requires_grad=False: there is nothing to train; "
