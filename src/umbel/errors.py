@@ -1,5 +1,8 @@
 """What can go wrong, said so that the reader knows what to do."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class UmbelError(Exception):
     """Anything that the user can put right; the message names the key, the file or the client."""
@@ -39,3 +42,10 @@ class NotFiniteError(WireError):
 
 class DeployError(UmbelError):
     """A deployment that cannot start or go on: certificates, keys, nodes, processes."""
+
+
+def meant(name: str, known: Iterable[str], shown: Iterable[str] = ()) -> str:
+    """Which known name one that is not known is near to, or all of them (those `shown`): the end of a sentence."""
+    names = sorted(set(known))
+    near = get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(shown or names)}"

@@ -20,7 +20,6 @@ A recipe file describes one task and any number of ways to train on it:
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
-from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -28,7 +27,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import msgspec
 
 from umbel.cohort import Engine
-from umbel.errors import RecipeError
+from umbel.errors import RecipeError, meant
 from umbel.methods import METHODS, Method
 from umbel.schedule import ARRANGED, Schedule
 from umbel.tasks import TASKS, TaskRecipe
@@ -86,7 +85,7 @@ def find(name: str) -> Path:
         which = f"recipes with it are {', '.join(there)}" if there else "no recipe that comes with umbel has it"
         raise RecipeError(f"{name} is a task, and a recipe is wanted: {which}; or write one (docs/methods.md)")
     if name not in known:
-        raise RecipeError(f"there is no recipe {name!r}{_nearest(name, known)}; umbel tasks lists them")
+        raise RecipeError(f"there is no recipe {name!r}; {meant(name, known)}")
     return known[name]
 
 
@@ -168,7 +167,7 @@ def published(table: Table) -> dict[str, tuple[float, float | None]]:
     found: dict[str, tuple[float, float | None]] = {}
     for label, value in table.get("paper", {}).items():
         if label not in labels(table):
-            raise RecipeError(f"paper.{label}: there is no such method here{_nearest(label, labels(table))}")
+            raise RecipeError(f"paper.{label}: there is no such method here; {meant(label, labels(table))}")
         figures = value if isinstance(value, list) else [value]
         if len(figures) not in (1, 2) or not all(type(figure) in (int, float) for figure in figures):
             raise RecipeError(f"paper.{label}: [mean, standard deviation] or a number is wanted (it is {value!r})")
@@ -266,7 +265,7 @@ def _method_table(table: Table, label: str) -> Table:
     """The method's own settings over those it is `like`, over [local]."""
     methods = table.get("method", {})
     if label not in methods and label not in METHODS:
-        raise RecipeError(f"there is no method {label!r}{_nearest(label, [*methods, *METHODS])}")
+        raise RecipeError(f"there is no method {label!r}; {meant(label, [*methods, *METHODS])}")
     if strange := [name for name, own in methods.items() if not isinstance(own, dict)]:
         raise RecipeError(f"method.{strange[0]}: a table is wanted, got {methods[strange[0]]!r}")
     own = dict(methods.get(label, {}))
@@ -280,7 +279,7 @@ def _method_table(table: Table, label: str) -> Table:
             raise RecipeError(f"method.{label}.like: {' → '.join([*chain, str(above)])} goes round in a circle")
         if not isinstance(like, str) or like == label or (like not in methods and like not in METHODS):
             raise RecipeError(
-                f"method.{label}.like: there is no other method {like!r}{_nearest(str(like), methods)}"
+                f"method.{label}.like: there is no other method {like!r}; {meant(str(like), methods)}"
             )
         return _merged({"name": like} | _method_table(table, like), own)
     return _merged({"local": table.get("local", {})}, own)
@@ -298,7 +297,7 @@ def _merged(below: Table, above: Table) -> Table:
 def _named(table: Table, registry: Mapping[str, type[T]], path: str, default: str | None) -> T:
     name = table.pop("name", default)
     if not isinstance(name, str) or name not in registry:
-        raise RecipeError(f"{path}.name: there is no {name!r}{_nearest(str(name), registry)}")
+        raise RecipeError(f"{path}.name: there is no {name!r}; {meant(str(name), registry)}")
     return build(registry[name], table, path)
 
 
@@ -306,13 +305,7 @@ def _no_strangers(table: Table, known: set[str], path: str) -> None:
     for key in table:
         if key not in known:
             where = f"{path}.{key}" if path else key
-            raise RecipeError(f"{where}: there is no such setting{_nearest(key, known)}")
-
-
-def _nearest(name: str, known: Any) -> str:
-    """What the reader may have meant, as the end of a sentence."""
-    near = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f" (there are: {', '.join(sorted(set(known)))})"
+            raise RecipeError(f"{where}: there is no such setting; {meant(key, known)}")
 
 
 def _leaves(table: Table, path: str) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,6 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from umbel.adapters.bank import Kind, LowRank
-from umbel.errors import ModelError, RecipeError
+from umbel.errors import ModelError, RecipeError, meant
 from umbel.model import stacked
 from umbel.model.copies import copied
 from umbel.tree import HALF
@@ -72,9 +71,9 @@ def config_of(table: Mapping[str, Any]) -> Any:
     known = [name for name in defaults if name not in ("peft_type", "auto_mapping")]
     for key, value in table.items():
         if key not in known:
-            near = get_close_matches(key, known, n=1)
-            meant = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_TAKEN[:-5])}"
-            raise RecipeError(f"adapter.peft.{key}: LoraConfig has no such setting; {meant}")
+            raise RecipeError(
+                f"adapter.peft.{key}: LoraConfig has no such setting; {meant(key, known, _TAKEN[:-5])}"
+            )
         default = defaults[key]
         nothing = (
             value is None or value == default or (value in ((), [], {}) and (default is MISSING or not default))

@@ -70,14 +70,19 @@ def _rank_last(part: LowRank) -> tuple[int, ...]:
     return (out, *kernel, rank)
 
 
-def _nearest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(…, rows, rank) and (…, rank, columns); ranks that a matrix of this size cannot have are zero."""
+def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U (…, rows, rank), S (…, rank), Vᵀ (…, rank, columns); ranks that no matrix of its size has are 0."""
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     if (more := rank - s.shape[-1]) > 0:
         u, s, v = F.pad(u, (0, more)), F.pad(s, (0, more)), F.pad(v, (0, 0, 0, more))
+    return u[..., :rank], s[..., :rank], v[..., :rank, :]
+
+
+def _nearest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(…, rows, rank) and (…, rank, columns)."""
+    u, s, v = truncated_svd(matrix, rank)
     noise = s[..., :1] * max(matrix.shape[-2:]) * torch.finfo(s.dtype).eps
-    root = torch.where(s > noise, s, 0.0).sqrt()[..., :rank]
-    u, v = u[..., :rank], v[..., :rank, :]
+    root = torch.where(s > noise, s, 0.0).sqrt()
     largest = u.abs().argmax(-2, keepdim=True)
     root_u = root * u.gather(-2, largest).squeeze(-2).sign()
     return u * root_u.unsqueeze(-2), v * root_u.unsqueeze(-1)

@@ -7,12 +7,11 @@ import re
 import tokenize
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from difflib import get_close_matches
 from textwrap import dedent
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from umbel.cli.said import print_table
-from umbel.errors import RecipeError
+from umbel.errors import RecipeError, meant
 
 
 class Setting(NamedTuple):
@@ -30,9 +29,7 @@ def show_settings(name: str, registry: Mapping[str, type], title: str) -> None:
         RecipeError: nothing is registered under that name.
     """
     if name not in registry:
-        near = get_close_matches(name, registry, n=1)
-        meant = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(registry)}"
-        raise RecipeError(f"there is no {name!r}; {meant}")
+        raise RecipeError(f"there is no {name!r}; {meant(name, registry)}")
     print_settings(title, registry[name])
 
 

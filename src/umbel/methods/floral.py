@@ -109,16 +109,12 @@ class FLoRAL:
     local: LocalTraining = field(default_factory=LocalTraining)
     adapter_lr: float = 1.0  # times local.lr
     init_std: float = -1.0  # of s B at the start, times √rank; −1: 0.3, or 0.1 with adapter.peft
-    init_ranks: int = (
-        0  # how many ranks of B begin with that deviation, as large together; the others are 0. 0: all
-    )
+    init_ranks: int = 0  # ranks of B that begin with that deviation, as large together; the others are 0. 0: all
     bias_start: float = 0.0  # extra biases begin at random, this wide; in the published code 1 (adapters/bank.py)
     precondition: bool = False
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     guard: float = 0.01  # τ, the share of examples below which an adapter moves less; 0: no guard
-    adapter_step: float = (
-        1.0  # how far the server takes adapters towards their mean; in the published code local.lr
-    )
+    adapter_step: float = 1.0  # how far the server takes adapters towards their mean; published code: local.lr
     least_prob: float = 0.0  # what each adapter counts in a model at least; in the published code 0.01
     batch_stats: Literal["private", "federated"] = "private"
     freeze_base: bool = False  # the base stays as it is and does not travel: only the adapters do

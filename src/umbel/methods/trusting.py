@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from umbel.adapters import Bank
+from umbel.adapters.products import truncated_svd
 from umbel.clients import ClientData
 from umbel.errors import RecipeError
 from umbel.methods import lora
@@ -228,14 +229,12 @@ def _nearest(bank: Bank, adapters: Params, weights: Tensor) -> Params:
         q_a, r_a = torch.linalg.qr(a.flatten(2).flatten(0, 1).T)  # (in, R), (R, N·r)
         q_b, r_b = torch.linalg.qr(b.flatten(2).flatten(0, 1).T)
         each = weights.to(a.dtype).repeat_interleave(part.rank, 1).unsqueeze(1)  # (K, 1, N·r)
-        u, s, v = torch.linalg.svd((r_b * each) @ r_a.T, full_matrices=False)
-        if (more := part.rank - s.shape[1]) > 0:
-            u, s, v = F.pad(u, (0, more)), F.pad(s, (0, more)), F.pad(v, (0, 0, 0, more))
+        u, s, v = truncated_svd((r_b * each) @ r_a.T, part.rank)
         noise = s[:, :1] * max(q_a.shape[0], q_b.shape[0]) * torch.finfo(s.dtype).eps
-        root = torch.where(s > noise, s, 0.0).sqrt()[:, : part.rank].unsqueeze(1)
-        of_b = q_b @ u[..., : part.rank]
+        root = torch.where(s > noise, s, 0.0).sqrt().unsqueeze(1)
+        of_b = q_b @ u
         sign = of_b.gather(1, of_b.abs().argmax(1, keepdim=True)).sign()
-        of_a = (q_a @ v.mT[..., : part.rank] * root * sign).mT
+        of_a = (q_a @ v.mT * root * sign).mT
         size = len(weights)
         found[part.a_name] = of_a.reshape(size, 1, *a.shape[1:])
         found[part.b_name] = (of_b * root * sign).mT.reshape(size, *b.shape[1:]).movedim(1, 2).unsqueeze(1)
