@@ -243,6 +243,31 @@ def test_the_card_says_how_a_head_on_mean_states_is_used(tmp_path):
     assert "last_hidden_state" not in (tmp_path / "plain" / "README.md").read_text()
 
 
+def test_the_card_says_how_a_head_on_pairs_is_used(tmp_path):
+    made, kind = model_of("bert")
+    apart = of_transformers(made, kind, pooling="pairs")
+    apart.separate(9)
+    draw = torch.Generator().manual_seed(0)
+    one, two = (torch.randint(1, 9, (8, 3), generator=draw) for _ in range(2))
+    one[:, 2] = two[:, 2] = 9
+    x = torch.cat([one, two], 1)
+    result = run(
+        task_of(apart, [(x, torch.arange(8) % 3)] * 2),
+        floral({"target_modules": ["query", "dense"]}),
+        rounds=2,
+        engine=Engine("looped"),
+    )
+    list(export(result, [tmp_path / "own"], [1]))
+    card = (tmp_path / "own" / "README.md").read_text()
+    code = [line[4:] for line in card.splitlines() if line.startswith("    ")]
+    told = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in (one, two)]
+    known = {"base_model": model_of("bert")[0].eval(), "folder": tmp_path / "own"}
+    known |= dict(zip(("first", "second"), told, strict=True))
+    exec("\n".join(code), known)
+    with torch.no_grad():
+        assert_close(known["logits"], result.personal_model(1)(x), rtol=1e-5, atol=1e-5)
+
+
 def test_scalings_are_exactly_the_layers(tmp_path):
     name, peft = CASES["llama, patterns"]
     for rslora in (False, True):

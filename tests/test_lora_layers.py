@@ -47,12 +47,6 @@ MODELS = {
         "BertConfig",
         ATTENTION | {"vocab_size": WORDS, "max_position_embeddings": 16, "num_labels": 3, "pad_token_id": 0},
     ),
-    "bert_mean": (
-        "text",
-        "BertForSequenceClassification",
-        "BertConfig",
-        ATTENTION | {"vocab_size": WORDS, "max_position_embeddings": 16, "num_labels": 3, "pad_token_id": 0},
-    ),
     "gpt2_labels": (
         "text",
         "GPT2ForSequenceClassification",
@@ -78,6 +72,7 @@ MODELS = {
         CONV | {"num_stages": 2, "image_size": 16, "num_labels": 3, "layer_scale_init_value": 1.0},
     ),
 }
+MODELS |= {"bert_mean": MODELS["bert"], "bert_pairs": MODELS["bert"]}
 LORA = {"r": 4, "lora_alpha": 6}
 CASES = {
     "gpt2, all": ("gpt2", {"target_modules": "all-linear", "use_rslora": True}),
@@ -101,6 +96,10 @@ CASES = {
     "bert, all but by regex": ("bert", {"target_modules": "all-linear", "exclude_modules": ".*(dense|key)"}),
     "bert, words": ("bert", {"target_modules": ["word_embeddings", "query"]}),
     "bert, mean of states": ("bert_mean", {"target_modules": ["query", "dense"]}),
+    "bert, pairs": (
+        "bert_pairs",
+        {"target_modules": ["word_embeddings", "position_embeddings", "query", "dense"]},
+    ),
     "gpt2 with labels": ("gpt2_labels", {"target_modules": "all-linear", "rank_pattern": {"attn.c_proj": 1}}),
     "vit, all": ("vit", {"target_modules": "all-linear"}),
     "vit, patches": ("vit", {"target_modules": ["projection"], "use_rslora": True}),
@@ -117,8 +116,13 @@ def pretrained(name, dtype=torch.float32):
         for leaf in made.parameters():
             if leaf.dim() > 1:
                 leaf.data.mul_(6)
-    pooling = "mean" if name.endswith("_mean") else "own"
-    return of_transformers(made.to(dtype), kind, pooling=pooling).to(dtype)
+    pooling = name.removeprefix("bert_") if name.startswith("bert_") else "own"
+    module = of_transformers(made.to(dtype), kind, pooling=pooling).to(dtype)
+    if pooling == "pairs":
+        module.separate(4)
+        with torch.no_grad():  # what is said of the second text counts nothing at the start
+            module.model.classifier.weight.normal_(generator=torch.Generator().manual_seed(3))
+    return module
 
 
 def inputs(module, *leading, dtype=torch.float32):

@@ -460,6 +460,60 @@ def test_a_head_on_mean_states_sees_each_texts_own_tokens(bert, tmp_path):
         assert base(torch.zeros(1, 3, dtype=torch.long)).isfinite().all()
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_texts_of_pairs_are_read_as_if_each_stood_alone(bert, tmp_path, implementation):
+    base = small_bert("pairs", attn_implementation=implementation)
+    tokenizer = Tokenizer(str(tmp_path))
+    base.separate(tokenizer.separator)
+    first, second = ["a cat sat", "dog", "a", "a cat sat a dog"], ["a dog", "cat sat dog cat", "", "sat sat sat"]
+    x = tokenizer.apart(first, second, 14, base.pad_id)
+    assert bert.convert_ids_to_tokens(x[0].tolist()) == (
+        ["[CLS]", "a", "cat", "sat", "[SEP]", "[CLS]", "a", "dog", "[SEP]"] + 5 * ["[PAD]"]
+    )
+
+    def mean(text):
+        ids = bert(text, return_tensors="pt")["input_ids"]
+        return base.model.bert(input_ids=ids).last_hidden_state.mean(1)[0]
+
+    with torch.no_grad():
+        for own in base.model.classifier.parameters():
+            torch.nn.init.normal_(own, generator=torch.Generator().manual_seed(1))
+        answers = base(x)
+        for row, one, two in zip(answers, first, second, strict=True):
+            u, v = mean(one), mean(two) if two else torch.zeros(8)
+            wanted = base.model.classifier(torch.cat([u, v, (u - v).abs(), u * v]))
+            torch.testing.assert_close(row, wanted, rtol=1e-5, atol=1e-5)
+        wider = torch.cat([x, torch.full((4, 3), base.pad_id)], 1)
+        torch.testing.assert_close(base(wider), answers, rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_on_pairs_begins_as_one_on_the_first_text(bert, tmp_path):
+    base, mean = small_bert("pairs"), small_bert("mean")
+    x = Tokenizer(str(tmp_path)).apart(["a cat sat", "dog"], [], 12, base.pad_id)
+    with torch.no_grad():
+        torch.testing.assert_close(base(x), mean(x))
+    assert base.model.classifier.weight.shape == (2, 32)
+    assert all(leaf.requires_grad for leaf in base.model.classifier.parameters())
+
+
+def test_of_pairs_read_apart_the_longer_text_is_cut(bert, tmp_path):
+    tokenizer = Tokenizer(str(tmp_path))
+    x = tokenizer.apart(
+        ["a cat sat a dog", "a", "a cat sat a dog"], ["a", "a cat sat a dog", "dog sat cat a a"], 8, 0
+    )
+    words = [" ".join(bert.convert_ids_to_tokens(row.tolist())) for row in x]
+    assert words == [
+        "[CLS] a cat sat [SEP] [CLS] a [SEP]",
+        "[CLS] a [SEP] [CLS] a cat sat [SEP]",
+        "[CLS] a cat [SEP] [CLS] dog sat [SEP]",
+    ]
+
+
+def test_texts_are_read_apart_only_where_something_ends_them(small):
+    with pytest.raises(ModelError, match=r"pooling = 'pairs' wants a tokenizer like BERT's.*'mean' or 'own'"):
+        GLUE(tasks=("rte",), length=24, num_holders=2, pooling="pairs").load(0)
+
+
 def test_a_head_that_is_more_than_a_layer_takes_no_mean():
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     roberta = RobertaForSequenceClassification(RobertaConfig(vocab_size=9, pad_token_id=1, **sizes))

@@ -31,18 +31,41 @@ from umbel.folder import save_tensors, write, write_json
 from umbel.methods import METHODS
 from umbel.methods.gate import Gated
 from umbel.model.dropout import KEY
+from umbel.model.pretrained import Pooling
 from umbel.recipe import name_of
 from umbel.runs import Result
 from umbel.tree import Params
 
 FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
 _TASK_TYPES = {"causal_lm": "CAUSAL_LM", "text": "SEQ_CLS"}  # of model/pretrained.py's kinds; images have none
+_LOADED = """\
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(base_model, folder)
+"""
+_WIDENED = """\
+    import torch
+    base_model.{head} = torch.nn.Linear(4 * base_model.{head}.in_features, base_model.{head}.out_features)
+"""
 _POOLED = """\
+
 Its head was trained on the mean of the tokens' last states, which the base does not pass to it by itself:
 
     inner, real = model.get_base_model(), attention_mask.unsqueeze(2)
     states = inner.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
     logits = inner.{head}((states * real).sum(1) / real.sum(1))
+"""
+_OF_PAIRS = """\
+
+Its head was trained on what the means u and v of two texts' last states say together, which the base does not pass
+to it by itself. Each text is read alone; where there is but one, v is 0:
+
+    def mean(input_ids, attention_mask):
+        states = model.get_base_model().base_model(input_ids=input_ids, attention_mask=attention_mask)
+        real = attention_mask.unsqueeze(2)
+        return (states.last_hidden_state * real).sum(1) / real.sum(1)
+
+    u, v = mean(**first), mean(**second)  # what the tokenizer makes of either
+    logits = model.get_base_model().{head}(torch.cat([u, v, (u - v).abs(), u * v], 1))
 """
 _CLASSIFIERS = ("classifier", "score")  # that PEFT looks for in a SEQ_CLS model
 
@@ -74,7 +97,8 @@ class _Base:
     paths: tuple[str, ...]  # of all modules that the base has without PEFT
     name: str | None  # never a place on this machine
     task_type: str | None
-    pooled_head: str  # the name of a head that sees the mean of states; empty for others
+    pooling: Pooling  # what the head of a text sees
+    head: str  # the name of one that sees means; empty for others
 
 
 @dataclass(frozen=True)
@@ -196,7 +220,9 @@ def _base(result: Result) -> _Base:
     paths += getattr(module, "dropped", ())  # which the base has where PEFT loads it
     name = _public_name(str(getattr(module, "base", "")))
     task_type = _TASK_TYPES.get(str(getattr(module, "kind", "")))
-    return _Base(prefix, inner, layers, paths, name, task_type, str(getattr(module, "head", "")))
+    pooling: Pooling = getattr(module, "pooling", "own")
+    head = str(getattr(module, "head", ""))
+    return _Base(prefix, inner, layers, paths, name, task_type, pooling, head)
 
 
 def _public_name(base: str) -> str | None:
@@ -402,11 +428,9 @@ def _card(name: str, result: Result, base: _Base, files: _Files, identity: str) 
         *(f"# {name} of a federated run", ""),
         *(f"A LoRA adapter of rank {config['r']}{more}.", ""),
         *("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""),
-        *("    from peft import PeftModel", "    model = PeftModel.from_pretrained(base_model, folder)", ""),
     ]
-    if base.pooled_head:
-        lines += _POOLED.format(head=base.pooled_head).splitlines()
-    return "\n".join(lines)
+    before, after = {"own": ("", ""), "mean": ("", _POOLED), "pairs": (_WIDENED, _OF_PAIRS)}[base.pooling]
+    return "\n".join(lines) + "\n" + (before + _LOADED + after).format(head=base.head)
 
 
 def _place(folder: Path, files: _Files, card: str, overwrite: bool) -> None:

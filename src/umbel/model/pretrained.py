@@ -14,7 +14,9 @@ what comes after the first separator is of the second.
 
 What a text's head sees is the base's own matter (BERT: the pooler, a layer on the first token), or with `pooling =
 "mean"` the mean of its tokens' last states: a base that was tuned to embed sentences (Reimers and Gurevych 2019,
-https://arxiv.org/abs/1908.10084) was tuned on that, and never used its pooler.
+https://arxiv.org/abs/1908.10084) was tuned on that, and never used its pooler. Nor was it tuned on two texts at
+once: with `pooling = "pairs"` those of a pair are read as if each stood alone, and of their means u and v the head
+sees (u, v, |u − v|, u ∘ v) (Conneau et al. 2017, https://arxiv.org/abs/1705.02364); of a text alone v is 0.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -26,7 +28,7 @@ from umbel.errors import ModelError
 
 PIECE_PRODUCTS = 5e8  # multiplications that a pass through the model has to save if it is one more, on a CPU
 Kind = Literal["causal_lm", "text", "image"]
-Pooling = Literal["own", "mean"]
+Pooling = Literal["own", "mean", "pairs"]
 
 
 class Piece(NamedTuple):
@@ -45,10 +47,11 @@ class Pretrained(nn.Module):
         kind: see the module.
         base: the folder or hub id it came from; empty for a model made in memory.
         pooling: what the head of a text sees, see the module.
-        head: the name of the head that sees the mean; empty for others.
+        head: the name of the head that sees means; empty for others.
         dropped: the names of modules of the base that were taken out, for nobody looks at what they say.
         num_products: multiplications for a token, about.
-        separator: the id that ends the first text of a pair, for a base with token_type_ids; −1 for others.
+        separator: the id that ends the first text of a pair, for a base with token_type_ids, and where the texts
+            of a pair are read apart; −1 for others.
     """
 
     rows_apart = True  # model/stacked.py
@@ -56,7 +59,7 @@ class Pretrained(nn.Module):
     def __init__(self, model: nn.Module, kind: Kind, base: str = "", pooling: Pooling = "own") -> None:
         super().__init__()
         self.model, self.kind, self.base, self.pooling = model, kind, base, pooling
-        self.head, self.dropped = _on_means(model) if pooling == "mean" else ("", ())
+        self.head, self.dropped = ("", ()) if pooling == "own" else _on_means(model, pooling)
         looked_up = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Embedding))
         self.num_products = sum(leaf.numel() for leaf in model.parameters() if leaf.dim() > 1) - looked_up
         self.train(model.training)
@@ -68,9 +71,18 @@ class Pretrained(nn.Module):
         self.separator = -1
 
     def separate(self, separator: int) -> None:
-        """From now on what follows this id is a second text, if the base has learned to tell texts apart."""
+        """From now on what follows this id is a second text, if that makes a difference.
+
+        Raises:
+            ModelError: texts are to be read apart, and there is no such id.
+        """
         config: Any = self.model.config
-        if getattr(config, "type_vocab_size", 0) > 1:
+        if self.pooling == "pairs" and separator < 0:
+            raise ModelError(
+                f"pooling = 'pairs' wants a tokenizer like BERT's, with a token that ends each text; that of "
+                f"{self.base or type(self.model).__name__} has none: take pooling = 'mean' or 'own'"
+            )
+        if self.pooling == "pairs" or getattr(config, "type_vocab_size", 0) > 1:
             self.separator = separator
 
     def shortened(self, x: Tensor) -> Tensor:
@@ -117,24 +129,49 @@ class Pretrained(nn.Module):
         return found
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "image":
-            answer = self.model(pixel_values=x)
-        elif self.kind == "causal_lm":
-            answer = self.model(input_ids=x, use_cache=False)
-        else:
-            real = (x != self.pad_id).long()
-            more = {}
-            if self.separator >= 0:
-                ends = (x == self.separator).long()
-                more["token_type_ids"] = (ends.cumsum(-1) > ends).long() * real
-            if self.pooling == "mean":
-                base: Any = self.model.base_model
-                states = base(input_ids=x, attention_mask=real, **more).last_hidden_state
-                pooled: Tensor = self.model.get_submodule(self.head)(mean_state(states, real))
-                return pooled
-            answer = self.model(input_ids=x, attention_mask=real, **more)
+        if self.kind == "text":
+            return self._of_texts(x)
+        answer = self.model(pixel_values=x) if self.kind == "image" else self.model(input_ids=x, use_cache=False)
         logits: Tensor = answer.logits
         return logits
+
+    def _of_texts(self, x: Tensor) -> Tensor:
+        real = (x != self.pad_id).long()
+        ends = (x == self.separator).long()
+        second = (ends.cumsum(-1) > ends).long() * real
+        told = {"attention_mask": real} | ({"token_type_ids": second} if self.separator >= 0 else {})
+        if self.pooling == "own":
+            logits: Tensor = self.model(input_ids=x, **told).logits
+            return logits
+        base: Any = self.model.base_model
+        if self.pooling == "mean":
+            means = mean_state(base(input_ids=x, **told).last_hidden_state, real)
+        else:
+            first = real - second
+            states = base(input_ids=x, **_apart(first, second, base.dtype)).last_hidden_state
+            means = of_pairs(mean_state(states, first), mean_state(states, second))
+        pooled: Tensor = self.model.get_submodule(self.head)(means)
+        return pooled
+
+
+def _apart(first: Tensor, second: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a base like BERT is told so that it reads the two texts of each row as if either stood alone.
+
+    Args:
+        first: (N, T) 1 at the tokens of the first text, which begins at 0, and 0 elsewhere.
+        second: (N, T) the same of the second, which follows it at once.
+        dtype: of the base.
+    """
+    places = torch.arange(first.shape[1], device=first.device)
+    which = first + 2 * second  # 0 is padding, which looks at padding and which nobody else looks at
+    away = (which.unsqueeze(1) != which.unsqueeze(2)).unsqueeze(1)  # (N, 1, T, T)
+    mask = torch.zeros(away.shape, dtype=dtype, device=first.device).masked_fill(away, torch.finfo(dtype).min)
+    return {"attention_mask": mask, "position_ids": places - second * first.sum(1, keepdim=True)}
+
+
+def of_pairs(first: Tensor, second: Tensor) -> Tensor:
+    """(N, 4 W) what two vectors (N, W) of each pair say together."""
+    return torch.cat([first, second, (first - second).abs(), first * second], 1)
 
 
 def mean_state(states: Tensor, real: Tensor) -> Tensor:
@@ -143,8 +180,10 @@ def mean_state(states: Tensor, real: Tensor) -> Tensor:
     return torch.einsum("nt,ntw->nw", weight, states)
 
 
-def _on_means(model: nn.Module) -> tuple[str, tuple[str, ...]]:
+def _on_means(model: nn.Module, pooling: Pooling) -> tuple[str, tuple[str, ...]]:
     """The name of the one layer that is not the base, and those of the base's pooler, which is taken out.
+
+    What a head sees of pairs besides their first texts counts nothing at the start.
 
     Raises:
         ModelError: there is another number of layers, or it is not linear.
@@ -154,9 +193,11 @@ def _on_means(model: nn.Module) -> tuple[str, tuple[str, ...]]:
     if len(heads) != 1 or not isinstance(heads[0][1], nn.Linear):
         found = ", ".join(f"{name} ({type(child).__name__})" for name, child in heads) or "none"
         raise ModelError(
-            f"pooling = 'mean' wants one linear layer as the head; {type(model).__name__} has {found}; "
+            f"pooling = '{pooling}' wants one linear layer as the head; {type(model).__name__} has {found}; "
             f"leave pooling at 'own'"
         )
+    if pooling == "pairs":
+        setattr(model, heads[0][0], _widened(heads[0][1]))
     base: Any = model.get_submodule(prefix)
     pooler = getattr(base, "pooler", None)
     if not isinstance(pooler, nn.Module):
@@ -164,6 +205,14 @@ def _on_means(model: nn.Module) -> tuple[str, tuple[str, ...]]:
     dropped = tuple(f"{prefix}.pooler.{name}".rstrip(".") for name, _ in pooler.named_modules())
     base.pooler = None
     return heads[0][0], dropped
+
+
+def _widened(head: nn.Linear) -> nn.Linear:
+    """The head with four times the inputs, of which all but the first quarter count nothing."""
+    wide: nn.Linear = nn.utils.skip_init(nn.Linear, 4 * head.in_features, head.out_features, head.bias is not None)
+    wide.weight = nn.Parameter(nn.functional.pad(head.weight.detach(), (0, 3 * head.in_features)))
+    wide.bias = head.bias
+    return wide
 
 
 def _halves(size: int) -> list[int]:

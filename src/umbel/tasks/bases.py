@@ -52,7 +52,7 @@ def load_pretrained(
         precision: of the base's weights.
         bits: 8 or 4 load the base quantised by bitsandbytes, which on some CPUs packs 4 bits in blocks of 32 or 64
             only: layers of other sizes fail there.
-        pooling: what the head of a text sees: what the base has for it, or the mean of the tokens' last states.
+        pooling: what the head of a text sees (model/pretrained.py); with "pairs" `separate` tells texts apart.
 
     Raises:
         DataError: there is no such model, it is none of the kind, or its weights are not safetensors.
@@ -94,7 +94,7 @@ def _check_whole(base: str, kind: Kind, prefix: str, read: dict[str, Any], pooli
     """Raises ModelError if tensors that stay frozen had to be drawn, as lacking or of other shapes in the file."""
     drawn = {*read["missing_keys"], *(own if isinstance(own, str) else own[0] for own in read["mismatched_keys"])}
     frozen = sorted(name for name in drawn if kind == "causal_lm" or name.startswith(f"{prefix}."))
-    if pooling == "mean":  # nobody looks at what the pooler says
+    if pooling != "own":  # nobody looks at what the pooler says
         frozen = [name for name in frozen if not name.startswith(f"{prefix}.pooler.")]
     if frozen:
         pooler = all(".pooler." in name for name in frozen)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from umbel.errors import DataError, RecipeError
-from umbel.model.pretrained import Pooling
+from umbel.model.pretrained import Pooling, of_pairs
 from umbel.ranges import check_ranges
 from umbel.seeds import generator
 from umbel.tasks.bases import Precision, load_pretrained
@@ -28,7 +28,7 @@ from umbel.tasks.slots import Holders, held
 from umbel.tasks.task import Task
 from umbel.tasks.texts import Hub, from_hub, rows
 from umbel.tasks.tokens import Tokenizer
-from umbel.tasks.vectors import classifier, of_pairs, vectors
+from umbel.tasks.vectors import classifier, vectors
 
 Name = Literal["cola", "mrpc", "qnli", "rte", "sst2"]
 ON_HUB: dict[Name, tuple[str, ...]] = {  # the columns of sentences
@@ -98,9 +98,9 @@ class GLUE:
         )
         tokenizer = Tokenizer(self.base)
         model.separate(tokenizer.separator)
+        read = tokenizer.apart if self.pooling == "pairs" else tokenizer.padded
         return model, [
-            tokenizer.padded(part.first, part.second if any(part.second) else [], self.length, model.pad_id)
-            for part in parts
+            read(part.first, part.second if any(part.second) else [], self.length, model.pad_id) for part in parts
         ]
 
     def _on_vectors(self, parts: Sequence[Sentences], seed: int) -> tuple[nn.Module, list[Tensor]]:

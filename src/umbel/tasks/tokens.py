@@ -62,6 +62,24 @@ class Tokenizer:
             row[: len(own)] = torch.tensor(own)
         return x
 
+    def apart(self, first: Sequence[str], second: Sequence[str], length: int, pad: int) -> Tensor:
+        """(N, length) ids of texts, or of pairs where `second` is not empty, each text as it is when it is alone.
+
+        Of a pair that is too long the longer text is cut, or both at half of `length`; what ends a text stays.
+        """
+        x = torch.full((len(first), length), pad)
+        others = [own if text else [] for own, text in zip(self._alone(second), second, strict=True)]
+        for row, one, two in zip(x, self._alone(first), others or [[]] * len(first), strict=True):
+            kept = _cut(one, max(length // 2, length - len(two)) if two else length)
+            ids = kept + _cut(two, length - len(kept))
+            row[: len(ids)] = torch.tensor(ids)
+        return x
+
+    def _alone(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text's ids with what the tokenizer adds to it."""
+        ids: list[list[int]] = self._own(list(texts), verbose=False)["input_ids"] if texts else []
+        return ids
+
     def answered(self, pairs: Sequence[tuple[str, str]], length: int) -> tuple[Tensor, Tensor]:
         """(N, length) ids of prompts with their answers, and for each place the id that follows.
 
@@ -81,3 +99,8 @@ class Tokenizer:
             x[row, : len(ids) - 1] = ids[:-1]
             y[row, len(given) - 1 : len(ids) - 1] = ids[len(given) :]
         return x, y
+
+
+def _cut(ids: list[int], most: int) -> list[int]:
+    """So many of a text's ids at most, the last one among them."""
+    return ids if len(ids) <= most else ids[: most - 1] + ids[-1:]

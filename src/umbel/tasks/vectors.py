@@ -31,11 +31,6 @@ SAID_EVERY = 5.0  # seconds
 LOG = getLogger("umbel")
 
 
-def of_pairs(first: Tensor, second: Tensor) -> Tensor:
-    """(N, 4 W) what two vectors (N, W) of each pair say together."""
-    return torch.cat([first, second, (first - second).abs(), first * second], 1)
-
-
 def classifier(width: int, num_labels: int, seed: int) -> nn.Module:
     """A frozen layer drawn by the seed, `dense`, for adapters to change, and a head that is trained."""
     with seeded(seed, "dense"):
