@@ -23,11 +23,13 @@ from small_texts import END, LETTERS, PAD, XQUAD
 from umbel.adapters import AdapterPlan, mix, with_paths
 from umbel.cli.watch import Watch
 from umbel.errors import DataError, ModelError, RecipeError
+from umbel.methods import FedAvg
 from umbel.model import pretrained as pretrained_module
 from umbel.model.dropout import seed_dropout
 from umbel.model.loss import IGNORED, Loss, cross_entropy
 from umbel.model.pretrained import of_transformers
 from umbel.model.stacked import stackable
+from umbel.runs import run
 from umbel.tasks import (
     GLUE,
     AGNews,
@@ -47,9 +49,11 @@ from umbel.tasks.cifar_vit import divided
 from umbel.tasks.glue import _split, sentences
 from umbel.tasks.language import Reader, Windows
 from umbel.tasks.slots import Holders, held
+from umbel.tasks.task import task_of
 from umbel.tasks.texts import Document
 from umbel.tasks.tokens import Tokenizer
 from umbel.tasks.vectors import vectors
+from umbel.train import LocalTraining
 
 SMALL = {"length": 16, "tokens_per_client": 640, "public_windows": 10}
 LANGUAGE = {  # each with its categories' letters
@@ -507,6 +511,26 @@ def test_of_pairs_read_apart_the_longer_text_is_cut(bert, tmp_path):
         "[CLS] a [SEP] [CLS] a cat sat [SEP]",
         "[CLS] a cat [SEP] [CLS] dog sat [SEP]",
     ]
+
+
+def test_labels_of_other_tasks_are_not_told_apart_where_each_has_its_own(small):
+    settings = {"tasks": ("rte", "sst2"), "length": 24, "num_holders": 2}
+    one, own = (GLUE(**settings, heads=heads).load(0) for heads in ("one", "own"))
+    assert torch.equal(one.train.y, own.train.y)
+    y, logits = torch.tensor([[1, 2]]), torch.tensor([[[0.0, 3.0, 9.0, -9.0], [9.0, -9.0, 1.0, 0.0]]])
+    loss = Loss(own.model, own.loss, labels_each=own.labels_each)
+    wanted = torch.tensor([[1 + torch.exp(torch.tensor(-3.0)), 1 + torch.exp(torch.tensor(-1.0))]]).log()
+    torch.testing.assert_close(loss.per_example(logits, y), wanted)
+    assert (Loss(one.model, one.loss).per_example(logits, y) > 6).all()
+    model = torch.nn.Linear(1, 4)
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.copy_(torch.tensor([0.0, 1.0, 5.0, 9.0]))
+    data = [(torch.ones(4, 1), torch.tensor(labels)) for labels in ([0, 1, 1, 1], [2, 3, 2, 2])]
+    task = task_of(model, data, test=data)
+    for labels_each, accuracy in ((0, 12.5), (2, 50.0)):
+        told = run(replace(task, labels_each=labels_each), FedAvg(LocalTraining(lr=1e-9)), rounds=1)
+        assert told.figures["accuracy"] == accuracy
 
 
 def test_texts_are_read_apart_only_where_something_ends_them(small):

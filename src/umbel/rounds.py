@@ -153,7 +153,7 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
     module = stackable(seed_dropout(method.adapt(model))).to(device)
     if engine.recompute:
         recomputing(module)
-    loss = Loss(module, task.loss, method.local.precision)
+    loss = Loss(module, task.loss, method.local.precision, task.labels_each)
     hostile = attackers(schedule.attack, schedule.seed, members)
     train = poisoned(schedule.attack, task.train.to(device), hostile, task.num_labels)
     cohort = Cohort(

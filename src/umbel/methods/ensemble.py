@@ -207,7 +207,7 @@ class Ensemble:
 
     def _losses(self, loss: Loss, message: Message, data: ClientData) -> LabelLosses:
         loss.module.eval()  # the whole of it: were only a copy put into this mode, training would not put it back
-        one = Loss(loss.module.get_submodule("models.0"), loss.name)
+        one = replace(loss, module=loss.module.get_submodule("models.0"))
         models = {name: leaf[0] for name, leaf in message.models.items()}
         num_labels = max(1, message.told.frequency.shape[1])
         data = self.router.looked_at(data)

@@ -174,7 +174,7 @@ class FedDPA:
         assert isinstance(gated, Gated)
         both = self._mixed(message, message.base, message.adapter, own, (1.0, 1.0))
         params = both | message.stats | head
-        view = Loss(Embedding(gated), loss.name)
+        view = replace(loss, module=Embedding(gated))
         some = data.some(self.samples, "anchors")
         total: Any = 0.0
         with torch.no_grad():

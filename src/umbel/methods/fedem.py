@@ -150,7 +150,7 @@ class FedEM:
         if self.mixes == "probabilities" and loss.name != "cross_entropy":
             raise RecipeError("fedem: these outputs are no logits; set mixes = 'outputs'")
         loss.module.eval()
-        one = Loss(loss.module.get_submodule("models.0"), loss.name)
+        one = replace(loss, module=loss.module.get_submodule("models.0"))
         found = []
         with torch.no_grad():
             for batch in data.in_order(data.fitting(FORWARD_EXAMPLES)):

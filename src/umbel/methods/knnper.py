@@ -12,7 +12,7 @@ example. Answers are log-probabilities, which serve as logits. Departures: docs/
 """
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -136,7 +136,7 @@ class KNNPer(FedAvg):
 def remembered(loss: Loss, params: Params, data: ClientData) -> Served:
     """The clients' examples, as features under `params` and one-hot labels."""
     loss.module.eval()  # the whole of it: were only a part put into this mode, training would not put it back
-    behind = Loss(Features(loss.module), loss.name)  # type: ignore[arg-type]
+    behind = replace(loss, module=Features(loss.module))  # type: ignore[arg-type]
     features: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.no_grad():

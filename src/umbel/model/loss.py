@@ -52,6 +52,13 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets).square().reshape(len(outputs), -1).mean(1)
 
 
+def among_own(logits: Tensor, targets: Tensor, labels_each: int) -> Tensor:
+    """Logits (…, L) with −∞ at labels of other tasks than the target's (…); task t's begin at t · labels_each."""
+    places = torch.arange(logits.shape[-1], device=logits.device)
+    elsewhere = places // labels_each != (targets // labels_each).unsqueeze(-1)
+    return logits.masked_fill(elsewhere, -torch.inf)
+
+
 LOSSES: dict[LossName, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": cross_entropy,
     "mse": squared_error,
@@ -72,11 +79,14 @@ class Loss:
         name: what is made of its outputs.
         precision: "bfloat16" computes products and convolutions of training passes in it (PyTorch's autocast).
             Tensors, gradients, losses and everything in evaluation stay as they are.
+        labels_each: how many labels each task has; an example's task is known, and only its labels are told apart
+            (`among_own`). 0: all labels are.
     """
 
     module: nn.Module
     name: LossName
     precision: Precision = "float32"
+    labels_each: int = 0
     whole: bool = False  # compute padding too where a model could leave it out (`pieces` of pretrained.py)
 
     def __call__(self, params: Params, batch: Batch, training: bool = True) -> Tensor:
@@ -84,9 +94,13 @@ class Loss:
 
     def per_example(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """(K, B) losses for outputs (K, B, …), of which half precision has too few digits."""
-        outputs = outputs.float() if outputs.dtype in HALF else outputs
+        outputs = self.told_apart(outputs.float() if outputs.dtype in HALF else outputs, targets)
         flat = LOSSES[self.name](outputs.flatten(0, 1), targets.flatten(0, 1))
         return flat.view(targets.shape[:2])
+
+    def told_apart(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Outputs (K, B, …) with −∞ at labels that are not among those that the targets' tasks have."""
+        return among_own(outputs, targets, self.labels_each) if self.labels_each else outputs
 
     def outputs(self, params: Params, x: Tensor, training: bool = False, key: Tensor | None = None) -> Tensor:
         """(K, B, …) what each client's model answers on x (K, B, …); `key` (K,) seeds dropout in training.

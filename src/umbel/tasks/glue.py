@@ -5,8 +5,9 @@ a task are drawn from a Dirichlet distribution, and those below one per cent (or
 tenth of an even share) or `least_examples` go to others.
 Every slot is tested on the same part of its task's development set, and no sentence of that set is trained on.
 Every task has two labels of its own in one head, task t's are 2 t and 2 t + 1, for what is 1 of one task is not
-1 of another. Of QNLI the data folder has the development set only: a fifth of it, drawn by the seed, is for
-testing. A base like BERT is told which sentence of a pair a token is of (token_type_ids).
+1 of another. With `heads = "own"` only the two of a text's own task are told apart, in training and in tests, and
+nobody has to learn which task it is of. Of QNLI the data folder has the development set only: a fifth of it, drawn
+by the seed, is for testing. A base like BERT is told which sentence of a pair a token is of (token_type_ids).
 
 `embedded = true` is for machines without a GPU: the base stays as it is, each sentence passes it once, and what
 is adapted is one layer on top (vectors.py).
@@ -14,7 +15,7 @@ is adapted is one layer on top (vectors.py).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,7 @@ class GLUE:
     length: int = 64  # tokens of a sentence or pair, at most
     pooling: Pooling = "own"  # what the head sees (model/pretrained.py)
     embedded: bool = False  # the base is passed once, and a small model trained on what comes out (vectors.py)
+    heads: Literal["one", "own"] = "one"  # a text is told apart among all tasks' labels, or among its own task's
     precision: Precision = "float32"  # of the base
     bits: Literal[0, 4, 8] = 0  # 4 or 8 quantise the base (bitsandbytes)
 
@@ -89,7 +91,8 @@ class GLUE:
         labels = [torch.tensor(part.label) + 2 * (place // 2) for place, part in enumerate(parts)]
         read = list(zip(x, labels, strict=True))
         slots = self._holders.of(read[::2], read[1::2], seed)
-        return Task("glue", model, "cross_entropy", slots.train, slots.test, slots.group, owner=slots.owner)
+        known: dict[str, Any] = {"owner": slots.owner, "labels_each": 2 if self.heads == "own" else 0}
+        return Task("glue", model, "cross_entropy", slots.train, slots.test, slots.group, **known)
 
     def _on_ids(self, parts: Sequence[Sentences], seed: int) -> tuple[nn.Module, list[Tensor]]:
         """The base, and the token ids of what is read."""

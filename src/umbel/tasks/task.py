@@ -28,6 +28,8 @@ class Task:
             sum to 1. Only oracles look at it.
         serves: (tests,) whose model answers each test set, whose group `group` then is; None: there is a test set
             for each client.
+        labels_each: of a client whose examples are of several tasks, how many labels each has; only those of an
+            example's own task are told apart. 0: all labels are.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Task:
     owner: Tensor | None = None
     serves: Tensor | None = None
     shares: Tensor | None = None
+    labels_each: int = 0
 
     def __post_init__(self) -> None:
         tested = self.test.num_clients if self.serves is None else int(self.serves.max()) + 1
