@@ -382,6 +382,7 @@ SMALL = {
     "femnist_digits": ["clients_per_round=2"],
     "fl_tac": [
         "task.base=models/stories260K",
+        "task.pooling=mean",
         "clients_per_round=2",
         "local.steps=2",
         *_attending("fl_tac", "fedit"),
