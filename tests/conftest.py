@@ -1,9 +1,11 @@
-"""One thread, so that suites on a shared machine do not fight over cores; and data sets to read."""
+"""One thread, so that suites on a shared machine do not fight over cores; no network; and data sets to read."""
 
 import lzma
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # NumPy's products, and the processes that tests start
+os.environ["HF_HUB_OFFLINE"] = "1"  # what is not here is not waited for
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 import numpy as np
 import pytest
