@@ -589,7 +589,7 @@ def main() -> None:
             [
                 "CoLA's cluster by itself, which it is in a run of five tasks once slots are in the right clusters: rank 4 on query and value of",
                 "all layers of all-MiniLM-L6-v2, a head on the mean of the last states. On every seed it is above the majority class (69.13),",
-                "by six to ten sentences of 1,043. The recipe has other poolings and heads since (below); these are the commit's.",
+                "by six to ten sentences of 1,043. The recipe has another pooling since (below); this is the commit's.",
             ],
         ),
         *section("FL-TAC on all of GLUE, within the encoder", "results/fl_tac_encoder.json", fl_tac_lines),
@@ -599,7 +599,7 @@ def main() -> None:
                 "Short of what was wanted: all slots are in the right clusters from the first round on, but RTE ends below its majority class, QNLI",
                 "far below what vectors give (77.1 above), and CoLA at its majority class to the sentence, where it is above it alone. The base was",
                 "tuned on one text at a time, and here read both of a pair at once; and one head for ten labels has to learn first which two are",
-                'a slot\'s own. The recipe has `pooling = "pairs"` and `heads = "own"` since (docs/log.md); a run with them is to be done.',
+                "a slot's own. The recipe reads the texts of a pair apart since; with heads of their own FL-TAC does not tell tasks apart yet (docs/log.md). A run is to be done.",
             ],
         ),
         "## Speed",
