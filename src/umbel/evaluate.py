@@ -113,11 +113,8 @@ def _sums(cohort: Cohort, serve: Serve, data: ClientData, labels: bool) -> tuple
         weight = 1.0 if batch.weight is None else batch.weight
         loss += (cohort.loss.per_example(outputs, batch.y) * weight).sum(1)
         if labels:
-            hits = (
-                (cohort.loss.told_apart(outputs, batch.y).argmax(-1) == batch.y)
-                .reshape(*batch.y.shape[:2], -1)
-                .float()
-            )
+            answers = cohort.loss.told_apart(outputs, batch.y).argmax(-1)
+            hits = (answers == batch.y).reshape(*batch.y.shape[:2], -1).float()
             counted = (batch.y != IGNORED).reshape(hits.shape).sum(2).clamp(min=1)  # places of a text
             right += (hits.sum(2) / counted * weight).sum(1)
     return loss / data.num_examples, 100 * right / data.num_examples, mixture

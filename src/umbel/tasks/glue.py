@@ -15,7 +15,7 @@ is adapted is one layer on top (vectors.py).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +91,10 @@ class GLUE:
         labels = [torch.tensor(part.label) + 2 * (place // 2) for place, part in enumerate(parts)]
         read = list(zip(x, labels, strict=True))
         slots = self._holders.of(read[::2], read[1::2], seed)
-        known: dict[str, Any] = {"owner": slots.owner, "labels_each": 2 if self.heads == "own" else 0}
-        return Task("glue", model, "cross_entropy", slots.train, slots.test, slots.group, **known)
+        each, own = 2 if self.heads == "own" else 0, slots.owner
+        return Task(
+            "glue", model, "cross_entropy", slots.train, slots.test, slots.group, owner=own, labels_each=each
+        )
 
     def _on_ids(self, parts: Sequence[Sentences], seed: int) -> tuple[nn.Module, list[Tensor]]:
         """The base, and the token ids of what is read."""
