@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 from torch import nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from simulate import StoppedError, simulate, stop_after
@@ -270,14 +271,30 @@ def test_how_far_a_slot_has_gone_is_no_feature_of_unit_ones(features, sees_scale
     assert (apart > 0.1) == sees_scale
 
 
-def test_heads_are_features_of_raw_ones_only():
+@pytest.mark.parametrize("scale", [1.0, 7.0])
+def test_heads_are_features_of_raw_ones_and_by_their_direction_of_parts(scale):
     bank = LINEAR.bank(nn.Linear(5, 3))
-    adapters = {n: leaf.expand(2, *leaf.shape[1:]) for n, leaf in adapters_of(bank, 1).items()}
+    adapters = {n: leaf.expand(3, *leaf.shape[1:]) for n, leaf in adapters_of(bank, 1).items()}
+    origin = {n: torch.zeros_like(leaf[:1]) for n, leaf in adapters.items()} | {"head": torch.ones(1, 4)}
+    heads = {"head": 1 + scale * torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 0], [2, 0, 0, 0]])}
+    seen = {"raw": (2 * scale**2, scale**2), "unit_parts": (2.0, 0.0)} | dict.fromkeys(
+        ("delta", "unit", "unit_product"), (0.0, 0.0)
+    )
+    for features, expected in seen.items():
+        apart = distances(inner_products(bank, origin, adapters, heads, features))[0, 1:]
+        assert apart == pytest.approx(expected, abs=1e-9)
+
+
+def test_an_adapter_is_one_part_and_its_heads_another():
+    bank = LINEAR.bank(nn.Linear(5, 3))
+    adapters = adapters_of(bank, 4)
     origin = {n: torch.zeros_like(leaf[:1]) for n, leaf in adapters.items()} | {"head": torch.zeros(1, 4)}
-    heads = {"head": torch.tensor([[0.0] * 4, [1.0] * 4])}
-    for features in ("raw", "delta", "unit", "unit_product"):
-        apart = distances(inner_products(bank, origin, adapters, heads, features))[0, 1]
-        assert apart == pytest.approx(4.0 if features == "raw" else 0.0, abs=1e-9)
+    heads = {"head": torch.randn(4, 4, generator=generator(0, "heads"))}
+    both, alone = (inner_products(bank, origin, adapters, h, "unit_parts") for h in (heads, {}))
+    products = inner_products(bank, origin, adapters, heads, "unit_product")
+    np.testing.assert_allclose(alone, products)
+    direction = F.normalize(heads["head"].double())
+    np.testing.assert_allclose(both, products + (direction @ direction.T).numpy(), atol=1e-12)
 
 
 # The server.

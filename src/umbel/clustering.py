@@ -4,6 +4,7 @@
     delta          x = v − v⁰ , the adapter alone
     unit           x = (v − v⁰) / ‖v − v⁰‖
     unit_product   x = Δ / ‖Δ‖ ,  Δ = (s B A, biases) , what the adapter adds to the weights
+    unit_parts     x = (Δ / ‖Δ‖ , (h − h⁰) / ‖h − h⁰‖) ,  h what is trained beside the adapter: heads
 
 Of n adapters K-means needs their n² inner products and no more. Those of products come from r × r matrices,
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from umbel.adapters.bank import Bank
 from umbel.tree import Params
 
-Features = Literal["raw", "delta", "unit", "unit_product"]
+Features = Literal["raw", "delta", "unit", "unit_product", "unit_parts"]
 STARTS = 10  # of K-means, of which the best counts
 ITERATIONS = 100  # of Lloyd's, at most
 FEWEST_FOR_UMAP = 8
@@ -37,27 +38,40 @@ def inner_products(bank: Bank, start: Params, adapters: Params, heads: Params, f
         bank: the adapters' plan.
         start: v⁰, the tensors of one adapter and its heads, leading axis 1.
         adapters: (n, 1, …) v.
-        heads: (n, …) what is trained beside the adapter; counts for "raw" only.
+        heads: (n, …) h, what is trained beside the adapter; counts for "raw" and "unit_parts" only.
         features: which.
     """
-    if features == "unit_product":
-        both = {
-            name: torch.cat([start[name].to(leaf).view(1, *leaf.shape[1:]), leaf])
-            for name, leaf in adapters.items()
-        }
-        whole: Any = sum(_of_products(bank, both))
-        found = whole[1:, 1:] - whole[1:, :1] - whole[:1, 1:] + whole[0, 0] if bank.low_rank else 0
-        added = {update.name: adapters[update.name] - start[update.name] for update in bank.additive}
-    else:
-        found = 0
-        trained = adapters | heads if features == "raw" else adapters
-        added = {name: leaf - start[name] for name, leaf in trained.items()}  # distances do not know the origin
-    for leaf in added.values():
-        flat = leaf.flatten(1).double()
+    if features in ("unit_product", "unit_parts"):
+        found = _of_unit_length(_of_added(bank, start, adapters))
+        return found + _of_unit_length(_of_changes(start, heads)) if features == "unit_parts" and heads else found
+    found = _of_changes(start, adapters | heads if features == "raw" else adapters)
+    return _of_unit_length(found) if features == "unit" else found
+
+
+def _of_changes(start: Params, trained: Params) -> np.ndarray:
+    """(n, n) ⟨v_i − v⁰, v_j − v⁰⟩: distances do not know the origin."""
+    found: Any = 0
+    for name, leaf in trained.items():
+        flat = (leaf - start[name]).flatten(1).double()
         found = found + flat @ flat.mT
     products: np.ndarray = torch.as_tensor(found).cpu().numpy()
-    if features in ("raw", "delta"):
-        return products
+    return products
+
+
+def _of_added(bank: Bank, start: Params, adapters: Params) -> np.ndarray:
+    """(n, n) ⟨Δ_i, Δ_j⟩, from r × r matrices."""
+    both = {
+        name: torch.cat([start[name].to(leaf).view(1, *leaf.shape[1:]), leaf]) for name, leaf in adapters.items()
+    }
+    found = _of_changes(start, {update.name: adapters[update.name] for update in bank.additive})
+    if bank.low_rank:
+        whole = torch.stack(_of_products(bank, both)).sum(0).cpu().numpy()
+        found = found + whole[1:, 1:] - whole[1:, :1] - whole[:1, 1:] + whole[0, 0]
+    return found
+
+
+def _of_unit_length(products: np.ndarray) -> np.ndarray:
+    """(n, n) the inner products of the same points at length 1; of a point at the origin, 0."""
     length = np.sqrt(products.diagonal().clip(min=np.finfo(float).tiny))
     unit: np.ndarray = products / length / length[:, None]
     return unit
