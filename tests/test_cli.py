@@ -406,6 +406,11 @@ def test_columns_that_do_not_fit_make_a_further_table(monkeypatch):
     assert len(heads) == 2
 
 
+def test_the_command_that_was_meant_is_named_once():
+    assert umbel("comapre", code=2).stderr.count("Did you mean 'compare'?") == 1
+    assert umbel("deploy", "upp", code=2).stderr.count("Did you mean 'up'?") == 1
+
+
 def test_what_is_wrong_in_the_paper_table_is_told():
     for entry, says in (('fedavg = "92"', r"paper\.fedavg: \[mean"), ("fedavgg = 92", "did you mean 'fedavg'")):
         Path("x.toml").write_text(TINY.format(variant="both").replace("fedavg = [91.25, 0.5]", entry))

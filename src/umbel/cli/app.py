@@ -37,6 +37,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    suggest_commands=False,  # click does so itself, and the two would both
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(deploy, name="deploy")
