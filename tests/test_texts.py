@@ -8,12 +8,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from pyarrow import Table, parquet
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertTokenizer,
+    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -667,6 +669,26 @@ def test_texts_pass_the_base_once(passed):
     vectors(["a"], "models/stories260K", 9)  # might be cut elsewhere
     assert passed == [2, 1, 1]
     assert vectors(["", ""], "models/stories260K", 8).tolist() == [[0.0], [0.0]]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_vectors_of_another_tokenizer_are_no_vectors_of_this_one(passed, monkeypatch, fast):
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", fast)
+    read = Tokenizer.__init__
+
+    def turned(self, base):
+        read(self, base)
+        told = json.loads(self._own.backend_tokenizer.to_str())
+        known = told["model"]["vocab"]
+        known["a"], known["b"] = known["b"], known["a"]
+        raw = tokenizers.Tokenizer.from_str(json.dumps(told))
+        self._own = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", pad_token="<pad>")
+
+    first = vectors(["a", "b"], "models/stories260K", 8)
+    monkeypatch.setattr(Tokenizer, "__init__", turned)
+    for _ in range(2):
+        assert torch.equal(vectors(["b", "a"], "models/stories260K", 8), first)
+    assert passed == [2, 2]
 
 
 @pytest.mark.parametrize("quiet", [False, True])

@@ -1,6 +1,8 @@
 """Texts → token ids by a base's own tokenizer, padded on the right."""
 
+import json
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -29,6 +31,16 @@ class Tokenizer:
             [] if begin is None or begin not in self._own("a")["input_ids"][:1] else [int(begin)]
         )
         self.end: list[int] = [] if self._own.eos_token_id is None else [int(self._own.eos_token_id)]
+
+    @property
+    def digest(self) -> bytes:
+        """Tells tokenizers apart by how they split texts."""
+        if self._own.is_fast:
+            kept = json.loads(self._own.backend_tokenizer.to_str())
+            told: Any = {part: of for part, of in kept.items() if part not in ("truncation", "padding")}
+        else:
+            told = [type(self._own).__name__, self._own.get_vocab()]
+        return sha256(json.dumps(told, sort_keys=True).encode()).digest()
 
     @property
     def separator(self) -> int:

@@ -48,14 +48,14 @@ def vectors(texts: Sequence[str], base: str, length: int, precision: Precision =
         length: see texts.
         precision: of the base's weights.
     """
-    model = load_pretrained(base, "text", 2, 0, precision)
-    file = models_folder().parent / "vectors" / f"{_digest_of(model)}-{length}.safetensors"
+    model, tokenizer = load_pretrained(base, "text", 2, 0, precision), Tokenizer(base)
+    file = models_folder().parent / "vectors" / f"{_digest_of(model, tokenizer)}-{length}.safetensors"
     kept = load_file(file) if file.is_file() else {}
     known = {key.tobytes(): row for row, key in enumerate(kept["keys"].numpy())} if kept else {}
     keys = {text: sha256(text.encode()).digest()[:DIGEST] for text in texts if text}
     missing = [text for text, key in keys.items() if key not in known]
     if missing:
-        ids = Tokenizer(base).padded(missing, [], length, model.pad_id)
+        ids = tokenizer.padded(missing, [], length, model.pad_id)
         fresh = torch.tensor([list(keys[text]) for text in missing], dtype=torch.uint8)
         made = {"keys": fresh, "vectors": _passed(model, ids)}
         kept = {name: torch.cat([kept[name], own]) for name, own in made.items()} if kept else made
@@ -89,10 +89,10 @@ def _passed(model: Pretrained, ids: Tensor) -> Tensor:
     return torch.cat(found)[order.argsort()].half()
 
 
-def _digest_of(model: Pretrained) -> str:
-    """Tells bases apart by their weights, the head left out."""
+def _digest_of(model: Pretrained, tokenizer: Tokenizer) -> str:
+    """Tells bases apart by their tokenizers and their weights, the head left out."""
     base: Any = model.model
-    whole = sha256()
+    whole = sha256(tokenizer.digest)
     for name, leaf in base.base_model.state_dict().items():
         whole.update(name.encode())
         whole.update(leaf.contiguous().view(torch.uint8).numpy())
