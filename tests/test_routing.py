@@ -722,5 +722,10 @@ def test_floral_finds_two_opposite_groups_with_as_many_adapters_or_more(num_adap
     assert figures["nmi"] == pytest.approx(1)
     assert figures["dead"] == num_adapters - 2
     assert figures["loss"] < 1e-3 * task.test.y.square().mean()  # one model for both groups answers 0 at best
-    blind = run(replace(task, group=None), method, schedule=plan, engine=stacked).figures
-    assert blind["loss"] == figures["loss"]
+
+
+def test_routes_are_learned_without_the_groups():
+    task, plan = opposite(0), Schedule(rounds=10, evaluate_every=10)
+    method = FLoRAL(2, AdapterPlan(2), EM, LocalTraining(lr=0.1, batch_size=8))
+    told, blind = (run(one, method, schedule=plan).figures for one in (task, replace(task, group=None)))
+    assert blind["loss"] == told["loss"]

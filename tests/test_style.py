@@ -387,7 +387,7 @@ SMALL = {
         "local.steps=2",
         *_attending("fl_tac", "fedit"),
     ],
-    "flan_feddpa": ["local.epochs=1", *_attending("fedit", "floral")],
+    "flan_feddpa": ["clients_per_round=2", "local.steps=2", "local.batch_size=4", *_attending("fedit", "floral")],
     "dolly": ["clients_per_round=2", "local.steps=2", *_attending("fl_tac", "fedit")],
     "cifar_vit": ["task.base=models/vit", "clients_per_round=2", "local.steps=2", "local.batch_size=4"],
     "fl_tac_embedded": ["task.base=models/stories260K", "clients_per_round=2", "local.steps=2"],
