@@ -110,7 +110,7 @@ class FLoRAL:
     adapter_lr: float = 1.0  # times local.lr
     init_std: float = -1.0  # of s B at the start, times √rank; −1: 0.3, or 0.1 with adapter.peft
     init_ranks: int = 0  # ranks of B that begin with that deviation, as large together; the others are 0. 0: all
-    bias_start: float = 0.0  # extra biases begin at random, this wide; in the published code 1 (adapters/bank.py)
+    bias_start: float = 0.0  # extra biases begin at random, this wide; in the published code 1
     precondition: bool = False
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     guard: float = 0.01  # τ, the share of examples below which an adapter moves less; 0: no guard

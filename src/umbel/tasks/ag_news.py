@@ -35,7 +35,7 @@ class AGNews:
     tokens_per_client: int = 64_000  # for training, at most; 0 is all there are
     test_fraction: float = 0.2  # of the news
     public_windows: int = 64  # windows, or news, of all classes that everyone may see; 0 is none
-    pooling: Pooling = "own"  # what a classifier's head sees (model/pretrained.py)
+    pooling: Pooling = "own"  # a classifier's head sees the base's pooler, the mean of states, or two means
     precision: Precision = "float32"  # of the base
     bits: Literal[0, 4, 8] = 0  # 4 or 8 quantise the base (bitsandbytes)
 

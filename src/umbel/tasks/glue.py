@@ -67,8 +67,8 @@ class GLUE:
     train_examples: int = 0  # of a task, for all its slots together; 0 is all
     test_examples: int = 200  # of a task, for each of its slots; 0 is all
     length: int = 64  # tokens of a sentence or pair, at most
-    pooling: Pooling = "own"  # what the head sees (model/pretrained.py)
-    embedded: bool = False  # the base is passed once, and a small model trained on what comes out (vectors.py)
+    pooling: Pooling = "own"  # a head sees the base's pooler, the mean of states, or those of both texts
+    embedded: bool = False  # texts pass the base once, and a small model is trained on what comes out
     heads: Literal["one", "own"] = "one"  # a text is told apart among all tasks' labels, or among its own task's
     precision: Precision = "float32"  # of the base
     bits: Literal[0, 4, 8] = 0  # 4 or 8 quantise the base (bitsandbytes)
