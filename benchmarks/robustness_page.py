@@ -99,7 +99,8 @@ Attackers are drawn once by the seed, are sampled, routed and weighed as everyon
 means over honest clients**. A backdoor's attackers put a bright patch in a corner of half of their pictures and call them 0; where there
 are adapters they send their steps, times the strength, in their heaviest adapter alone and the rest as received. Its success
 is the share of honest clients' other test pictures that are called 0 once they have the patch. `claim_all` flips signs and claims all
-examples, times the strength, for every adapter. The recipe is `umbel compare attacks`.
+examples, times the strength, for every adapter. The tables are `benchmarks/attacks.py`'s;
+`umbel compare attacks` is a longer run of one attack, on FLoRAL.
 """
 
 
@@ -157,6 +158,8 @@ def flip_lines(document: dict[str, Any]) -> list[str]:
     lines[-1] = lines[-1].replace(";", ".")
     return [
         *lines,
+        "Only FLoRAL was run so long. After 40 rounds, below, whole models stand more: with the geometric median the Ensemble and IFCA have 84",
+        "under the same attack and FLoRAL 56, under `gaussian` 91 and 63, for FLoRAL's clients share a base, which every attacker reaches.",
         "Half of a group's clients are half of its adapter's weight, which is where Krum's promise ends and a geometric median",
         "stands still; the damage of one group goes on through the shared base.",
         "",

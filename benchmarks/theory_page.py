@@ -158,6 +158,15 @@ def training(figures: Table) -> list[str]:
     routers, rounds = h["routers"], h["rounds"][-1]
     em, annealed, paper = (routers[name] for name in ("em", "gradient, noise annealed", "gradient, as published"))
     learned = em["last"]["mean"] < 0.01
+    searched = results.read("results/table1_searched.json")["cells"]
+    [on_mnist] = (
+        method["runs"]
+        for cell in searched
+        if cell["recipe"] == "table1/mnist_r_5"
+        for method in cell["methods"]
+        if method["label"] == "floral-searched"
+    )
+    mnist = [run["figures"]["mismatch"] for run in on_mnist]
     from_round = [first for first in em["below_one_percent_from_round"] if first is not None]
     return [
         *claim(
@@ -184,9 +193,11 @@ def training(figures: Table) -> list[str]:
             f"the noise as published, slope {number(paper['slope_in_last_half'], 2)}. On the way the em router's rose to "
             f"{max(em['highest']):.1f} in the worst seed, above uniform routes. Population MSE at the end: {power(em['loss']['mean'])}, "
             f"{power(annealed['loss']['mean'])} and {power(paper['loss']['mean'])}.",
-            f"{verdict(learned)} for the em router, not for the gradient router",
+            f"{verdict(learned)} for the em router on this task, not for the gradient router",
             "training mixes weights, so soft routes can fit as exactly as one-hot ones: as the loss goes so does the "
-            "router's gradient, and the routes freeze while the error falls on. The published noise keeps them moving, slowly.",
+            "router's gradient, and the routes freeze while the error falls on. The published noise keeps them moving, slowly. "
+            "On MNIST-R with ten images a client and adapters of 1 % the em router's mismatch does not vanish either: "
+            f"{' / '.join(f'{one:.2f}' for one in mnist)} by seed at the end (`results/table1_searched.json`).",
         ),
     ]
 
