@@ -45,6 +45,7 @@ from umbel.schedule import Schedule
 from umbel.seeds import generator
 from umbel.tasks import Task
 from umbel.tasks.pool import arranged, pooled
+from umbel.tasks.task import task_of
 from umbel.train import LocalTraining
 from umbel.weighting import Weighting
 
@@ -267,7 +268,7 @@ def test_how_far_a_slot_has_gone_is_no_feature_of_unit_ones(features, sees_scale
     step = adapters_of(bank, 1, seed=2)
     moved = {n: torch.cat([leaf + step[n], leaf + 3 * step[n]]) for n, leaf in origin.items()}
     heads = {"head": torch.zeros(2, 4).double()}
-    apart = distances(inner_products(bank, origin | {"head": torch.zeros(1, 4)}, moved, heads, features))[0, 1]
+    apart = distances(inner_products(bank, origin, moved, heads, features))[0, 1]
     assert (apart > 0.1) == sees_scale
 
 
@@ -275,8 +276,8 @@ def test_how_far_a_slot_has_gone_is_no_feature_of_unit_ones(features, sees_scale
 def test_heads_are_features_of_raw_ones_and_by_their_direction_of_parts(scale):
     bank = LINEAR.bank(nn.Linear(5, 3))
     adapters = {n: leaf.expand(3, *leaf.shape[1:]) for n, leaf in adapters_of(bank, 1).items()}
-    origin = {n: torch.zeros_like(leaf[:1]) for n, leaf in adapters.items()} | {"head": torch.ones(1, 4)}
-    heads = {"head": 1 + scale * torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 0], [2, 0, 0, 0]])}
+    origin = {n: torch.zeros_like(leaf[:1]) for n, leaf in adapters.items()}
+    heads = {"head": scale * torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 0], [2, 0, 0, 0]])}
     seen = {"raw": (2 * scale**2, scale**2), "unit_parts": (2.0, 0.0)} | dict.fromkeys(
         ("delta", "unit", "unit_product"), (0.0, 0.0)
     )
@@ -285,10 +286,27 @@ def test_heads_are_features_of_raw_ones_and_by_their_direction_of_parts(scale):
         assert apart == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize("features", ["raw", "delta", "unit", "unit_product", "unit_parts"])
+def test_a_bias_and_its_update_are_two_things(features):
+    module = nn.Linear(3, 2)  # its bias is trained, and slots add to it
+    method = FLTAC(2, features=features, adapter=AdapterPlan(1, ("linear", "bias")))
+    shared, _ = method.init(module, Population(2, 0))
+    every = joined(shared.start, shared.start)
+    step = torch.tensor([[[0.1, 0.2]], [[-0.1, -0.2]]])
+    slots = replace(every, adapter=every.adapter | {"bias": every.adapter["bias"] + step})
+    products = method.products(shared.bank, shared.start, slots)
+    np.testing.assert_allclose(products[0, 1], -products[0, 0], rtol=1e-6)
+    assert products[0, 0] > 0
+    slots = replace(every, base=every.base | {"bias": every.base["bias"] + step.squeeze(1)})
+    products = method.products(shared.bank, shared.start, slots)
+    assert products[0, 1] == pytest.approx(-products[0, 0])
+    assert (products[0, 0] > 0) == (features in ("raw", "unit_parts"))
+
+
 def test_an_adapter_is_one_part_and_its_heads_another():
     bank = LINEAR.bank(nn.Linear(5, 3))
     adapters = adapters_of(bank, 4)
-    origin = {n: torch.zeros_like(leaf[:1]) for n, leaf in adapters.items()} | {"head": torch.zeros(1, 4)}
+    origin = {n: torch.zeros_like(leaf[:1]) for n, leaf in adapters.items()}
     heads = {"head": torch.randn(4, 4, generator=generator(0, "heads"))}
     both, alone = (inner_products(bank, origin, adapters, h, "unit_parts") for h in (heads, {}))
     products = inner_products(bank, origin, adapters, heads, "unit_product")
@@ -868,3 +886,26 @@ def test_a_centre_that_stands_for_slots_counts_as_their_examples(monkeypatch):
     after = method.server_update(shared, [upload])
     for leaf in after.centres.adapter.values():
         assert_close(leaf[0], torch.full_like(leaf[0], (1 + 1 + 3) / 3))
+
+
+def test_owners_that_are_pooled_have_clusters_in_rounds_without_evaluation():
+    draw = torch.Generator().manual_seed(0)
+    examples = Examples.of([(torch.randn(8, 3, generator=draw), torch.arange(8) % 2) for _ in range(6)])
+    group, owner = torch.tensor([0, 1, 0, 1, 0, 1]), torch.tensor([0, 0, 1, 1, 2, 2])
+    task = Task("slots", nn.Linear(3, 2), "cross_entropy", examples, examples, group, owner=owner)
+    method = FLTAC(2, adapter=LINEAR, local=LocalTraining(lr=0.1))
+    often, seldom = (
+        run(task, method, schedule=Schedule(rounds=2, pool=True, evaluate_every=every)).history for every in (1, 2)
+    )
+    assert seldom[0]["nmi"] == often[0]["nmi"]
+    assert "accuracy" not in seldom[0]
+
+
+def test_a_new_slot_of_one_example_stays_at_the_start_under_batch_norm():
+    draw = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    clients = [(torch.randn(8, 3, generator=draw), torch.arange(8) % 2) for _ in range(5)]
+    method = FLTAC(2, adapter=LINEAR, local=LocalTraining(lr=0.1, batch_size=4))
+    result = run(task_of(net, clients, test=clients), method, schedule=Schedule(rounds=2, held_out=0.4))
+    for way in onboard(result, samples=(0, 1, 2)).ways.values():
+        assert [point.samples for point in way] == [0, 1, 2]

@@ -31,28 +31,32 @@ FEWEST_FOR_UMAP = 8
 MOST = 20  # clusters, where their number is not given
 
 
-def inner_products(bank: Bank, start: Params, adapters: Params, heads: Params, features: Features) -> np.ndarray:
+def inner_products(bank: Bank, start: Params, adapters: Params, moved: Params, features: Features) -> np.ndarray:
     """(n, n) float64, the inner products of n adapters' features.
 
     Args:
         bank: the adapters' plan.
-        start: v⁰, the tensors of one adapter and its heads, leading axis 1.
+        start: v⁰, the tensors of one adapter, leading axis 1.
         adapters: (n, 1, …) v.
-        heads: (n, …) h, what is trained beside the adapter; counts for "raw" and "unit_parts" only.
+        moved: (n, …) h − h⁰ of what is trained beside the adapter; counts for "raw" and "unit_parts" only.
         features: which.
     """
     if features in ("unit_product", "unit_parts"):
         found = _of_unit_length(_of_added(bank, start, adapters))
-        return found + _of_unit_length(_of_changes(start, heads)) if features == "unit_parts" and heads else found
-    found = _of_changes(start, adapters | heads if features == "raw" else adapters)
-    return _of_unit_length(found) if features == "unit" else found
+        if features == "unit_parts" and moved:
+            found = found + _of_unit_length(_of(moved))
+        return found
+    changes = {name: leaf - start[name] for name, leaf in adapters.items()}  # distances know no origin
+    if features == "raw":
+        changes |= {f"head {name}": leaf for name, leaf in moved.items()}  # a bias and its update have one name
+    return _of_unit_length(_of(changes)) if features == "unit" else _of(changes)
 
 
-def _of_changes(start: Params, trained: Params) -> np.ndarray:
-    """(n, n) ⟨v_i − v⁰, v_j − v⁰⟩: distances do not know the origin."""
+def _of(changes: Params) -> np.ndarray:
+    """(n, n) ⟨x_i, x_j⟩ of all the tensors (n, …) together."""
     found: Any = 0
-    for name, leaf in trained.items():
-        flat = (leaf - start[name]).flatten(1).double()
+    for leaf in changes.values():
+        flat = leaf.flatten(1).double()
         found = found + flat @ flat.mT
     products: np.ndarray = torch.as_tensor(found).cpu().numpy()
     return products
@@ -63,7 +67,7 @@ def _of_added(bank: Bank, start: Params, adapters: Params) -> np.ndarray:
     both = {
         name: torch.cat([start[name].to(leaf).view(1, *leaf.shape[1:]), leaf]) for name, leaf in adapters.items()
     }
-    found = _of_changes(start, {update.name: adapters[update.name] for update in bank.additive})
+    found = _of({update.name: adapters[update.name] - start[update.name] for update in bank.additive})
     if bank.low_rank:
         whole = torch.stack(_of_products(bank, both)).sum(0).cpu().numpy()
         found = found + whole[1:, 1:] - whole[1:, :1] - whole[:1, 1:] + whole[0, 0]

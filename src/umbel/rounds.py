@@ -155,6 +155,8 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
         recomputing(module)
     loss = Loss(module, task.loss, method.local.precision, task.labels_each)
     hostile = attackers(schedule.attack, schedule.seed, members)
+    if task.labels_each and schedule.attack.kind in ("label_flip", "backdoor"):
+        raise RecipeError(f"attack.kind = {schedule.attack.kind!r} changes labels, and here each task has its own")
     train = poisoned(schedule.attack, task.train.to(device), hostile, task.num_labels)
     cohort = Cohort(
         method,
@@ -300,7 +302,7 @@ def rounds(
             figures |= {"untested": len(tests) - len(found[0])} if len(found[0]) < len(tests) else {}
             figures |= _led(cohort, shared, store, task, tests) if schedule.attack.kind == "backdoor" else {}
         else:
-            figures |= _assigned(shared, tests, group)
+            figures |= _assigned(shared, task, tests, group)
         figures["seconds"] = perf_counter() - begin
         yield Progress(round, shared, store, figures, _singly(found), clips, round == last)
 
@@ -315,10 +317,13 @@ def _group(task: Task, tests: np.ndarray) -> np.ndarray | None:
     return None if task.group is None else task.group[tests].cpu().numpy()
 
 
-def _assigned(shared: Any, tests: np.ndarray, group: np.ndarray | None) -> dict[str, Any]:
+def _assigned(shared: Any, task: Task, tests: np.ndarray, group: np.ndarray | None) -> dict[str, Any]:
     """How clusters agree with groups, where the server knows both without an evaluation."""
     assigned = getattr(shared, "assigned", None)
-    return {} if group is None or assigned is None else routing(assigned[tests].cpu().numpy(), group)
+    if group is None or assigned is None:
+        return {}
+    clients = torch.from_numpy(tests) if task.serves is None else task.serves[tests]
+    return routing(assigned[clients.to(assigned.device)].cpu().numpy(), group)
 
 
 def _led(cohort: Cohort, shared: Any, store: PrivateStore, task: Task, tests: np.ndarray) -> dict[str, float]:

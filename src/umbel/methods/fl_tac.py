@@ -51,10 +51,10 @@ from umbel.clustering import (
 from umbel.errors import RecipeError
 from umbel.methods import lora
 from umbel.methods.protocol import Population, Refusals
-from umbel.methods.settling import choose, settled, stacked
+from umbel.methods.settling import choose, lonely, settled, stacked
 from umbel.methods.trusting import usable
 from umbel.mixing import Change, as_leading
-from umbel.model.loss import Loss, running_stats
+from umbel.model.loss import Loss, has_batch_norm, running_stats
 from umbel.ranges import check_ranges
 from umbel.train import LocalTraining
 from umbel.tree import Params, state
@@ -328,7 +328,8 @@ class FLTAC:
 
     def products(self, bank: Bank, start: Adapter, slots: Adapter) -> np.ndarray:
         """(n, n) the inner products of the slots' features, seen from v⁰."""
-        return inner_products(bank, start.adapter | start.base, slots.adapter, slots.base, self.features)
+        moved = {name: leaf - start.base[name] for name, leaf in slots.base.items()}
+        return inner_products(bank, start.adapter, slots.adapter, moved, self.features)
 
     def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
         return lora.changed(upload, message, change)
@@ -337,6 +338,8 @@ class FLTAC:
         private = settled(self, loss, message, private, data) if private.head else private
         told = message.server.told
         used, new = (found.nonzero().squeeze(1) for found in (told.used, ~message.route.any(1)))
+        if has_batch_norm(loss.module):  # one example by itself is nothing that it can train on
+            new = new[~torch.from_numpy(lonely(data.num_examples[new].cpu().numpy(), self.local.batch_size))]
         if not len(used) or not len(new):
             return private
 
