@@ -42,6 +42,7 @@ from umbel.rounds import rounds, start
 from umbel.runs import resume
 from umbel.schedule import Schedule
 from umbel.tasks import TASKS, Task
+from umbel.weighting import Weighting
 
 TIMES = {"seconds", "train_seconds", "client_seconds", "exchange_seconds", "wire_up", "wire_down"}
 
@@ -152,6 +153,12 @@ def test_every_method_runs_as_on_one_machine(method, tmp_path):
 def test_with_a_few_clients_in_each_round(method, tmp_path):
     recipe = Recipe("tested", Small(), method, Schedule(rounds=2, clients_per_round=2, seed=1))
     check_parity(recipe, tmp_path, "0,4", "1-3")
+
+
+def test_weights_by_risks_are_those_of_one_machine_for_slots_that_are_new(tmp_path):
+    method = next(iter(CASES["fl_tac"].values()))
+    plan = Schedule(rounds=3, clients_per_round=2, seed=1, weighting=Weighting("rea"))
+    check_parity(Recipe("tested", Small(), method, plan), tmp_path, "0,4", "1-3")
 
 
 def test_a_run_leaves_a_folder_to_report_on_but_not_to_resume(tmp_path):

@@ -30,7 +30,8 @@ def letters(
         homes: client → node.
         clients: whom to write to, each on some node.
         newcomers: clients that no node had when the run began.
-        settling: whether what only a model in use needs goes along (`beside` of the method).
+        settling: whether what only a model in use needs goes along (`beside` of the method). Weights by risks want
+            a model in use before training, too.
     """
     method, device = cohort.method, cohort.train.x.device
     packed_common: tuple[Params, bytes] = ({}, b"")
@@ -51,7 +52,8 @@ def letters(
             for place, client in enumerate(own.tolist())
         }
         parts = {"common": packed_common[1], "own": packed(mine)}
-        if settling and hasattr(method, "beside") and (more := method.beside(message)) is not None:
+        in_use = settling or cohort.weighting.rule == "rea"
+        if in_use and hasattr(method, "beside") and (more := method.beside(message)) is not None:
             parts["beside"] = packed(tree.tensors(more))
         facts = {"clients": own.tolist(), "unchanged": unchanged}
         if new := [client for client in own.tolist() if client in newcomers]:
