@@ -25,7 +25,7 @@ from umbel.adapters.lora_folders import seed_of
 from umbel.cli import app
 from umbel.errors import DataError, ModelError, RecipeError, RunFolderError
 from umbel.exporting import FILES, export, truncated
-from umbel.methods import METHODS
+from umbel.methods import METHODS, KNNPer
 from umbel.model.copies import copied
 from umbel.model.loss import Loss
 from umbel.model.pretrained import of_transformers
@@ -226,6 +226,7 @@ def test_the_card_says_how_a_head_on_mean_states_is_used(tmp_path):
     made, kind = model_of("bert")
     x = inputs(kind, 8)
     mean = of_transformers(made, kind, pooling="mean")
+    mean.separate(9)  # as for pairs that BERT reads together
     own_task = task_of(mean, [(x, torch.arange(8) % 3)] * 2)
     method = floral({"target_modules": ["query", "dense"]})
     result = run(own_task, method, rounds=2, engine=Engine("looped"))
@@ -234,8 +235,9 @@ def test_the_card_says_how_a_head_on_mean_states_is_used(tmp_path):
     code = [line.strip() for line in card.splitlines() if line.startswith("    ")]
     input_ids = inputs(kind, 4, seed=9)
     input_ids[0, 3:] = 0
-    known = {"base_model": model_of("bert")[0].eval(), "folder": tmp_path / "own", "input_ids": input_ids}
-    known["attention_mask"] = (input_ids != 0).long()
+    mask = (input_ids != 0).long()
+    read = {"input_ids": input_ids, "attention_mask": mask, "token_type_ids": mean._places(input_ids)[1]}
+    known = {"base_model": model_of("bert")[0].eval(), "folder": tmp_path / "own", "read": read}
     exec("\n".join(code), known)
     with torch.no_grad():
         assert_close(known["logits"], result.personal_model(1)(input_ids), rtol=1e-5, atol=1e-5)
@@ -260,12 +262,39 @@ def test_the_card_says_how_a_head_on_pairs_is_used(tmp_path):
     list(export(result, [tmp_path / "own"], [1]))
     card = (tmp_path / "own" / "README.md").read_text()
     code = [line[4:] for line in card.splitlines() if line.startswith("    ")]
-    told = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in (one, two)]
+    told = [
+        {"input_ids": part, "attention_mask": torch.ones_like(part), "token_type_ids": torch.zeros_like(part)}
+        for part in (one, two)
+    ]
     known = {"base_model": model_of("bert")[0].eval(), "folder": tmp_path / "own"}
     known |= dict(zip(("first", "second"), told, strict=True))
     exec("\n".join(code), known)
     with torch.no_grad():
         assert_close(known["logits"], result.personal_model(1)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_card_says_which_outputs_are_to_be_compared(tmp_path):
+    made, kind = model_of("bert")
+    x = inputs(kind, 8)
+    one = task_of(of_transformers(made, kind), [(x, torch.arange(8) % 3)] * 2)
+    method = floral({"target_modules": ["query"]})
+    for each in (0, 2):
+        result = run(replace(one, labels_each=each), method, rounds=1, engine=Engine("looped"))
+        list(export(result, [tmp_path / str(each)], [0]))
+        told = (tmp_path / str(each) / "README.md").read_text()
+        assert ("several tasks, 2 in a row for each" in told) == (each == 2)
+
+
+def test_what_clients_of_different_sizes_remember_is_served_together():
+    draw = torch.Generator().manual_seed(0)
+    clients = [(torch.randn(n, 3, generator=draw), torch.arange(n) % 2) for n in (6, 9, 12)]
+    own = task_of(torch.nn.Linear(3, 2), clients, test=clients)
+    result = run(own, KNNPer(local=LocalTraining(lr=0.1)), rounds=1, engine=Engine("looped"))
+    x, whose = torch.randn(4, 3, generator=draw), torch.tensor([0, 2, 1, 0])
+    found = personal_logits(models_of(result, [0, 1, 2]), x, whose)
+    for row, client in enumerate(whose.tolist()):
+        with torch.no_grad():
+            assert_close(found[row], result.personal_model(client)(x[row : row + 1])[0])
 
 
 def test_scalings_are_exactly_the_layers(tmp_path):

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+import transformers
 from pyarrow import Table, parquet
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     BertTokenizer,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -23,15 +25,19 @@ from transformers import (
 import small_texts
 from small_texts import END, LETTERS, PAD, XQUAD
 from umbel.adapters import AdapterPlan, mix, with_paths
+from umbel.attacks import Attack
 from umbel.cli.watch import Watch
-from umbel.errors import DataError, ModelError, RecipeError
-from umbel.methods import FedAvg
+from umbel.errors import DataError, ModelError, RecipeError, RunFolderError
+from umbel.flower.fingerprint import differences, fingerprint
+from umbel.methods import FedAvg, FedEM, KNNPer, Trust
 from umbel.model import pretrained as pretrained_module
 from umbel.model.dropout import seed_dropout
 from umbel.model.loss import IGNORED, Loss, cross_entropy
 from umbel.model.pretrained import of_transformers
 from umbel.model.stacked import stackable
-from umbel.runs import run
+from umbel.runs import resume, run
+from umbel.schedule import Schedule
+from umbel.seeds import seeded
 from umbel.tasks import (
     GLUE,
     AGNews,
@@ -273,7 +279,7 @@ def test_too_little_text_is_told(small):
         (lambda: GLUE(length=3), "length"),
         (lambda: GLUE(train_examples=-1), "train_examples"),
         (lambda: GLUE(embedded=True, bits=4), "bits"),
-        (lambda: GLUE(embedded=True, pooling="mean"), "pooling"),
+        (lambda: GLUE(embedded=True, pooling="pairs"), "pooling"),
         (lambda: AGNews(pooling="mean"), "pooling is of a classifier"),
         (lambda: Dolly(num_holders=0), "num_holders"),
         (lambda: Dolly(least_examples=0), "least_examples"),
@@ -535,6 +541,38 @@ def test_labels_of_other_tasks_are_not_told_apart_where_each_has_its_own(small):
         assert told.figures["accuracy"] == accuracy
 
 
+PUBLIC = {"public": torch.ones(3, 1)}
+
+
+@pytest.mark.parametrize(
+    ("method", "plan", "more", "says"),
+    [
+        (FedEM(2), {}, {}, "labels of each task's own, which FedEM cannot"),
+        (KNNPer(), {}, {}, "which KNNPer cannot"),
+        (Trust(scheme="predictions"), {}, PUBLIC, "which Trust cannot"),
+        (FedAvg(), {"attack": Attack("label_flip", share=0.5)}, {}, "label_flip"),
+        (FedAvg(), {"attack": Attack("backdoor", share=0.5)}, {}, "backdoor"),
+    ],
+)
+def test_what_would_mix_the_labels_of_tasks_is_refused(method, plan, more, says):
+    data = [(torch.ones(4, 1), torch.tensor(labels)) for labels in ([0, 1, 1, 1], [2, 3, 2, 2])]
+    task = replace(task_of(torch.nn.Linear(1, 4), data, test=data), **more)
+    run(task, method, schedule=Schedule(rounds=1, **plan))
+    with pytest.raises(RecipeError, match=says):
+        run(replace(task, labels_each=2), method, schedule=Schedule(rounds=1, **plan))
+
+
+def test_a_run_and_a_deployment_know_whether_each_task_has_its_labels(tmp_path):
+    data = [(torch.ones(4, 1), torch.tensor(labels)) for labels in ([0, 1, 1, 1], [2, 3, 2, 2])]
+    one = task_of(torch.nn.Linear(1, 4), data, test=data)
+    own = replace(one, labels_each=2)
+    result = run(one, FedAvg(), rounds=1, folder=tmp_path / "run")
+    with pytest.raises(RunFolderError):
+        resume(tmp_path / "run", own, FedAvg())
+    prints = [fingerprint(SimpleNamespace(), task, result.progress.shared) for task in (one, own)]
+    assert "labels of each task" in differences(*prints)[0]
+
+
 def test_texts_are_read_apart_only_where_something_ends_them(small):
     with pytest.raises(ModelError, match=r"pooling = 'pairs' wants a tokenizer like BERT's.*'mean' or 'own'"):
         GLUE(tasks=("rte",), length=24, num_holders=2, pooling="pairs").load(0)
@@ -669,6 +707,51 @@ def test_texts_pass_the_base_once(passed):
     vectors(["a"], "models/stories260K", 9)  # might be cut elsewhere
     assert passed == [2, 1, 1]
     assert vectors(["", ""], "models/stories260K", 8).tolist() == [[0.0], [0.0]]
+
+
+def test_a_base_without_a_pooler_gives_vectors_with_pooling_mean(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=258, **sizes), add_pooling_layer=False).save_pretrained(tmp_path / "base")
+    small_texts.tokenizer().save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    with pytest.raises(ModelError, match="take pooling = 'mean'"):
+        vectors(["a", "bc"], base, 8)
+    assert vectors(["a", "bc"], base, 8, pooling="mean").shape == (2, 16)
+    GLUE(base=base, embedded=True, pooling="mean")
+
+
+TINY = {
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "initializer_range": 0.3,
+}
+
+
+@pytest.mark.parametrize("pooling", ["mean", "pairs"])
+@pytest.mark.parametrize(
+    ("name", "more", "good"),
+    [
+        ("Bert", {}, ("mean", "pairs")),
+        ("Albert", {"embedding_size": 8}, ("mean", "pairs")),
+        ("FNet", {}, ()),
+        ("SqueezeBert", {"embedding_size": 16}, ()),
+        ("MobileBert", {"embedding_size": 16, "true_hidden_size": 16, "intra_bottleneck_size": 16}, ("mean",)),
+    ],
+)
+def test_architectures_in_which_texts_are_not_alone_are_refused(name, more, good, pooling):
+    config = getattr(transformers, f"{name}Config")(**TINY | more)
+    with seeded(0, "test", name):
+        made = getattr(transformers, f"{name}ForSequenceClassification")(config)
+    model = of_transformers(made, "text", pooling=pooling)
+    if pooling in good:
+        model.separate(9)
+        return
+    with pytest.raises(ModelError, match=r"take (pooling = )?'own'"):
+        model.separate(9)
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -48,24 +48,29 @@ _WIDENED = """\
 """
 _POOLED = """\
 
-Its head was trained on the mean of the tokens' last states, which the base does not pass to it by itself:
+Its head was trained on the mean of the tokens' last states, which the base does not pass to it by itself. With
+`read` what the tokenizer makes of texts, or of pairs of texts:
 
-    inner, real = model.get_base_model(), attention_mask.unsqueeze(2)
-    states = inner.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    inner, real = model.get_base_model(), read["attention_mask"].unsqueeze(2)
+    states = inner.base_model(**read).last_hidden_state
     logits = inner.{head}((states * real).sum(1) / real.sum(1))
 """
 _OF_PAIRS = """\
 
 Its head was trained on what the means u and v of two texts' last states say together, which the base does not pass
-to it by itself. Each text is read alone; where there is but one, v is 0:
+to it by itself. Each text is read alone; where there is but one, v is 0. With `first` and `second` what the
+tokenizer makes of either:
 
-    def mean(input_ids, attention_mask):
-        states = model.get_base_model().base_model(input_ids=input_ids, attention_mask=attention_mask)
-        real = attention_mask.unsqueeze(2)
+    def mean(read):
+        states, real = model.get_base_model().base_model(**read), read["attention_mask"].unsqueeze(2)
         return (states.last_hidden_state * real).sum(1) / real.sum(1)
 
-    u, v = mean(**first), mean(**second)  # what the tokenizer makes of either
+    u, v = mean(first), mean(second)
     logits = model.get_base_model().{head}(torch.cat([u, v, (u - v).abs(), u * v], 1))
+"""
+_TASKS_OWN = """\
+Its outputs are the labels of several tasks, {each} in a row for each, and were trained to tell those of one task
+apart: compare an input's outputs for its own task with each other, and with no others.
 """
 _CLASSIFIERS = ("classifier", "score")  # that PEFT looks for in a SEQ_CLS model
 
@@ -429,6 +434,8 @@ def _card(name: str, result: Result, base: _Base, files: _Files, identity: str) 
         *(f"A LoRA adapter of rank {config['r']}{more}.", ""),
         *("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""),
     ]
+    if each := result.task.labels_each:
+        lines.append(_TASKS_OWN.format(each=each))
     before, after = {"own": ("", ""), "mean": ("", _POOLED), "pairs": (_WIDENED, _OF_PAIRS)}[base.pooling]
     return "\n".join(lines) + "\n" + (before + _LOADED + after).format(head=base.head)
 

@@ -71,6 +71,10 @@ class Total:
 def check(task: Task, method: Method, schedule: Schedule) -> None:
     """Raises RecipeError where uploads of the method cannot meet in the way that is asked for."""
     level = schedule.privacy.level
+    if task.labels_each and (why := why_not(method, "own_labels")):
+        raise RecipeError(
+            f"{task.name} has labels of each task's own, which {type(method).__name__} cannot: {why}"
+        )
     for setting, way in ways_asked_for(schedule):
         if why := why_not(method, way):
             raise RecipeError(f"{setting} does not go with {type(method).__name__}: {why}")

@@ -44,6 +44,9 @@ class Result:
     def personal_model(self, client: int) -> nn.Module:
         """The module that this client serves, on the CPU, in evaluation mode.
 
+        Where each task has labels of its own (`labels_each` of a task), its answers for tasks but the input's
+        mean nothing: `umbel.model.loss.among_own` takes them out.
+
         Raises:
             DataError: there is no such client.
         """
@@ -299,6 +302,7 @@ def _identity(task: Task, method: Method, schedule: Schedule) -> dict[str, Any]:
     counts: dict[str, Any] = {"clients": task.num_clients, "examples": int(task.train.count.sum())}
     settings = {k: v for k, v in asdict(schedule).items() if k != "checkpoint_every"}
     counts |= {"model": {name: list(leaf.shape) for name, leaf in task.model.named_parameters()}}
+    counts |= {"loss": task.loss} | ({"labels_each": task.labels_each} if task.labels_each else {})
     return {"task": task.name, **counts, "method": name_of(method, METHODS), **asdict(method), **settings}  # type: ignore[call-overload]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from umbel.errors import DataError, ModelError
 from umbel.model.loss import Loss
@@ -55,6 +56,9 @@ def models_of(result: Result, clients: Sequence[int]) -> Models:
 def personal_logits(models: Models | Result, x: Tensor, clients: Tensor) -> Tensor:
     """(B, …) what each row's client answers on it, in the order of the rows; without gradients.
 
+    Where each task has labels of its own (`labels_each` of a task), a row's answers to other tasks' labels mean
+    nothing: `umbel.model.loss.among_own` takes them out.
+
     Rows are sorted by client, and clients with fewer rows than others are padded, so that all of them are one
     pass over the base. A module whose clients cannot be stacked goes one client after the other.
 
@@ -93,7 +97,10 @@ def personal_logits(models: Models | Result, x: Tensor, clients: Tensor) -> Tens
 
 
 def _joined(leaves: list[Tensor]) -> Tensor:
-    """The leaves one after the other; what is one tensor for all stays one."""
+    """The leaves one after the other, memories padded to the longest; what is one tensor for all stays one."""
+    if len({leaf.shape for leaf in leaves}) > 1:
+        most = max(leaf.shape[1] for leaf in leaves)
+        leaves = [F.pad(leaf, (0, 0) * (leaf.dim() - 2) + (0, most - leaf.shape[1])) for leaf in leaves]
     first, count = leaves[0], sum(map(len, leaves))
     if all(leaf.data_ptr() == first.data_ptr() and (len(leaf) == 1 or is_broadcast(leaf)) for leaf in leaves):
         return first[:1].expand(count, *first.shape[1:])

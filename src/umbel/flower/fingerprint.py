@@ -26,7 +26,7 @@ def fingerprint(recipe: TaskRecipe, task: Task, shared: Any) -> Fingerprint:
         task: with the model.
         shared: the method's first Shared.
     """
-    found: Fingerprint = {"task": task.name}
+    found: Fingerprint = {"task": task.name, "loss": task.loss, "labels of each task": str(task.labels_each)}
     base = getattr(recipe, "base", None)
     if isinstance(base, str):
         found |= {"base": base} | _tokenizer(base)

@@ -73,7 +73,9 @@ class FedEM:
     local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     mixes: Literal["probabilities", "outputs"] = "probabilities"
-    refuses: ClassVar[Refusals] = {}
+    refuses: ClassVar[Refusals] = {
+        "own_labels": "what it serves is a mixture of its components' probabilities of all labels"
+    }
 
     def __post_init__(self) -> None:
         check_ranges(self, num_models="[1, inf)")

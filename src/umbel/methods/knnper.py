@@ -13,7 +13,7 @@ example. Answers are log-probabilities, which serve as logits. Departures: docs/
 
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from umbel import mixing
 from umbel.clients import ClientData
 from umbel.errors import ModelError
 from umbel.methods.fedavg import FedAvg, Message, Shared
-from umbel.methods.protocol import Population
+from umbel.methods.protocol import Population, Refusals
 from umbel.model.loss import FORWARD_EXAMPLES, Loss
 from umbel.ranges import check_ranges
 from umbel.tree import Params, state
@@ -103,6 +103,9 @@ class KNNPer(FedAvg):
     share: float = 0.5  # λ
     scale: float = 1.0  # σ
     features: str = ""  # the layer whose input is φ; "": the last nn.Linear
+    refuses: ClassVar[Refusals] = {
+        "own_labels": "its memory's labels and its model's probabilities are mixed over all labels"
+    }
 
     def __post_init__(self) -> None:
         check_ranges(self, neighbours="[1, inf)", share="[0, 1]", scale="(0, inf)")

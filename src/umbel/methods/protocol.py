@@ -13,13 +13,15 @@ from umbel.model.loss import Loss
 from umbel.train import LocalTraining
 from umbel.tree import Params
 
-Way = Literal["sum", "moves", "mean", "steps"]
-"""How uploads may meet that do not come as they are:
+Way = Literal["sum", "moves", "mean", "steps", "own_labels"]
+"""How uploads may meet that do not come as they are, and what else not every method can do:
 
 sum     the server has nothing but their sum: under masks, or with noise for clients
 moves   that sum is of how far tensors have moved, which is what is clipped under noise for clients
 mean    something else stands in for the mean of uploads: a robust rule, rounds without a deadline
 steps   noise on the steps of the local training covers all that is uploaded: noise for examples
+
+own_labels    an example's answer is among its own task's labels (`labels_each` of a task); silence is consent here
 """
 Refusals = Mapping[Way, str]  # why a way is closed to a method; "" where it is not
 
@@ -136,8 +138,9 @@ def why_not(method: Method, way: Way) -> str:
     Of `steps` silence is no consent, and what a class says of them holds for none that is derived from it: what a
     client does beside that one local training, its noise does not cover.
     """
-    if said := method.refuses.get(way):
-        return said
+    said = method.refuses.get(way)
+    if said or way == "own_labels":
+        return said or ""
     if way == "steps":
         consents = "refuses" in vars(type(method)) and way in method.refuses
     else:

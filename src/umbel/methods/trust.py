@@ -138,10 +138,6 @@ class Trust:
     freeze_base: bool = False
     personal: tuple[str, ...] = ()
     mixes_clients: ClassVar[bool] = True
-    refuses: ClassVar[Refusals] = {
-        "sum": "whom a client trusts is found by comparing single adapters",
-        "mean": "every client has a mean of its own, by its own trust",
-    }
 
     def __post_init__(self) -> None:
         check_ranges(self, temperature="[0, inf]", self_weight="[0, 1]", trust_fraction="[0, 1)")
@@ -153,6 +149,16 @@ class Trust:
             )
         if self.scheme == "validation" and self.trust_fraction == 0:
             raise RecipeError("trust: scheme = 'validation' measures on trust_fraction, which must not be 0")
+
+    @property
+    def refuses(self) -> Refusals:
+        return {
+            "sum": "whom a client trusts is found by comparing single adapters",
+            "mean": "every client has a mean of its own, by its own trust",
+            "own_labels": "scheme = 'predictions' compares answers on inputs whose task nobody knows"
+            if self.scheme == "predictions"
+            else "",
+        }
 
     def mixes(self, round: int) -> bool:
         """Whether there is mixing after this round."""

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from umbel.errors import ModelError
+from umbel.tree import HALF
 
 PIECE_PRODUCTS = 5e8  # multiplications that a pass through the model has to save if it is one more, on a CPU
 Kind = Literal["causal_lm", "text", "image"]
@@ -74,7 +75,8 @@ class Pretrained(nn.Module):
         """From now on what follows this id is a second text, if that makes a difference.
 
         Raises:
-            ModelError: texts are to be read apart, and there is no such id.
+            ModelError: texts are to be read apart, and there is no such id; or what stands beside a text (padding,
+                the other text) says something of its mean state, as in architectures that pay masks no heed.
         """
         config: Any = self.model.config
         if self.pooling == "pairs" and separator < 0:
@@ -84,6 +86,8 @@ class Pretrained(nn.Module):
             )
         if self.pooling == "pairs" or getattr(config, "type_vocab_size", 0) > 1:
             self.separator = separator
+        if self.pooling != "own":
+            self._check_alone()
 
     def shortened(self, x: Tensor) -> Tensor:
         """X (…, T) without the places at its end where all texts are padding; T ≥ 1 are left.
@@ -136,22 +140,55 @@ class Pretrained(nn.Module):
         return logits
 
     def _of_texts(self, x: Tensor) -> Tensor:
-        real = (x != self.pad_id).long()
-        ends = (x == self.separator).long()
-        second = (ends.cumsum(-1) > ends).long() * real
-        told = {"attention_mask": real} | ({"token_type_ids": second} if self.separator >= 0 else {})
         if self.pooling == "own":
-            logits: Tensor = self.model(input_ids=x, **told).logits
+            real, second = self._places(x)
+            logits: Tensor = self.model(input_ids=x, **self._told(real, second)).logits
             return logits
-        base: Any = self.model.base_model
-        if self.pooling == "mean":
-            means = mean_state(base(input_ids=x, **told).last_hidden_state, real)
-        else:
-            first = real - second
-            states = base(input_ids=x, **_apart(first, second, base.dtype)).last_hidden_state
-            means = of_pairs(mean_state(states, first), mean_state(states, second))
-        pooled: Tensor = self.model.get_submodule(self.head)(means)
+        pooled: Tensor = self.model.get_submodule(self.head)(self._means(x))
         return pooled
+
+    def _places(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, T) 1 at tokens that are no padding, and at those of second texts."""
+        real, ends = (x != self.pad_id).long(), (x == self.separator).long()
+        return real, (ends.cumsum(-1) > ends).long() * real
+
+    def _told(self, real: Tensor, second: Tensor) -> dict[str, Tensor]:
+        return {"attention_mask": real} | ({"token_type_ids": second} if self.separator >= 0 else {})
+
+    def _means(self, x: Tensor) -> Tensor:
+        """(N, W) what a head on means sees of token ids (N, T)."""
+        base: Any = self.model.base_model
+        real, second = self._places(x)
+        if self.pooling == "mean":
+            return mean_state(base(input_ids=x, **self._told(real, second)).last_hidden_state, real)
+        first = real - second
+        states = base(input_ids=x, **_apart(first, second, base.dtype)).last_hidden_state
+        return of_pairs(mean_state(states, first), mean_state(states, second))
+
+    def _check_alone(self) -> None:
+        """Raises ModelError if a text's mean state is not the same beside padding, and beside another text."""
+        name, pairs = self.base or type(self.model).__name__, self.pooling == "pairs"
+        weights = next(self.model.parameters())
+        try:
+            config: Any = self.model.config
+            known = [one for one in range(config.vocab_size) if one not in (self.pad_id, self.separator)]
+            end = [self.separator] if pairs else known[1:2]
+            texts = [[known[0], known[-1], *end], [known[-1], *end]][: 1 + pairs]
+            beside = [one for text in texts for one in text] + [self.pad_id] * 2
+            with torch.no_grad():
+                whole = self._means(torch.tensor([beside], device=weights.device))[0]
+                width = len(whole) // 4 if pairs else len(whole)
+                each = [self._means(torch.tensor([text], device=weights.device))[0, :width] for text in texts]
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+            raise ModelError(f"{name} has no mean state of a text ({error}); take pooling = 'own'") from error
+        alone = torch.cat(each).float()
+        off = float((whole[: len(alone)].float() - alone).norm() / alone.norm())
+        rounded = weights.dtype in HALF or getattr(self.model, "is_quantized", False)
+        if not off < (0.1 if rounded else 1e-3):
+            raise ModelError(
+                f"{name}: what stands beside a text (padding, or another text) changes its mean state by "
+                f"{100 * off:.2g} %; pooling = {self.pooling!r} does not go with this architecture, take 'own'"
+            )
 
 
 def _apart(first: Tensor, second: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -78,8 +78,10 @@ class GLUE:
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise RecipeError("task: tasks must be at least one, each named once")
         check_ranges(self, length="[4, inf)", train_examples="[0, inf)")
-        if self.embedded and (self.bits or self.pooling != "own"):
-            raise RecipeError("task: embedded texts pass the base once; leave bits at 0 and pooling at 'own'")
+        if self.embedded and (self.bits or self.pooling == "pairs"):
+            raise RecipeError(
+                "task: embedded texts pass the base once, alone; leave bits at 0, and pooling at 'own'"
+            )
 
     def load(self, seed: int) -> Task:
         parts = []
@@ -111,7 +113,7 @@ class GLUE:
     def _on_vectors(self, parts: Sequence[Sentences], seed: int) -> tuple[nn.Module, list[Tensor]]:
         """A small model, and the vectors of what is read."""
         texts = [text for part in parts for text in (*part.first, *part.second)]
-        found = vectors(texts, self.base, self.length, self.precision)
+        found = vectors(texts, self.base, self.length, self.precision, self.pooling)
         each = found.split([len(part.label) for part in parts for _ in range(2)])
         x = [of_pairs(*pair) for pair in zip(each[::2], each[1::2], strict=True)]
         return classifier(x[0].shape[1], 2 * len(self.tasks), seed), x

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from umbel.model.pretrained import Pretrained, mean_state
+from umbel.model.pretrained import Pooling, Pretrained, mean_state
 from umbel.seeds import seeded
 from umbel.tasks.bases import Precision, load_pretrained, models_folder
 from umbel.tasks.tokens import Tokenizer
@@ -39,7 +39,9 @@ def classifier(width: int, num_labels: int, seed: int) -> nn.Module:
     return nn.Sequential(OrderedDict(dense=dense, tanh=nn.Tanh(), classifier=head))
 
 
-def vectors(texts: Sequence[str], base: str, length: int, precision: Precision = "float32") -> Tensor:
+def vectors(
+    texts: Sequence[str], base: str, length: int, precision: Precision = "float32", pooling: Pooling = "own"
+) -> Tensor:
     """(N, W) float32 the vectors of texts, rounded to float16; empty texts have 0.
 
     Args:
@@ -47,8 +49,9 @@ def vectors(texts: Sequence[str], base: str, length: int, precision: Precision =
         base: see `load_pretrained`.
         length: see texts.
         precision: of the base's weights.
+        pooling: "mean" does without a pooler, which is not looked at anyway, where a base has none.
     """
-    model, tokenizer = load_pretrained(base, "text", 2, 0, precision), Tokenizer(base)
+    model, tokenizer = load_pretrained(base, "text", 2, 0, precision, 0, pooling), Tokenizer(base)
     file = models_folder().parent / "vectors" / f"{_digest_of(model, tokenizer)}-{length}.safetensors"
     kept = load_file(file) if file.is_file() else {}
     known = {key.tobytes(): row for row, key in enumerate(kept["keys"].numpy())} if kept else {}
@@ -71,7 +74,7 @@ def _passed(model: Pretrained, ids: Tensor) -> Tensor:
     """(N, W) float16 the vectors of token ids (N, T), those of about the same length together."""
     found: list[Tensor] = []
     order = (ids != model.pad_id).sum(1).argsort(descending=True, stable=True)
-    base: Any = model.model
+    base: Any = model.model.base_model
     done, said = 0, monotonic()
     with torch.no_grad():
         while done < len(order):
