@@ -88,15 +88,26 @@ def _idle(members: np.ndarray, busy: set[int], draw: torch.Generator) -> int:
             return client
 
 
+STATISTICS = ("running_mean", "running_var")  # of BatchNorm: what was seen, and no step from anywhere
+
+
 def stepped(share: float) -> Change:
-    """What was trained as a step from what was received, and only the share of it."""
+    """What was trained as a step from what was received, and only the share of it; statistics as they are."""
 
     def change(values: Params, received: Params, weights: Tensor) -> Params:
-        return {n: share * step for n, step in moved(values, received, weights).items()}
+        steps = moved(values, received, weights)
+        return {n: leaf if n.endswith(STATISTICS) else share * steps[n] for n, leaf in values.items()}
 
     return change
 
 
-def added(values: Params, received: Params, _weights: Tensor) -> Params:
-    """The steps from where the server is now."""
-    return {n: received[n] + leaf for n, leaf in values.items()}
+def added(share: float) -> Change:
+    """The steps from where the server is now; of statistics the share of the way: variances stay positive."""
+
+    def change(values: Params, received: Params, _weights: Tensor) -> Params:
+        return {
+            n: received[n] + (share * (leaf - received[n]) if n.endswith(STATISTICS) else leaf)
+            for n, leaf in values.items()
+        }
+
+    return change

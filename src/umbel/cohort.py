@@ -288,6 +288,7 @@ class Cohort:
         round: int,
         seen: "Tally",
         weights: dict[int, float] | None = None,
+        some: bool = True,
     ) -> Iterator[Any]:
         """The clients' uploads, chunk by chunk; private states are stored as they come.
 
@@ -297,7 +298,7 @@ class Cohort:
         was, and `seen` names it. An upload that is lost on the way (faults.py) is counted there by the reason.
 
         Raises:
-            RoundError: nobody's work was finite.
+            RoundError: nobody's work was finite, and `some` has to be.
         """
         if not len(clients):
             return
@@ -326,17 +327,19 @@ class Cohort:
             if len(sound):
                 seen.add(upload, sound)
                 yield upload
-        if len(clients) and not worked:
-            noise = self.ledger is not None and self.ledger.privacy.level == "client"
-            cure = (
-                "take fewer rounds, more clients or a larger privacy.epsilon, for noise is as large"
-                if noise
-                else ""
-            )
-            raise RoundError(
-                f"round {round}: the loss of every client became NaN or infinite; "
-                f"{cure or 'lower local.lr or check the data'}"
-            )
+        if some and not worked:
+            raise self.nobody(round)
+
+    def nobody(self, round: int) -> RoundError:
+        """What there is to say of a round in which nobody's work was finite."""
+        noise = self.ledger is not None and self.ledger.privacy.level == "client"
+        cure = (
+            "take fewer rounds, more clients or a larger privacy.epsilon, for noise is as large" if noise else ""
+        )
+        return RoundError(
+            f"round {round}: the loss of every client became NaN or infinite; "
+            f"{cure or 'lower local.lr or check the data'}"
+        )
 
     def weights_of(self, clients: np.ndarray) -> dict[int, float]:
         """What each of a round's clients counts."""
@@ -369,7 +372,8 @@ class Cohort:
             clients = self.train.num_clients
             data = Examples(x[rows], y[rows], np.zeros(clients, np.int64), np.full(clients, count))
             loss = replace(self.loss, whole=True)  # how much is padding differs from batch to batch
-            cohort = replace(self, method=method, loss=loss, train=data, chunk=1)
+            # Of protected examples lots are drawn by chance: here all are counted.
+            cohort = replace(self, method=method, loss=loss, train=data, chunk=1, ledger=None)
             with counted_steps() as steps, CountedFlops() as flops:
                 upload, _ = cohort.update(shared, store, client, 1, np.array([float(count)]))
             return float(flops.total), steps[0], upload

@@ -79,6 +79,11 @@ def check(task: Task, method: Method, schedule: Schedule) -> None:
         if why := why_not(method, way):
             raise RecipeError(f"{setting} does not go with {type(method).__name__}: {why}")
     _check_mean(task, schedule)
+    if schedule.asynchronous.buffer and schedule.robust.rule != "none" and getattr(method, "prune_below", 0):
+        raise RecipeError(
+            "asynchronous.buffer does not go with robust.rule and prune_below: uploads that began before adapters "
+            "were pruned have more of them than the others; leave one of the three out"
+        )
     if level == "client":
         if schedule.weighting.rule != "one":
             raise RecipeError(
@@ -195,6 +200,8 @@ def server_step(cohort: Cohort, shared: Any, uploads: Iterator[Any], schedule: S
         after = method.server_update(shared, chain([first], uploads))
         return after if counted[0] else shared
     every = tree.map_tensors(lambda *leaves: torch.cat(leaves), first, *uploads)
+    if len(tally.clients) == len(every.loss):  # stacked ones come by their size, and of equals the first wins
+        every = tree.rows(every, torch.tensor(tally.clients, device=every.loss.device).argsort())
     everyone = torch.zeros(len(every.loss), dtype=torch.long, device=every.loss.device)
     message = method.send(shared, everyone)  # all have received the same
     every = method.changed(bounded_claims(every, robust.heaviest), message, rule_of(robust))
@@ -218,14 +225,17 @@ def late_uploads(
     for version in np.unique(step.versions).tolist():
         stale = round - 1 - version
         late = step.clients[step.versions == version]
-        for upload in cohort.uploads(begun[version], store, late, round, tally, weights):
+        for upload in cohort.uploads(begun[version], store, late, round, tally, weights, some=False):
             if stale:
+                share = (1 + stale) ** -power
                 everyone = torch.zeros(len(upload.loss), dtype=torch.long, device=upload.loss.device)
                 received, here = (method.send(state, everyone) for state in (begun[version], now))
-                moved = method.changed(upload, received, stepped((1 + stale) ** -power))
-                yield method.changed(moved, here, added)
+                moved = method.changed(upload, received, stepped(share))
+                yield method.changed(moved, here, added(share))
             else:
                 yield upload
+    if len(tally.dropped) == len(step.clients):
+        raise cohort.nobody(round)
 
 
 def meet(
@@ -271,7 +281,15 @@ def meet(
     run = round / max(1, cohort.num_rounds)
     following = clipping.next_clips(sums, groups, clips, privacy, expected, run)
     figures = {f"clip_{name}": float(clip) for name, clip in clips.items()} | found.figures
-    return Met(method.summed_update(shared, whole), following, figures, found.bytes_up, found.bytes_down)
+    after = _sound(method.summed_update(shared, whole))
+    return Met(after, following, figures, found.bytes_up, found.bytes_down)
+
+
+def _sound(shared: Any) -> Any:
+    """The state, with variances that noise has made negative at 0."""
+    every = tree.tensors(shared)
+    below = {name: leaf.clamp(min=0) for name, leaf in every.items() if name.endswith("running_var")}
+    return tree.with_tensors(shared, every | below) if below else shared
 
 
 def total_here(

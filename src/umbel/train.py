@@ -18,7 +18,7 @@ from umbel.mixing import as_leading
 from umbel.model.loss import Precision
 from umbel.model.stacked import Factors, factored_gradients
 from umbel.ranges import check_ranges
-from umbel.seeds import generator, normal
+from umbel.seeds import generator, hashed, normal
 from umbel.tree import Params
 
 Groups = dict[str, Params]
@@ -327,8 +327,15 @@ class _Noise:
         total, losses = [torch.zeros_like(leaf) for leaf in leaves], torch.zeros_like(real[:, 0])
         for place in range(real.shape[1]):
             here, own = slice(place, place + 1), real[:, place]
+            key = None if batch.key is None else hashed(batch.key + (place << 32))  # a dropout mask of its own
             one = replace(
-                batch, x=batch.x[:, here], y=batch.y[:, here], rows=batch.rows[:, here], weight=None, active=None
+                batch,
+                x=batch.x[:, here],
+                y=batch.y[:, here],
+                rows=batch.rows[:, here],
+                weight=None,
+                active=None,
+                key=key,
             )
             values = objective(groups, one, step)
             grads = torch.autograd.grad(values.sum(), leaves, materialize_grads=True)

@@ -26,11 +26,11 @@ def picked(values: Tensor, places: Tensor) -> Tensor:
     return values[torch.arange(len(values), device=values.device).unsqueeze(1), places]
 
 
-def placed(values: Tensor, sent: Tensor, num_adapters: int) -> Tensor:
-    """(K, C, …) with values (K, C'', …) in the rows `sent`, 0 in the others: the inverse of `picked`."""
+def placed(values: Tensor, sent: Tensor, num_adapters: int, others: Tensor | None = None) -> Tensor:
+    """(K, C, …) with values (K, C'', …) in the rows `sent`, `others` (K, C, …) or 0 elsewhere: undoes `picked`."""
     if sent.shape[1] == num_adapters:
         return values
-    whole = values.new_zeros(len(values), num_adapters, *values.shape[2:])
+    whole = values.new_zeros(len(values), num_adapters, *values.shape[2:]) if others is None else others.to(values)
     return whole.index_put((torch.arange(len(values), device=values.device).unsqueeze(1), sent), values)
 
 

@@ -139,6 +139,11 @@ class FLoRAL:
                 "floral: restart_below needs the em router, for others would avoid the new adapter, and "
                 "router.explore above 0, the share of the run in which adapters are restarted"
             )
+        if self.restart_below and self.send_top:
+            raise RecipeError(
+                "floral: restart_below does not go with send_top: adapters that nobody sends back yet would be "
+                "restarted as if nobody wanted them"
+            )
         if self.restart_below * self.num_adapters >= 1:
             raise RecipeError(
                 f"floral: restart_below = {self.restart_below}, but it must be less than an even share, "
@@ -351,10 +356,10 @@ class FLoRAL:
         )
 
     def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
-        made, received = (
-            {name: placed(leaf, places, self.num_adapters) for name, leaf in tensors.items()}
-            for tensors, places in ((upload.adapters, upload.sent), (message.adapters, message.alive))
-        )
+        received = {n: placed(leaf, message.alive, self.num_adapters) for n, leaf in message.adapters.items()}
+        made = {
+            n: placed(leaf, upload.sent, self.num_adapters, received[n]) for n, leaf in upload.adapters.items()
+        }
         routed = upload.route_examples  # each layer's own routes count together
         adapters = change(made, received, routed if routed.dim() == 2 else routed.mean(1))
         return replace(
@@ -374,9 +379,11 @@ class FLoRAL:
             "mean": ""
             if factors and not self.layer_routers
             else "another mean of adapters needs averaging = 'factor', one rank for all and one router a client",
-            "steps": ""
-            if self.router.kind != "em"
-            else "router.kind = 'em' measures losses on examples without noise; take router.kind = 'gradient'",
+            "steps": "router.kind = 'em' measures losses on examples without noise; take router.kind = 'gradient'"
+            if self.router.kind == "em"
+            else "with ranks noise would fill those that a client does not have"
+            if self.ranks
+            else "",
         }
 
     def absolute(self, shared: Shared, moved: dict[str, Any]) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class IFCA:
     def contribution(self, upload: Upload) -> dict[str, Any]:
         routed = upload.route_examples
         return {
-            "models": {n: torch.tensordot(routed.T.to(leaf.dtype), leaf, 1) for n, leaf in upload.model.items()},
+            "models": {n: _summed(routed, leaf) for n, leaf in upload.model.items()},
             "route_examples": routed.sum(0),
             "examples": upload.weight.sum(),
         }
@@ -134,6 +134,7 @@ class IFCA:
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
         """The choice among the models as they are now."""
         losses = (data.measured or self.measure(loss, message, data)).mean
+        losses = losses.nan_to_num(nan=torch.inf)  # a model that overflows is nobody's
         return Private(F.one_hot(losses.argmin(1), self.num_models).to(private.choice.dtype))
 
     def personalize(self, message: Message, private: Private) -> Params:
@@ -142,3 +143,10 @@ class IFCA:
 
     def mixture(self, message: Message, private: Private) -> Tensor:
         return private.choice
+
+
+def _summed(routed: Tensor, leaf: Tensor) -> Tensor:
+    """(C, …) Σ_k n_kc x_k for x (K, …); half precision has too few digits for a sum over clients."""
+    dtype = tree.wide(leaf.dtype)
+    summed: Tensor = torch.tensordot(routed.T.to(dtype), leaf.to(dtype), 1)
+    return summed

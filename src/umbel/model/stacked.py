@@ -256,7 +256,9 @@ def stackable(module: nn.Module) -> nn.Module:
     for layer in module.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = StackedLinear
-        elif type(layer) is nn.Embedding and layer.padding_idx is None and layer.max_norm is None:
+        elif type(layer) is nn.Embedding and not (
+            layer.padding_idx is not None or layer.max_norm or layer.scale_grad_by_freq or layer.sparse
+        ):
             layer.__class__ = StackedEmbedding
         elif type(layer) is nn.LayerNorm and len(layer.normalized_shape) == 1:
             layer.__class__ = StackedLayerNorm

@@ -18,6 +18,10 @@ from umbel.tasks.task import Task
 
 def arranged(task: Task, schedule: Schedule) -> Task:
     """The task as the schedule has it: tested on training examples where settings are searched, and pooled."""
+    if schedule.pool and schedule.held_out:
+        raise RecipeError(
+            "held_out does not go with pool: other examples would be held out than where clients are single slots"
+        )
     task = task.for_tuning(schedule.seed, schedule.validation) if schedule.validation else task
     return pooled(task) if schedule.pool else task
 
