@@ -285,6 +285,51 @@ def test_a_stopped_comparison_goes_on():
     assert table.index("floral") < table.index("fedavg"), "not in the order that was asked for"
 
 
+def test_a_comparison_of_other_settings_is_not_put_beside_what_is_there():
+    args = ["compare", "digits", "--seeds", "0", "--clients_per_round=4", "--out", "two", "--workers=1"]
+    umbel(*args, "--methods", "local", "--rounds=2", "-q")
+    before = Path("two/compare.toml").read_text()
+    told = error(*args, "--methods", "fedavg", "--rounds=1", "-q")
+    assert "two/local-seed0 was made with other settings" in told
+    assert "rounds" in told
+    assert Path("two/compare.toml").read_text() == before
+
+
+def test_two_recipes_have_a_folder_each(monkeypatch):
+    for folder in ("a", "here/a"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "x.toml").write_text(TINY.format(variant="both"))
+    monkeypatch.chdir("here")
+    told = error("compare", "a/x.toml", "../a/x.toml", "--methods=fedavg", "--out", "one", "-q")
+    assert "two of the recipes would have the folder one/a-x" in told
+
+
+def test_where_a_document_cannot_go_is_said_before_any_work():
+    for place, says in (("nodir/x.json", "there is no folder nodir"), ("", "a file's name is wanted")):
+        told = umbel("run", "digits", "--method=local", "--rounds=1", f"--json={place}", code=2)
+        assert says in told.stderr
+    assert not Path("runs").exists()
+
+
+def test_what_has_to_be_a_table_is_named():
+    for line, says in (('method = "floral"', "method: a table is wanted"), ('engine = "cpu"', "engine: a table")):
+        Path("x.toml").write_text(f'{line}\n[task]\nname = "digits"\n')
+        for command in (["run", "x.toml", "--method", "floral"], ["compare", "x.toml", "--methods", "floral"]):
+            assert says in error(*command)
+
+
+def test_a_share_that_is_nobody_is_refused():
+    for share in ("--held_out=0.01", "--attack.kind=sign_flip"):
+        told = error("run", "digits", "--method=fedavg", "--rounds=1", share, "--attack.share=0.01", "-q")
+        assert "is nobody" in told
+
+
+def test_a_run_without_its_lines_is_an_error_that_says_so():
+    umbel("run", "digits", "--method=local", "--rounds=1", "--out", "one", "-q")
+    Path("one/metrics.jsonl").unlink()
+    assert "has lost its lines" in error("resume", "one", "-q")
+
+
 def test_the_same_comparison_again_repeats_nothing_and_adds_what_is_new():
     args = ["compare", "digits", "--rounds=2", "--clients_per_round=4", "--out", "two", "--workers=1"]
     umbel(*args, "--methods", "local", "--seeds", "0", "-q")
@@ -443,7 +488,10 @@ def test_unseen_clients_are_onboarded_and_a_client_of_ones_own_is():
     np.savez("mine.npz", x=np.zeros((4, 8, 8), np.float32), y=np.arange(4))
     said = umbel("onboard", "both/ensemble-seed0", "--data", "mine.npz", "--out", "mine.safetensors").stdout
     assert said.startswith("mixture from 4 samples: ")
-    assert Path("mine.safetensors").is_file()
+    kept = Path("mine.safetensors").read_bytes()
+    again = umbel("onboard", "both/ensemble-seed0", "--data", "mine.npz", "--out", "mine.safetensors", code=2)
+    assert "mine.safetensors exists and is left as it is" in again.stderr
+    assert Path("mine.safetensors").read_bytes() == kept
     unscored = umbel("onboard", "both/ensemble-seed0", "--data", "mine.npz", "--samples=0,2", code=2)
     assert "mine.npz has no x_test and y_test" in unscored.stderr
     more = {"x_test": np.ones((6, 8, 8), np.float32), "y_test": np.arange(6)}

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from umbel.adapters import AdapterPlan
+from umbel.clock import steps
 from umbel.cohort import Engine
 from umbel.errors import RecipeError, RoundError
 from umbel.hazards import Asynchronous, Attack, Robust
+from umbel.meeting import ledger
 from umbel.methods import IFCA, FedAvg, FLoRAL
 from umbel.methods.ifca import Upload
 from umbel.methods.routing import Router
@@ -196,3 +198,20 @@ def test_embeddings_with_options_of_their_own_are_not_stacked_as_plain_ones():
         run(task, method, rounds=1, engine=Engine(mode)).progress.shared.params for mode in ("stacked", "looped")
     )
     torch.testing.assert_close(one["words.weight"], other["words.weight"])
+
+
+def test_examples_of_late_clients_are_counted_as_often_as_they_are_looked_at():
+    task = given(plain(), [40] * 12)
+    plan = Schedule(
+        rounds=30,
+        clients_per_round=4,
+        asynchronous=Asynchronous(4, spread=2.0),
+        privacy=Privacy(level="example", noise_multiplier=2.0, delta=1e-4),
+    )
+    method = FedAvg(local=LocalTraining(lr=0.1, batch_size=4, steps=1))
+    cohort, _ = start(task, method, plan, Engine("stacked"))
+    clock = steps(plan.asynchronous, plan.seed, np.arange(12), 4)
+    true = ledger(task, method, plan, [next(clock).clients for _ in range(30)])
+    assert cohort.ledger.figures(30) == true.figures(30)
+    even = ledger(task, method, plan, [np.arange(4) + 4 * (round % 3) for round in range(30)])
+    assert even.figures(30)["epsilon"] < true.figures(30)["epsilon"]

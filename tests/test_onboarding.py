@@ -286,6 +286,7 @@ def test_files_are_read_and_wrong_ones_told(tmp_path):
     assert len(read_client(tmp_path / "b.safetensors")[1][1]) == 2
     np.savez(tmp_path / "c.npz", z=x)
     np.savez(tmp_path / "d.npz", x=np.array([{}], dtype=object), y=y)
+    np.savez(tmp_path / "i.npz", x=x, y=y, x_test=x)
     (tmp_path / "e.safetensors").write_bytes(b"nothing")
     (tmp_path / "f.npz").write_bytes(b"nothing")
     for name, says in (
@@ -295,6 +296,7 @@ def test_files_are_read_and_wrong_ones_told(tmp_path):
         ("f.npz", "cannot be read"),
         ("g.npz", "cannot be read"),
         ("h.csv", "is wanted"),
+        ("i.npz", "takes both"),
     ):
         with pytest.raises(DataError, match=says):
             read_client(tmp_path / name)

@@ -35,6 +35,7 @@ from umbel.tasks import (
     SyntheticMLP,
     task_of,
 )
+from umbel.tasks.own import function_of
 from umbel.tasks.partition import deal
 from umbel.tasks.task import split
 from umbel.train import LocalTraining
@@ -365,3 +366,9 @@ def test_a_task_of_your_own_holds_back_what_it_is_told_or_tests_on_what_it_is_gi
     given = task_of(model, clients, test=clients[::-1])
     assert torch.equal(given.train.x, torch.cat([clients[0][0], clients[1][0]]))
     assert torch.equal(given.test.x, torch.cat([clients[1][0], clients[0][0]]))
+
+
+@pytest.mark.parametrize("place", [".wards:task", "umbel:__version__", "nowhere:task"])
+def test_what_is_no_function_of_ones_own_is_refused(place):
+    with pytest.raises(DataError, match=r"no function|no such function"):
+        function_of(place)

@@ -189,6 +189,7 @@ def machine() -> dict[str, Any]:
 
 def write(path: Path, content: bytes, secret: bool = False) -> None:
     """Writes a file aside and renames it into place; a secret one can be read by its owner only."""
+    check_file(path)
     aside = path.with_name(path.name + ".tmp")
     with _told(path):
         if secret:
@@ -200,10 +201,21 @@ def write(path: Path, content: bytes, secret: bool = False) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes the tensors by name, as safetensors."""
+    """Writes the tensors by name, as safetensors, aside, and renames them into place."""
+    check_file(path)
+    aside = path.with_name(path.name + ".tmp")
     with _told(path):
         whole = {name: leaf.contiguous().cpu().clone() for name, leaf in tensors.items()}
-        save_file(whole, path, metadata={"format": "pt"})
+        save_file(whole, aside, metadata={"format": "pt"})
+        _settle(aside, path)
+
+
+def check_file(path: Path) -> None:
+    """Raises RunFolderError if no file can be written there, for it is a folder, or in none."""
+    if not path.name or path.is_dir():
+        raise RunFolderError(f"{path} is a folder, and a file's name is wanted")
+    if not path.parent.is_dir():
+        raise RunFolderError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

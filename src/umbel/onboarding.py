@@ -239,6 +239,8 @@ def read_client(path: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor
         raise DataError(f"{path} cannot be read: {error}") from None
     if missing := [name for name in ("x", "y") if name not in arrays]:
         raise DataError(f"{path} has no {' and no '.join(missing)}; there are {', '.join(arrays) or 'no arrays'}")
+    if ("x_test" in arrays) != ("y_test" in arrays):
+        raise DataError(f"{path} has one of x_test and y_test; to be scored it takes both")
     test = (arrays["x_test"], arrays["y_test"]) if {"x_test", "y_test"} <= set(arrays) else None
     return (arrays["x"], arrays["y"]), test
 

@@ -118,12 +118,20 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Table:
         table = toml_of(path)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read: {error}") from None
+    check_tables(table)
     for override in overrides:
         key, equals, text = override.removeprefix("--").partition("=")
         if not equals:
             raise RecipeError(f"{override!r} is no override; write --key.of.setting=value")
         put(table, key, _value(text))
     return table
+
+
+def check_tables(table: Table) -> None:
+    """Raises RecipeError if what has to be a table of settings is none."""
+    for key in ("task", "method", "local", "engine", *ARRANGED, "paper", "search"):
+        if not isinstance(table.get(key, {}), dict):
+            raise RecipeError(f"{key}: a table is wanted, such as [{key}], got {table[key]!r}")
 
 
 def read(table: Table, label: str) -> Recipe:
@@ -135,9 +143,7 @@ def read(table: Table, label: str) -> Recipe:
     _check_size(table)
     schedule_keys = {f.name for f in fields(Schedule)}
     _no_strangers(table, schedule_keys | {"task", "engine", "method", "local", "paper", "search"}, "")
-    for key in ("task", "method", "local", "engine", *ARRANGED, "paper", "search"):
-        if not isinstance(table.get(key, {}), dict):
-            raise RecipeError(f"{key}: a table is wanted, such as [{key}], got {table[key]!r}")
+    check_tables(table)
     published(table), searched(table)  # are checked, but decide nothing
     method_table = _method_table(table, label)
     arranged = _merged(

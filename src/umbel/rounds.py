@@ -121,12 +121,18 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
         raise RecipeError(
             f"held_out = {schedule.held_out} leaves none of {task.num_clients} clients to train; hold out fewer"
         )
+    if schedule.held_out and len(members) == task.num_clients:
+        raise RecipeError(f"held_out = {schedule.held_out} of {task.num_clients} clients is nobody; hold out more")
     if schedule.clients_per_round > len(members):
         raise RecipeError(
             f"clients_per_round = {schedule.clients_per_round}, but {len(members)} clients train; "
             "make it at most that, or 0 for all"
         )
-    cohorts = (sampled(members, schedule, round) for round in range(1, schedule.rounds + 1))
+    numbers = range(1, schedule.rounds + 1)
+    cohorts = (sampled(members, schedule, round) for round in numbers)
+    if schedule.asynchronous.buffer:
+        clock = steps(schedule.asynchronous, schedule.seed, members, schedule.clients_per_round or len(members))
+        cohorts = (next(clock).clients for _ in numbers)
     spent = ledger(task, method, schedule, cohorts)
     num_rounds = schedule.rounds if spent is None else spent.last_round  # phases and rates end where the run does
     device = torch.device(engine.device)
@@ -155,6 +161,8 @@ def start(task: Task, method: Method, schedule: Schedule, engine: Engine) -> tup
         recomputing(module)
     loss = Loss(module, task.loss, method.local.precision, task.labels_each)
     hostile = attackers(schedule.attack, schedule.seed, members)
+    if schedule.attack.kind != "none" and schedule.attack.share and not len(hostile):
+        raise RecipeError(f"attack.share = {schedule.attack.share} of {len(members)} clients is nobody; raise it")
     if task.labels_each and schedule.attack.kind in ("label_flip", "backdoor"):
         raise RecipeError(f"attack.kind = {schedule.attack.kind!r} changes labels, and here each task has its own")
     train = poisoned(schedule.attack, task.train.to(device), hostile, task.num_labels)

@@ -43,7 +43,7 @@ def asked_for(
 
     Of several recipes each runs those of the `methods` that it describes, and those that none describes.
     """
-    from umbel.recipe import find, labels, load, read, title_of
+    from umbel.recipe import check_tables, find, labels, load, read, title_of
 
     paths = list(dict.fromkeys(map(find, recipes)))
     plain = [load(path) for path in paths]
@@ -60,6 +60,7 @@ def asked_for(
         if not mine:
             continue
         table = load(path, overrides)
+        check_tables(table)
         table.setdefault("engine", {}).setdefault("threads", 1)  # however many runs share the machine
         for label in mine:
             read(table, label)  # what is wrong with the last method is said before the first one runs
@@ -90,6 +91,8 @@ def begin(folder: Path, asked: Sequence[Asked]) -> dict[Path, Asked]:
     if not there:
         check_free(folder)
     names, _ = _short([own.recipe for own in asked])
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RunFolderError(f"two of the recipes would have the folder {folder / twice[0]}; rename one of them")
     cells = {folder / name: own for name, own in zip(names, asked, strict=True)} if len(asked) > 1 else {}
     if there and ("cells" in read_toml(folder / COMPARISON)) != bool(cells):
         raise RunFolderError(
@@ -97,7 +100,7 @@ def begin(folder: Path, asked: Sequence[Asked]) -> dict[Path, Asked]:
             "another folder with --out"
         )
     for path, own in (cells or {folder: asked[0]}).items():
-        _check_settings(path, own)
+        _check_settings(path, Asked(**_together(path, own)))  # what is there already is shown beside it
     files = {path / COMPARISON: _together(path, own) for path, own in (cells or {folder: asked[0]}).items()}
     if cells:
         before = read_toml(folder / COMPARISON)["cells"] if there else []

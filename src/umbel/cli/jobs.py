@@ -51,21 +51,29 @@ def errors_of(jobs: Sequence[Job], workers: int) -> Iterator[str | None]:
     if workers <= 1:
         yield from map(_error_of, jobs)
         return
-    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
+    killed = "a worker was killed (no memory left?); give the command again, with fewer --workers"
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent) as pool:
-        futures = [pool.submit(_error_of, job) for job in jobs]
-        try:
-            for future in futures:
+        # No job waits in the pool, where a worker would take it up after Ctrl-C.
+        left, futures, at_work = list(jobs), list[Future[str | None]](), set[Future[str | None]]()
+        for _ in jobs:
+            while not futures or not futures[0].done():
                 try:
-                    yield future.result()
+                    while left and len(at_work) < workers:
+                        futures.append(pool.submit(_error_of, left.pop(0)))
+                        at_work.add(futures[-1])
                 except BrokenProcessPool:
-                    yield "a worker was killed (no memory left?); give the command again, with fewer --workers"
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            raise
+                    futures.append(Future())
+                    futures[-1].set_result(killed)
+                    continue
+                at_work = wait(at_work, return_when=FIRST_COMPLETED).not_done
+            try:
+                yield futures.pop(0).result()
+            except BrokenProcessPool:
+                yield killed
 
 
 def _end_with_parent() -> None:

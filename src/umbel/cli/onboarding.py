@@ -17,7 +17,13 @@ def held_out(folders: Sequence[Path], samples: Sequence[int] | None, json: str |
     from umbel.tables import find_runs, grouped
 
     paths = [run.path for run in find_runs(folders)]
-    documents = [{"folder": str(path)} | onboard(path, samples or SAMPLES).document() for path in paths]
+    documents = []
+    for path in paths:
+        try:
+            documents.append({"folder": str(path)} | onboard(path, samples or SAMPLES).document())
+        except DataError as error:
+            done = f" (done: {', '.join(map(str, paths[: len(documents)]))})" if documents else ""
+            raise DataError(f"{path}: {error}{done}") from None
     if json is not None:
         print_json({"command": shlex.join(["umbel", *sys.argv[1:]]), **machine(), "runs": documents}, json)
     if json == STDOUT:
@@ -30,17 +36,20 @@ def one(
     folders: Sequence[Path], data: Path, samples: Sequence[int] | None, out: Path | None, json: str | None
 ) -> None:
     """Gives the client in the file its mixture, scores if it has test data, and its model if that is wanted."""
+    from umbel.folder import check_file, save_tensors
     from umbel.onboarding import SAMPLES, onboard_client, read_client
 
     if len(folders) != 1:
         raise RunFolderError("--data needs one run folder")
+    if out is not None:
+        check_file(out)
+        if out.exists():
+            raise RunFolderError(f"{out} exists and is left as it is; name another file, or remove it")
     train, test = read_client(data)
     if samples is not None and test is None:
         raise DataError(f"--samples asks for scores, and {data} has no x_test and y_test to score on")
     found = onboard_client(folders[0], train, test, samples=SAMPLES if samples is None else samples)
     if out is not None:
-        from umbel.folder import save_tensors
-
         save_tensors(out, found.tensors)
     document = {"folder": str(folders[0]), "samples": found.samples, "mixture": found.mixture}
     if json is not None:

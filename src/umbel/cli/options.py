@@ -91,6 +91,11 @@ def with_json_place(args: Sequence[str]) -> list[str]:
             if after.suffix not in ("", ".json", ".toml") and not after.exists():
                 fail(f"--json {after}: a file's name that ends in .json is wanted, or none, to print it")
             arg = f"--json={rest.pop(0) if after.suffix == '.json' else STDOUT}"
+        if arg.startswith("--json=") and (file := arg.removeprefix("--json=")) != STDOUT:
+            if not file or Path(file).is_dir():
+                fail(f"--json={file}: a file's name is wanted, or --json alone to print it")
+            if not Path(file).parent.is_dir():
+                fail(f"--json={file}: there is no folder {Path(file).parent}; make it first")
         placed.append(arg)
     return placed
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umbel.cli.said import STDOUT, print_json, print_table, room
+from umbel.errors import RunFolderError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,6 +25,8 @@ def show_run(folder: Path, label: str, seed: int, result: "Result", json: str | 
     """The run's end: a table, or one JSON document."""
     from umbel.tables import dropped, losses, read_run, total
 
+    if "round" not in result.figures:
+        raise RunFolderError(f"{folder / 'metrics.jsonl'} has lost its lines; remove the folder and run it again")
     keys = ("bytes_up", "bytes_down", "steps", "flops", "train_seconds", "seconds", "no_quorum")
     sums: dict[str, Any] = {key: total(result.history, key) for key in keys}
     sums |= {"dropped": dropped(result.history), "lost": losses(result.history)}

@@ -194,8 +194,11 @@ def init(
         raise DeployError(f"{folder} exists and is left as it is; name another folder, or remove it")
     dealt = deal(recipe.task.load(recipe.schedule.seed).num_clients, num_nodes)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    aside.mkdir(mode=0o700)  # keys, uploads on their way, clients' scores
+    try:
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir(mode=0o700)  # keys, uploads on their way, clients' scores
+    except OSError as error:
+        raise DeployError(f"{folder} cannot be made: {error.strerror}") from error
     try:
         hosts = list(dict.fromkeys([host, "localhost", "127.0.0.1", "superlink", *more_hosts]))
         write_certificates(aside / "certificates", hosts)

@@ -47,6 +47,9 @@ def function_of(place: str) -> Any:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
     try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise DataError(f"{place}: there is no such function ({error}); is its folder in PYTHONPATH?") from None
+    if not callable(found):
+        raise DataError(f"{place} is no function, it is {found!r}")
+    return found
