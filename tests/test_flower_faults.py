@@ -112,7 +112,7 @@ def test_a_folder_is_gone_on_with_by_its_own_recipe_and_one_server(tmp_path, mon
         lead(FakeGrid(nodes), other, out, QUICK)
     monkeypatch.setattr(resume, "HANDOVER", 0.1)
     leading = Holding(nodes, out, floral())
-    with pytest.raises(RunFolderError, match="another server leads the run"):
+    with pytest.raises(RunFolderError, match="another process is at work on the run"):
         lead(leading, floral(), out, QUICK)
     lead(FakeGrid(nodes), floral(), out, QUICK)
     with pytest.raises(RunFolderError, match="holds a run that is over"):

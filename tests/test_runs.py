@@ -68,6 +68,20 @@ def check_killed(tmp_path, label, kills):
     assert -signal.SIGKILL in ends, "every run was over before it was killed"
 
 
+def test_a_run_is_one_processs_at_a_time(tmp_path):
+    seen = []
+
+    def intrude(at):
+        if not at.last:  # what is over can be looked at
+            with pytest.raises(RunFolderError, match="another process is at work on the run"):
+                resume(tmp_path / "run")
+        seen.append(at.round)
+
+    run_recipe(small(), tmp_path / "run", intrude)
+    assert seen == [line["round"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")]
+    assert resume(tmp_path / "run").progress.round == seen[-1]
+
+
 @pytest.mark.parametrize("label", ["floral", "local", "ensemble"])
 def test_a_run_killed_at_random_moments_and_resumed_ends_bit_identical(tmp_path, label):
     check_killed(tmp_path, label, 4 if label == "floral" else 2)

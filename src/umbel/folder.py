@@ -5,6 +5,7 @@
     metrics.jsonl                 one line a round
     clients.jsonl                 one line for about every fiftieth of the run: each client's score and mixture
     trust.jsonl                   one line a round: the clients' trust in one another, of methods that have it
+    lock                          held by the process that is at work on the run
     onboard.json                  how well clients do that never trained, once `umbel onboard` was there
     checkpoints/000025.safetensors, 000025.json     the state after round 25, and its checksum
 
@@ -19,6 +20,8 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,6 +188,41 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {_processor()}",
     }
+
+
+@contextmanager
+def held(path: Path, wait_s: float = 0.0) -> Iterator[None]:
+    """The run folder is this process's until the block is left; whoever is killed has let go of it.
+
+    Args:
+        path: of the folder.
+        wait_s: how long to wait for a process that holds it.
+
+    Raises:
+        RunFolderError: another process holds it still.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with _told(path):
+        handle = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        end = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() >= end:
+                    raise RunFolderError(
+                        f"another process is at work on the run in {path}; stop it first, or name another folder"
+                    ) from None
+                time.sleep(0.2)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write(path: Path, content: bytes, secret: bool = False) -> None:

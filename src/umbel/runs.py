@@ -1,6 +1,7 @@
 """A whole run: from a task and a method to every client's personal model, in a folder if one is wanted."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,16 @@ from torch import nn
 from umbel import tree
 from umbel.cohort import Cohort, Cost, Engine, PrivateStore
 from umbel.errors import DataError, RunFolderError
-from umbel.folder import SNAPSHOT_CLIENTS, SNAPSHOTS, TRUST_CLIENTS, Checkpoint, RunFolder, check_free, read_lines
+from umbel.folder import (
+    SNAPSHOT_CLIENTS,
+    SNAPSHOTS,
+    TRUST_CLIENTS,
+    Checkpoint,
+    RunFolder,
+    check_free,
+    held,
+    read_lines,
+)
 from umbel.methods import METHODS, Method
 from umbel.model.copies import copied
 from umbel.recipe import Recipe, build, labels, load, name_of, read
@@ -220,15 +230,16 @@ def _opened(path: Path, task: Task | None, method: Method | None) -> tuple[RunFo
 def _finish(folder: RunFolder | None, begun: Result, cost: Cost | None, on_round: Watcher | None) -> Result:
     """The run with the rounds that it still lacks."""
     task, schedule, at, history = begun.task, begun.schedule, begun.progress, begun.history
-    if folder is not None:
-        folder.rewind(at.round)
-    for progress in rounds(begun.cohort, at, task, schedule, cost):
-        at = progress
-        history.append(at.figures)
+    with nullcontext() if folder is None or at.round >= schedule.rounds else held(folder.path):
         if folder is not None:
-            record(folder, at, task, schedule)
-        if on_round is not None:
-            on_round(at)
+            folder.rewind(at.round)
+        for progress in rounds(begun.cohort, at, task, schedule, cost):
+            at = progress
+            history.append(at.figures)
+            if folder is not None:
+                record(folder, at, task, schedule)
+            if on_round is not None:
+                on_round(at)
     return replace(begun, progress=at)
 
 

@@ -4,9 +4,6 @@ A checkpoint is written after every round, so the server goes on from the last r
 have done one round more: they kept what was before it (kept.py), so that round is done again, to the same bits.
 """
 
-import fcntl
-import os
-import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from logging import getLogger
@@ -17,7 +14,7 @@ from typing import Any
 from umbel import tree
 from umbel.cohort import Cost
 from umbel.errors import RunFolderError
-from umbel.folder import RunFolder, check_free, read_json
+from umbel.folder import RunFolder, check_free, held, read_json
 from umbel.privacy.accounting import Ledger
 from umbel.recipe import Recipe, build, load, read
 from umbel.rounds import Progress
@@ -59,7 +56,7 @@ def written(
         facts |= {"last_round": ledger.last_round, "privacy": asdict(ledger.privacy)}
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = RunFolder.create(path, recipe.identity(), recipe.table(), facts, num_bytes)
-    _take(path, stack)
+    stack.enter_context(held(path, HANDOVER))
     return folder
 
 
@@ -85,7 +82,7 @@ def stopped(path: Path, recipe: Recipe, stack: ExitStack) -> RunFolder | None:
             f"{path} holds a run of another recipe: it says {key} = {there.get(key)}, this one {here.get(key)}; "
             f"go on with its own, or name another folder"
         )
-    _take(path, stack)
+    stack.enter_context(held(path, HANDOVER))
     return folder
 
 
@@ -132,19 +129,3 @@ def is_unfinished(path: Path) -> bool:
 def last_round(path: Path) -> int:
     """The round of a run folder's newest checkpoint, 0 if there is none."""
     return max((int(listing.stem) for listing in (path / "checkpoints").glob("[0-9]*.json")), default=0)
-
-
-def _take(path: Path, stack: ExitStack) -> None:
-    """Waits for the server that led the run to let go of its folder; whoever is killed has let go of it."""
-    handle = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    stack.callback(os.close, handle)
-    end = time.monotonic() + HANDOVER
-    while True:
-        try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            if time.monotonic() > end:
-                raise RunFolderError(
-                    f"another server leads the run in {path}; stop it first, or name another folder"
-                ) from None
-            time.sleep(0.2)
