@@ -633,7 +633,7 @@ def main() -> None:
                 "Short of what was wanted: all slots are in the right clusters from the first round on, but RTE ends below its majority class, QNLI",
                 "far below what vectors give (77.1 above), and CoLA at its majority class to the sentence, where it is above it alone. The base was",
                 "tuned on one text at a time, and here read both of a pair at once; and one head for ten labels has to learn first which two are",
-                "a slot's own. The recipe reads the texts of a pair apart since; with heads of their own FL-TAC does not tell tasks apart yet (docs/log.md). A run is to be done.",
+                "a slot's own. The recipe reads the texts of a pair apart since, gives tasks heads of their own and compares these too; a run of it is under way (docs/log.md).",
             ],
         ),
         "## Speed",
