@@ -124,6 +124,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Table:
         if not equals:
             raise RecipeError(f"{override!r} is no override; write --key.of.setting=value")
         put(table, key, _value(text))
+    check_tables(table)  # an override may have put something else in a table's place
     return table
 
 

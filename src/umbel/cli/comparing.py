@@ -43,7 +43,7 @@ def asked_for(
 
     Of several recipes each runs those of the `methods` that it describes, and those that none describes.
     """
-    from umbel.recipe import check_tables, find, labels, load, read, title_of
+    from umbel.recipe import find, labels, load, read, title_of
 
     paths = list(dict.fromkeys(map(find, recipes)))
     plain = [load(path) for path in paths]
@@ -60,7 +60,6 @@ def asked_for(
         if not mine:
             continue
         table = load(path, overrides)
-        check_tables(table)
         table.setdefault("engine", {}).setdefault("threads", 1)  # however many runs share the machine
         for label in mine:
             read(table, label)  # what is wrong with the last method is said before the first one runs
