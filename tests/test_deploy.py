@@ -252,7 +252,7 @@ def test_a_deployment_ends_with_whoever_started_it(folder):
         # SuperLink, its two helpers, three nodes and `flwr run`; five of them are on leashes.
         assert len(processes_of(folder)) >= 10
         begun.kill()
-    soon(lambda: not processes_of(folder), 30.0)
+    soon(lambda: not processes_of(folder))
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def test_what_is_made_comes_in_order_however_long_each_takes():
 
 
 def test_as_many_are_at_work_as_there_are_workers_and_each_has_a_module_of_its_own():
-    meeting, modules = threading.Barrier(3, timeout=20), set()
+    meeting, modules = threading.Barrier(3, timeout=60), set()
 
     def work(own, item):
         modules.add(id(own.loss.module))
