@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from typer.testing import CliRunner
 
 import umbel
-from umbel import AdapterPlan, Engine, FedAvg, FLoRAL, LocalTraining, Router, run, task_of
+from umbel import AdapterPlan, Engine, FedAvg, FLoRAL, LocalTraining, Router, exporting, run, task_of
 from umbel.adapters import mix, with_paths
 from umbel.adapters.bank import Bank, LowRank
 from umbel.adapters.lora_folders import seed_of
@@ -791,6 +791,23 @@ def test_the_command_exports_clients_adapters_and_everyone(in_runs):
     with torch.no_grad():
         own = umbel.runs.opened(folder).personal_model(1)(x)
     assert_close(answers(loaded("bert", f"{folder}/export/client-0001"), "text", x), own, rtol=1e-5, atol=1e-5)
+
+
+def test_who_stops_the_command_is_told_what_was_written(in_runs, monkeypatch):
+    place, places = exporting._place, []
+
+    def stopping(folder, *rest):
+        if places:
+            raise KeyboardInterrupt
+        places.append(folder)
+        place(folder, *rest)
+
+    monkeypatch.setattr(exporting, "_place", stopping)  # the second folder, and every later one
+    text = said("export", "runs/tiny-floral-seed0", "--all", "--out", "some", code=130)
+    assert "1 of 3 folders are whole, in some; --replace writes all anew" in text
+    assert [path.name for path in Path("some").iterdir()] == ["client-0000"]
+    text = said("export", "runs/tiny-floral-seed0", "--all", "--out", "none", code=130)
+    assert "stopped before anything was written" in text
 
 
 def test_the_command_says_what_it_cannot_do(in_runs):

@@ -572,14 +572,15 @@ def test_what_travels_shrinks_once_routes_have_settled_and_pruned_adapters_never
     assert all(own == [0, 1, 2, 3] for own in alive[:9])  # two thirds of 15 rounds
     assert all(set(later) <= set(now) for now, later in pairwise(alive))
     assert len(alive[-1]) == 2
-    for key in ("bytes_up", "bytes_down"):
-        # Bytes of a round are of what the server had at its beginning.
+    for key in ("bytes_up", "bytes_down", "flops"):
+        # Bytes and work of a round are of what the server had at its beginning.
         assert {at.figures[key] for at in progress[:9]} == {progress[0].figures[key]}
         assert progress[-1].figures[key] < progress[0].figures[key]
     last = progress[-1]
     message = cohort.method.send(last.shared, torch.arange(8))
     assert all(leaf.shape[1] == 2 for leaf in (message.adapters | message.remainder).values())
     assert last.figures["bytes_down"] == 8 * tree.row_bytes(message)
+    assert last.figures["steps"] == progress[0].figures["steps"]
     assert last.figures["nmi"] == pytest.approx(1)
     assert last.figures["dead"] == 2
     gone = [c for c in range(4) if c not in alive[-1]]

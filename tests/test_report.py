@@ -195,6 +195,16 @@ def test_a_run_without_a_round_is_told(runs, tmp_path):
         write_report([folder], tmp_path / "report.html")
 
 
+def test_accuracies_and_losses_are_not_reported_together(runs, tmp_path):
+    folder = shutil.copytree(runs / "floral-seed0", tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("accuracy", None)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(RunFolderError, match=r"floral-seed0 has accuracies and .*run has losses only"):
+        write_report([runs / "floral-seed0", folder], tmp_path / "report.html")
+
+
 @pytest.mark.parametrize(
     ("mean", "std", "unit", "text"),
     [

@@ -33,13 +33,20 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     """The HTML file `out` about these run folders, or folders of runs; the same runs give the same file.
 
     Raises:
-        RunFolderError: a folder is neither, no round is done yet, or `out` cannot be written.
+        RunFolderError: a folder is neither, no round is done yet, some runs have accuracies and others losses
+            only, or `out` cannot be written.
     """
     runs = find_runs(folders)
     if not any(run.scored for run in runs):
         raise RunFolderError(
             f"there is nothing to report yet: no evaluated round in {', '.join(map(str, folders))} (with "
             "[privacy] across machines scores stay with the nodes, in their scores.jsonl)"
+        )
+    rated = {"accuracy" in run.scored[-1]: run.path for run in runs if run.scored}
+    if len(rated) > 1:
+        raise RunFolderError(
+            f"{rated[True]} has accuracies and {rated[False]} has losses only, and no axis has both; "
+            "report them apart"
         )
     if not out.absolute().parent.is_dir():
         raise RunFolderError(f"{out} cannot be written: there is no folder {out.absolute().parent}")

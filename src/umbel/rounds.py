@@ -252,7 +252,7 @@ def rounds(
     """
     method, shared, store = cohort.method, at.shared, at.store
     members = participants(task.num_clients, schedule)
-    fleet, device = fleet or Here(cohort, store, task), cohort.train.x.device
+    fleet = fleet or Here(cohort, store, task)
     tests = task.tests_of(honest(task.num_clients, schedule))
     group = _group(task, tests)
     slots = task.train.slots
@@ -267,8 +267,7 @@ def rounds(
         step = next(clock) if schedule.asynchronous.buffer else None
         clients = fleet.sampled(members, schedule, round) if step is None else step.clients
         tally = Tally()
-        # What travels may shrink while a run lasts.
-        bytes_down = tree.row_bytes(method.send(shared, torch.from_numpy(clients[:1]).to(device)))
+        cost = _now(cost, cohort, shared, store, members[:1])
         fate = fates(schedule.faults, schedule.seed, round, clients)
         working = clients[fate != MISSING]
         tally.lose({"missing": len(clients) - len(working)})
@@ -291,7 +290,7 @@ def rounds(
             "round": round,
             **({"train_loss": tally.mean_loss} if tally.num_losses else {}),
             "bytes_up": tally.upload_bytes,
-            "bytes_down": len(working) * bytes_down,
+            "bytes_down": len(working) * cost.bytes_down,
             **cost.of(task.train.count[working], None if slots is None else slots[working]),
             "train_seconds": perf_counter() - begin,
         }
@@ -313,6 +312,14 @@ def rounds(
             figures |= _assigned(shared, task, tests, group)
         figures["seconds"] = perf_counter() - begin
         yield Progress(round, shared, store, figures, _singly(found), clips, round == last)
+
+
+def _now(cost: Cost, cohort: Cohort, shared: Any, store: PrivateStore, client: np.ndarray) -> Cost:
+    """The cost with what the server has now: what travels may shrink while a run lasts, and the work with it."""
+    down = tree.group_bytes(cohort.method.send(shared, cohort.index(client)))
+    if down == cost.down:
+        return cost
+    return cohort.cost(shared, store, client) if cost.flops else replace(cost, down=down)
 
 
 def _singly(found: tuple[np.ndarray, Scores | SummedScores] | None) -> Scores | None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+import typer
+
 from umbel.cli.said import STDOUT, print_json, print_table, say
 from umbel.errors import RecipeError
 
@@ -49,10 +51,17 @@ def write(asked: Asked, json: str | None) -> None:
     folders = _folders(asked, clients, result.task.num_clients)
     coming = export_each(result, folders, clients, asked.adapter, asked.rank, asked.replace, identity)
     done: list[Exported] = []
-    with _watched(len(folders), asked.quiet) as tell:
-        for one in coming:
-            done.append(one)
-            tell(len(done))
+    try:
+        with _watched(len(folders), asked.quiet) as tell:
+            for one in coming:
+                done.append(one)
+                tell(len(done))
+    except KeyboardInterrupt:
+        if not done:
+            raise
+        where = done[0].folder.parent
+        say(f"stopped; {len(done)} of {len(folders)} folders are whole, in {where}; --replace writes all anew")
+        raise typer.Exit(130) from None
     _show(asked, done, json)
 
 
