@@ -40,6 +40,18 @@ def one_worker(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 1)
 
 
+@pytest.fixture
+def drawn():
+    """Reports of this test have their pictures."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Every comparison ends with a report, whose pictures take most of its time."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("umbel.plots._svg", lambda _draw, _width, _height, salt: f"<svg>{salt}</svg>")
+
+
 def umbel(*args, code=0):
     result = CliRunner().invoke(app, [str(arg) for arg in args])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -243,7 +255,7 @@ def test_an_existing_folder_is_refused_and_untouched():
     assert [path.name for path in Path("mine").iterdir()] == ["letter.txt"]
 
 
-def test_a_comparison_gives_means_over_seeds_and_a_report():
+def test_a_comparison_gives_means_over_seeds_and_a_report(drawn):
     args = ["compare", "digits", "--methods", "fedavg,floral", "--seeds", "0,1", "--rounds=2"]
     # One worker: what several say goes to the process's own stderr, past this test.
     result = umbel(*args, "--method.floral.num_adapters=2", "--json", "--out", "both", "--workers=1")
@@ -472,7 +484,7 @@ def test_costs_are_below_the_scores_and_by_tensor_group_in_the_run_folder():
     assert not any("up" in line for line in read_lines(Path("one/fedavg-seed0/metrics.jsonl")))
 
 
-def test_unseen_clients_are_onboarded_and_a_client_of_ones_own_is():
+def test_unseen_clients_are_onboarded_and_a_client_of_ones_own_is(drawn):
     import numpy as np
 
     given = ["compare", "digits", "--methods=ensemble", "--rounds=2", "--held_out=0.2", "--out", "both", "-q"]
@@ -643,7 +655,7 @@ def test_a_damaged_checkpoint_is_told():
     assert "warning: " in umbel("resume", "run", "-q").stderr
 
 
-def test_report_prints_its_path():
+def test_report_prints_its_path(drawn):
     umbel("run", "digits", "--method", "local", "--rounds=1", "--out", "run", "-q")
     assert umbel("report", "run").stdout == "run/report.html\n"
     assert umbel("report", "run", "run", "--out", "mine.html").stdout == "mine.html\n"

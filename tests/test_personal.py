@@ -103,7 +103,7 @@ def test_a_client_never_seen_serves_personal_tensors_of_its_first_round(method):
 @every
 def test_personal_heads_fit_clients_whose_labels_are_turned(method):
     task = Task("turned", net(), "cross_entropy", Examples.of(data(6, 40)), Examples.of(data(6, 40)))
-    plan, engine = Schedule(rounds=15, evaluate_every=15), Engine("stacked")
+    plan, engine = Schedule(rounds=10, evaluate_every=10), Engine("stacked")
     with_own = run(task, method, schedule=plan, engine=engine).figures["accuracy"]
     assert with_own > 75
     if isinstance(method, FedIT | FlexLoRA) and not isinstance(method, FedSALoRA):
