@@ -2,7 +2,8 @@
 
 Accuracy beside the majority class's, Matthews' correlation (GLUE's own metric for CoLA; 0 where one label is all that
 is answered), F1 of label 1 (GLUE's for MRPC), and how many examples of each label got which answer. Means over slots, which
-differ where slots of a task are in different clusters.
+differ where slots of a task are in different clusters. An answer is one of the task's own two labels, as with
+`heads = "own"`.
 
 python benchmarks/glue_answers.py --run runs/compare-fl_tac/fl_tac-seed0 --out results/fl_tac_encoder_answers.json
 """
@@ -30,15 +31,12 @@ def main(run: Path) -> dict[str, Any]:
     result = opened(run)
     cohort, task = result.cohort, result.task
     assert task.group is not None
-    known: dict[
-        tuple[int, bytes], dict[str, Any]
-    ] = {}  # by the task and the tensors: those of a cluster are one model
+    known: dict[tuple[int, bytes], dict[str, Any]] = {}  # the slots of a task in one cluster have one model
     slots: dict[int, list[dict[str, Any]]] = {}
     for slot in range(task.num_clients):
         one = np.array([slot])
         params, _ = cohort.served(result.progress.shared, result.progress.store.rows(one), one)
-        print_of = b"".join(leaf.flatten()[:1000].numpy().tobytes() for leaf in params.values())
-        key = int(task.group[slot]), print_of
+        key = int(task.group[slot]), b"".join(leaf.flatten()[:1000].numpy().tobytes() for leaf in params.values())
         if key not in known:
             known[key] = of_slot(result, slot)
         slots.setdefault(key[0], []).append(known[key])
