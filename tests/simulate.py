@@ -5,7 +5,8 @@ from copy import deepcopy
 import numpy as np
 
 from umbel.clients import Examples
-from umbel.cohort import Cohort, Cost, PrivateStore, Tally
+from umbel.cohort import Cohort, PrivateStore, Tally
+from umbel.costs import Cost
 from umbel.methods import Population
 from umbel.model.loss import Loss
 

@@ -12,8 +12,9 @@ import umbel.rounds
 import umbel.runs
 import umbel.tree
 from umbel.cohort import Engine
+from umbel.costs import cost_of, trains
 from umbel.flops import CountedFlops
-from umbel.methods import Ditto, FedRep
+from umbel.methods import Ditto, FedDPA, FedRep, PFedMe, Trust
 from umbel.recipe import find, load, read
 from umbel.rounds import held_out, participants, rounds, start
 from umbel.schedule import Schedule
@@ -40,7 +41,7 @@ def test_the_flops_of_an_mlp_are_those_counted_by_hand():
     cohort, at, *_ = begun(umbel.FedAvg(LOCAL))
     forward = 2 * (6 * 16 + 16 * 3)  # of one example: a multiplication and an addition for each weight
     backward = 2 * 6 * 16 + 2 * (2 * 16 * 3)  # weights of both layers; of the inputs only the second layer's
-    cost = cohort.cost(at.shared, at.store, np.array([2]))
+    cost = cost_of(cohort, at.shared, at.store, np.array([2]))
     assert cost.of(np.array(SIZES))["flops"] == LOCAL.epochs * sum(SIZES) * (forward + backward)
     assert cost.of(np.array(SIZES))["steps"] == LOCAL.epochs * sum(-(-n // 4) for n in SIZES)
 
@@ -60,13 +61,67 @@ METHODS = [
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
 def test_a_few_batches_tell_what_a_round_of_any_client_takes(method):
     cohort, at, own, _ = begun(method)
-    cost = cohort.cost(at.shared, at.store, np.array([1]))
+    cost = cost_of(cohort, at.shared, at.store, np.array([1]))
     for client in range(len(SIZES)):
         with counted_steps() as steps, FlopCounterMode(display=False) as flops:
             cohort.update(at.shared, at.store, np.array([client]), 1)
         found = cost.of(own.train.count[[client]])
         assert found["steps"] == steps[0]
         assert found["flops"] == pytest.approx(flops.get_total_flops())
+
+
+ADAPTER = umbel.AdapterPlan(rank=1)
+STEPS = umbel.LocalTraining(lr=0.1, batch_size=4, steps=7)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        umbel.FedAvg(STEPS),
+        umbel.FLoRAL(3, local=STEPS),
+        Ditto(STEPS),
+        FedRep(STEPS, head_epochs=2),
+        PFedMe(STEPS, inner_steps=3),
+        Trust(ADAPTER, STEPS, scheme="uniform"),
+        Trust(ADAPTER, LOCAL, scheme="uniform"),
+        Trust(ADAPTER, STEPS, begin=1),
+        Trust(ADAPTER, LOCAL, begin=1),
+        FedDPA(ADAPTER, gate="constant", local=STEPS),
+        FedDPA(ADAPTER, gate="constant", local=LOCAL),
+        FedDPA(ADAPTER, variant="F", gate="constant", local=STEPS),
+    ],
+    ids=lambda method: f"{type(method).__name__}-{method.local.steps}",
+)
+def test_what_is_told_of_fixed_steps_and_of_clients_that_come_again_is_what_is_done(method):
+    cohort, at, own, _ = begun(method, task(sizes=(17, 30, 60)), "looped")
+    for came_before in (False, True):
+        cost = cost_of(cohort, at.shared, at.store, np.array([1]))
+        for client in range(3):
+            counts, who = own.train.count[[client]], np.array([client])
+            with counted_steps() as steps, FlopCounterMode(display=False) as flops:
+                _, kept = cohort.update(at.shared, at.store, who, 1)
+            at.store.put(who, kept)
+            found = cost.of(counts, trains(method, counts), None, np.array([came_before]))
+            assert found["steps"] == steps[0]
+            assert found["flops"] == pytest.approx(
+                flops.get_total_flops(), rel=0.08
+            )  # last batches, held-back tenths
+
+
+def test_inner_steps_are_steps():
+    cohort, at, own, _ = begun(PFedMe(STEPS, inner_steps=3))
+    cost = cost_of(cohort, at.shared, at.store, np.array([1]))
+    assert cost.of(own.train.count[:1])["steps"] == 7 * (1 + 3)
+
+
+def test_a_run_knows_who_comes_again():
+    method = FedDPA(ADAPTER, gate="constant", local=STEPS)
+    cohort, at, own, plan = begun(method, rounds=3, clients_per_round=3)
+    seen: set[int] = set()
+    for progress in rounds(cohort, at, own, plan):
+        chosen = set(umbel.rounds.sampled(np.arange(len(SIZES)), plan, progress.round).tolist())
+        assert progress.figures["steps"] == 7 * (3 + len(seen & chosen))
+        seen |= chosen
 
 
 def test_convolutions_and_backward_are_counted_as_pytorch_counts_them():
@@ -84,7 +139,7 @@ def test_convolutions_and_backward_are_counted_as_pytorch_counts_them():
 def test_a_client_with_much_data_is_not_gone_through_to_be_counted():
     cohort, at, *_ = begun(umbel.FedAvg(replace(LOCAL, epochs=1)), task(sizes=(100_000, 5)), "looped")
     with counted_steps() as steps:
-        cohort.cost(at.shared, at.store, np.array([0]))
+        cost_of(cohort, at.shared, at.store, np.array([0]))
     assert steps[0] <= 4
 
 
@@ -95,7 +150,7 @@ def test_counting_leaves_no_trace():
         model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3))
         cohort, at, own, plan = begun(umbel.FedAvg(LOCAL), task(model, (8, 12, 20)))
         for _ in range(times):
-            cost = cohort.cost(at.shared, at.store, np.array([0]))
+            cost = cost_of(cohort, at.shared, at.store, np.array([0]))
         *_, last = rounds(cohort, at, own, plan, cost)
         results.append({key: value for key, value in last.figures.items() if "seconds" not in key})
     assert results[0] == results[1]

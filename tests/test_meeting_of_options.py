@@ -8,6 +8,7 @@ from torch import nn
 from umbel.adapters import AdapterPlan
 from umbel.clock import steps
 from umbel.cohort import Engine
+from umbel.costs import cost_of
 from umbel.errors import RecipeError, RoundError
 from umbel.hazards import Asynchronous, Attack, Robust
 from umbel.meeting import ledger
@@ -139,7 +140,7 @@ def test_what_a_protected_round_costs_depends_on_no_draw():
     for seed in range(3):
         plan = Schedule(rounds=2, seed=seed, privacy=Privacy(level="example", noise_multiplier=1.0))
         cohort, at = start(task, FedAvg(local=LOCAL), plan, Engine("stacked"))
-        found.append(cohort.cost(at.shared, at.store, np.arange(1)).flops)
+        found.append(cost_of(cohort, at.shared, at.store, np.arange(1)).flops)
     assert found[0] == found[1] == found[2]
     assert min(found[0].values()) >= 0
 

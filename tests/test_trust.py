@@ -19,6 +19,7 @@ from umbel.adapters.products import factors, products
 from umbel.clients import ClientData, Examples
 from umbel.clustering import inner_products
 from umbel.cohort import Cohort, Engine, PrivateStore, Tally
+from umbel.costs import cost_of
 from umbel.errors import RecipeError, RoundError
 from umbel.methods import FLoRAL, Population, Trust, similarity, trust, trusting
 from umbel.methods.routing import losses_of
@@ -834,7 +835,7 @@ def test_bytes_are_those_of_what_each_scheme_needs():
     run = Run(method)
     down = [tree.row_bytes(run.go().message()) for _ in range(2)]
     assert down == [adapter_bytes(run) + row, 5 * adapter_bytes(run) + row + 5]
-    cost = Run(method).cohort.cost(run.shared, run.store, np.arange(1))
+    cost = cost_of(Run(method).cohort, run.shared, run.store, np.arange(1))
     assert cost.down["everyone"] == 5 * adapter_bytes(run)
 
 

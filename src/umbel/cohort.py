@@ -17,20 +17,17 @@ from umbel.attacks import hostile_upload
 from umbel.clients import Augment, ClientData, Examples, Guard
 from umbel.errors import ModelError, RecipeError, RoundError
 from umbel.faults import delivered
-from umbel.flops import CountedFlops
 from umbel.hazards import Attack, Faults
 from umbel.methods.protocol import Method
 from umbel.model.loss import Loss, mixes_examples
 from umbel.privacy.accounting import Ledger
 from umbel.ranges import check_ranges
-from umbel.train import counted_steps
 from umbel.tree import Params
 from umbel.weighting import Weighting
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-COUNTED_BATCH = 64  # examples in a batch whose work is counted, at most
 PROBED_CLIENTS = 8  # how many clients `auto` times, stacked and looped
 PROBED_STEPS = 3
 PROBED_SECONDS = 2.0  # after which a trial is not repeated
@@ -355,43 +352,6 @@ class Cohort:
         own = hostile_upload(self.attack, self.method, own, message, who, self.seed, round)
         return tree.map_tensors(lambda leaf, row: leaf.index_copy(0, index, row.to(leaf)), upload, own)
 
-    def cost(self, shared: Any, store: PrivateStore, client: np.ndarray) -> "Cost":
-        """What one round of this client (1,) costs, from a few batches of its work, which are forgotten.
-
-        What is counted grows with batches and with examples, so local rounds that differ by half a batch and
-        by one give it for any number of examples, and take no longer for a client that has many.
-        """
-        size, local = min(self.method.local.batch_size, COUNTED_BATCH), self.method.local
-        method: Any = self.method
-        epochs = 1 if local.steps else local.epochs
-        method = replace(method, local=replace(local, batch_size=size, epochs=epochs, steps=0))
-        x, y = self.train.of_client(int(client[0]))
-
-        def counted(count: int) -> tuple[float, int, Any]:
-            rows = torch.arange(count, device=x.device) % len(y)
-            clients = self.train.num_clients
-            data = Examples(x[rows], y[rows], np.zeros(clients, np.int64), np.full(clients, count))
-            loss = replace(self.loss, whole=True)  # how much is padding differs from batch to batch
-            # Of protected examples lots are drawn by chance: here all are counted.
-            cohort = replace(self, method=method, loss=loss, train=data, chunk=1, ledger=None)
-            with counted_steps() as steps, CountedFlops() as flops:
-                upload, _ = cohort.update(shared, store, client, 1, np.array([float(count)]))
-            return float(flops.total), steps[0], upload
-
-        # Some work is done on so many examples and no more: what is counted starts where the client is.
-        past = min(len(y), COUNTED_BATCH) // size
-        one, steps_of_one, upload = counted((past + 1) * size)
-        two, steps_of_two, _ = counted((past + 2) * size)
-        half = size // 2
-        # BatchNorm wants two examples; in so small a batch examples are not told apart from the batch.
-        example = (one - counted(past * size + half)[0]) / (size - half) if half >= 2 else 0.0
-        batch, batch_steps = two - one - size * example, steps_of_two - steps_of_one
-        flops = {"round": one - (past + 1) * (batch + size * example), "batch": batch, "example": example}
-        steps = {"round": steps_of_one - (past + 1) * batch_steps, "batch": batch_steps}
-        server = sum(leaf.numel() * leaf.element_size() for leaf in tree.tensors(shared).values())
-        down = tree.group_bytes(self.method.send(shared, self.index(client)))
-        return Cost(down, tree.group_bytes(upload), flops, steps, local.batch_size, server, local.steps)
-
     def _guard(self) -> Guard | None:
         """What keeps single examples from being told by the clients' steps."""
         if self.ledger is None or self.ledger.privacy.level != "example":
@@ -401,46 +361,6 @@ class Cohort:
     def index(self, clients: np.ndarray) -> Tensor:
         """The clients as an index tensor, on the data's device."""
         return torch.from_numpy(clients.astype(np.int64)).to(self.train.x.device)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a method costs one client in one round, and the server all the time.
-
-    A local round of n examples, ⌈n / batch_size⌉ batches of them, costs so much for the round itself, so
-    much for each batch and so much for each example; all epochs are in these figures. Where the number of batches
-    is fixed they are of one epoch, and counted are the batches and examples that come to that number.
-    """
-
-    down: dict[str, int]  # bytes by tensor group
-    up: dict[str, int]
-    flops: dict[str, float]  # of a "round", a "batch", an "example": products and convolutions; {}: not known
-    steps: dict[str, int]  # of the optimizer, of a "round", a "batch"
-    batch_size: int
-    server_bytes: int  # what the server holds between rounds
-    local_steps: int = 0  # of a client for each of its slots; 0: whole epochs
-
-    @property
-    def bytes_down(self) -> int:
-        """What one client receives."""
-        return sum(self.down.values())
-
-    def of(self, counts: np.ndarray, slots: np.ndarray | None = None) -> dict[str, Any]:
-        """A round's figures, for clients with so many examples each (K,), of so many slots (K,), or of one."""
-        if not self.flops:
-            return {"server_bytes": self.server_bytes}
-        seen, done = counts, -(-counts // self.batch_size)  # in an epoch
-        if self.local_steps:
-            fixed = self.local_steps * (np.ones_like(counts) if slots is None else slots)
-            seen = fixed // done * counts + np.minimum(fixed % done * self.batch_size, counts)
-            done = fixed
-        clients, examples, batches = len(counts), int(seen.sum()), int(done.sum())
-        flops, steps = self.flops, self.steps
-        return {
-            "flops": clients * flops["round"] + batches * flops["batch"] + examples * flops["example"],
-            "steps": clients * steps["round"] + batches * steps["batch"],
-            "server_bytes": self.server_bytes,
-        }
 
 
 class Tally:

@@ -13,7 +13,8 @@ import torch
 from umbel import tree
 from umbel.attacks import attackers, poisoned, trapped
 from umbel.clock import steps
-from umbel.cohort import Cohort, Cost, Engine, PrivateStore, Tally, chunk_size
+from umbel.cohort import Cohort, Engine, PrivateStore, Tally, chunk_size
+from umbel.costs import Cost, cost_of, trains
 from umbel.errors import DataError, RecipeError
 from umbel.evaluate import Scores, SummedScores, evaluate, figures_of, routing
 from umbel.faults import MISSING, fates
@@ -250,17 +251,16 @@ def rounds(
         cost: of one client; measured unless it is given.
         fleet: who trains and is tested; by default all clients, here.
     """
-    method, shared, store = cohort.method, at.shared, at.store
+    method, shared, store, clips = cohort.method, at.shared, at.store, at.clips
     members = participants(task.num_clients, schedule)
     fleet = fleet or Here(cohort, store, task)
     tests = task.tests_of(honest(task.num_clients, schedule))
     group = _group(task, tests)
-    slots = task.train.slots
-    cost = cost or cohort.cost(shared, store, members[:1])  # of one client
+    cost = cost or cost_of(cohort, shared, store, members[:1])  # of one client
     clock = steps(schedule.asynchronous, schedule.seed, members, schedule.clients_per_round or len(members))
     # What clients at work may have begun with, by the server's steps before it; nobody works past a deadline.
     begun = {0: shared} if schedule.asynchronous.buffer else {}
-    clips = at.clips
+    before = np.isin(np.arange(task.num_clients), store.seen)  # who has been there
     last = schedule.rounds if cohort.ledger is None else cohort.ledger.last_round
     for round in range(at.round + 1, last + 1):
         begin = perf_counter()
@@ -291,9 +291,10 @@ def rounds(
             **({"train_loss": tally.mean_loss} if tally.num_losses else {}),
             "bytes_up": tally.upload_bytes,
             "bytes_down": len(working) * cost.bytes_down,
-            **cost.of(task.train.count[working], None if slots is None else slots[working]),
+            **_spent(cost, method, task, working, before),
             "train_seconds": perf_counter() - begin,
         }
+        before[tally.clients] = True
         figures |= tally.figures
         figures |= met.figures | {"bytes_down": figures["bytes_down"] + met.bytes_down}
         figures |= {} if met.bytes_up is None else {"bytes_up": met.bytes_up}
@@ -319,7 +320,13 @@ def _now(cost: Cost, cohort: Cohort, shared: Any, store: PrivateStore, client: n
     down = tree.group_bytes(cohort.method.send(shared, cohort.index(client)))
     if down == cost.down:
         return cost
-    return cohort.cost(shared, store, client) if cost.flops else replace(cost, down=down)
+    return cost_of(cohort, shared, store, client) if cost.flops else replace(cost, down=down)
+
+
+def _spent(cost: Cost, method: Method, task: Task, clients: np.ndarray, before: np.ndarray) -> dict[str, Any]:
+    """What a round of these clients takes, of whom some have been there `before` (a flag for everyone)."""
+    counts, slots = task.train.count[clients], task.train.slots
+    return cost.of(counts, trains(method, counts), None if slots is None else slots[clients], before[clients])
 
 
 def _singly(found: tuple[np.ndarray, Scores | SummedScores] | None) -> Scores | None:

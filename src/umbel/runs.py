@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from umbel import tree
-from umbel.cohort import Cohort, Cost, Engine, PrivateStore
+from umbel.cohort import Cohort, Engine, PrivateStore
+from umbel.costs import Cost, cost_of
 from umbel.errors import DataError, RunFolderError
 from umbel.folder import (
     SNAPSHOT_CLIENTS,
@@ -165,7 +166,7 @@ def _begin(
         check_free(Path(path))  # before any work is done
     task = arranged(task, schedule)
     cohort, at = start(task, method, schedule, engine)
-    cost = cohort.cost(at.shared, at.store, participants(task.num_clients, schedule)[:1])
+    cost = cost_of(cohort, at.shared, at.store, participants(task.num_clients, schedule)[:1])
     folder = None
     if path is not None:
         state = tree.tensors(at.shared).values()

@@ -134,8 +134,7 @@ def local_train(
         else:
             losses, noisy = noise.gradients(objective, groups, leaves, batch, step, local.batch_size)
             grads, factors = dict(enumerate(noisy)), {}
-        if (counter := _steps.get()) is not None:
-            counter[0] += 1
+        count_step()
         with torch.no_grad():
             if precondition is not None:
                 dense: Groups = {group: {} for group in trained}
@@ -198,6 +197,12 @@ def counted_steps() -> Iterator[list[int]]:
         yield counter
     finally:
         _steps.reset(token)
+
+
+def count_step() -> None:
+    """Tells `counted_steps` of a step."""
+    if (counter := _steps.get()) is not None:
+        counter[0] += 1
 
 
 class _Optimizer:

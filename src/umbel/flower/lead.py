@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from umbel import tree
+from umbel.costs import cost_of
 from umbel.errors import RecipeError
 from umbel.flower.answers import Uploads
 from umbel.flower.arriving import most_bytes
@@ -79,7 +80,7 @@ def lead(
             cohort = replace(cohort, ledger=_spent(counted, recipe, members, begun.noise_multiplier))
         if before is None:
             attendance.newcomers = frozenset({*members.tolist()} - attendance.roster.homes.keys())
-            cost = cohort.cost(first.shared, first.store, members[:1])
+            cost = cost_of(cohort, first.shared, first.store, members[:1])
             if not counts_are_told(recipe.schedule):
                 cost = replace(cost, flops={}, steps={})
             begun = replace(begun, cost=cost, absent=attendance.newcomers)

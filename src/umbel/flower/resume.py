@@ -12,7 +12,7 @@ from secrets import token_hex
 from typing import Any
 
 from umbel import tree
-from umbel.cohort import Cost
+from umbel.costs import Cost
 from umbel.errors import RunFolderError
 from umbel.folder import RunFolder, check_free, held, read_json
 from umbel.privacy.accounting import Ledger

@@ -28,7 +28,7 @@ from umbel.methods.protocol import Population
 from umbel.methods.settling import choose, settled
 from umbel.model.loss import Loss
 from umbel.ranges import check_ranges
-from umbel.train import Groups, LocalTraining, local_train
+from umbel.train import Groups, LocalTraining, count_step, local_train
 from umbel.tree import Params, state
 
 
@@ -80,6 +80,7 @@ class PFedMe(FedAvg):
             leaves = {name: leaf.detach().requires_grad_() for name, leaf in theta.items()}
             value = loss(leaves | groups["stats"], batch)
             grads = torch.autograd.grad(value.sum(), list(leaves.values()), materialize_grads=True)
+            count_step()
             with torch.no_grad():
                 for (name, leaf), grad in zip(theta.items(), grads, strict=True):
                     step = grad + self.strength * (leaf - groups["params"][name])

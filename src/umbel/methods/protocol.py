@@ -52,6 +52,8 @@ class Method(Protocol):
     `later(shared)`, Shareds whose messages have other tensors than the first one's; and `beside(message)`, what a
     message points to on the server and `settle` needs, with `with_beside(message, beside)`.
 
+    One for its cost: `trains(counts)`, on how many of so many examples each its clients train, if not on all.
+
     And one for speed: `measure(loss, message, data)`, what `client_update` would find out without gradients
     before it trains, for all clients of a round at once where they are trained one after the other. It
     is a state with a leading axis K, which `client_update` then has in `data.measured`; or None.

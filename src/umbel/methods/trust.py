@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -206,6 +207,12 @@ class Trust:
             if bool(due.any()) or int(shared.round) == 0:
                 own, everyone, listens = everyone, tree.broadcast(shared.held, size), shared.linked[who] & due
         return Message(own, everyone, listens, shared.trust[who], who, shared.bank, shared.public)
+
+    def trains(self, counts: np.ndarray) -> np.ndarray:
+        """(K,) on how many of so many examples a client trains."""
+        held = [trusting.num_held(count, self.trust_fraction, self.local.batch_size) for count in counts.tolist()]
+        trained: np.ndarray = counts - np.array(held, dtype=counts.dtype)
+        return trained
 
     def later(self, shared: Shared) -> list[Shared]:
         """Shareds whose messages have other tensors than the first one's: where no mix is due."""

@@ -180,11 +180,18 @@ def split(data: ClientData, fraction: float, batch_size: int) -> tuple[ClientDat
         count, first = int(data.examples.count[client]), int(data.examples.start[client])
         own = data.part[place] if data.part is not None else np.arange(first, first + count)
         order = torch.randperm(len(own), generator=generator(data.seed, "trust", client)).numpy()
-        cut = min(max(1, round(fraction * len(own))), len(own) - 2) if len(own) > 2 else 0
-        cut += len(own) - cut > 1 and (len(own) - cut) % batch_size == 1
+        cut = num_held(len(own), fraction, batch_size)
         trained.append(own[np.sort(order[cut:])])
         held.append(own[np.sort(order[:cut])] if cut else own)
     return replace(data, part=tuple(trained)), replace(data, part=tuple(held))
+
+
+def num_held(count: int, fraction: float, batch_size: int) -> int:
+    """Of so many examples, how many `split` takes from training; where it is 0 all serve for both."""
+    if not fraction or count <= 2:
+        return 0
+    cut = min(max(1, round(fraction * count)), count - 2)
+    return cut + (count - cut > 1 and (count - cut) % batch_size == 1)
 
 
 def combined(bank: Bank, held: Groups, weights: Tensor, own: Tensor, how: Mix) -> Groups:
