@@ -14,7 +14,7 @@ import umbel.tree
 from umbel.cohort import Engine
 from umbel.costs import cost_of, trains
 from umbel.flops import CountedFlops
-from umbel.methods import Ditto, FedDPA, FedRep, PFedMe, Trust
+from umbel.methods import Ditto, FedDPA, FedIT, FedRep, PFedMe, Trust
 from umbel.recipe import find, load, read
 from umbel.rounds import held_out, participants, rounds, start
 from umbel.schedule import Schedule
@@ -122,6 +122,16 @@ def test_a_run_knows_who_comes_again():
         chosen = set(umbel.rounds.sampled(np.arange(len(SIZES)), plan, progress.round).tolist())
         assert progress.figures["steps"] == 7 * (3 + len(seen & chosen))
         seen |= chosen
+
+
+def test_a_frozen_base_is_no_clients_own_memory():
+    layers = [torch.nn.Linear(512, 512) for _ in range(4)]  # 4 MB
+    clients = [(torch.randn(4, 512), torch.arange(4) % 3) for _ in range(20)]
+    own = umbel.task_of(torch.nn.Sequential(*layers), clients)
+    method = FedIT(ADAPTER, local=replace(STEPS, batch_size=1), freeze_base=True)
+    for memory_gb, most in ((0.004, 20), (0.0004, 4)):
+        cohort, _ = start(own, method, Schedule(rounds=2), Engine("stacked", memory_gb=memory_gb))
+        assert most / 2 <= cohort.chunk <= most
 
 
 def test_convolutions_and_backward_are_counted_as_pytorch_counts_them():

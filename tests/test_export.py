@@ -695,8 +695,9 @@ def test_serving_a_model_that_cannot_be_stacked_goes_one_by_one():
     assert_close(personal_logits(result, rows, whose), own)
 
 
-def test_a_model_for_all_is_not_copied_for_each():
-    result = run(task("bert"), FedAvg(), rounds=1, engine=Engine("looped"))
+@pytest.mark.parametrize("engine", [Engine("looped"), Engine("stacked", chunk=2)], ids=("looped", "two"))
+def test_a_model_for_all_is_not_copied_for_each(engine):
+    result = run(task("bert"), FedAvg(), rounds=1, engine=engine)
     models = models_of(result, [2, 0, 1])
     assert models.clients.tolist() == [0, 1, 2]
     assert all(leaf.stride(0) == 0 for leaf in models.params.values())

@@ -450,12 +450,16 @@ def _num_steps(cohort: Cohort, clients: np.ndarray) -> int:
 
 
 def _fitting(engine: Engine, cohort: Cohort, shared: Any, store: PrivateStore, clients: np.ndarray) -> int:
-    """How many clients fit into the engine's memory: tensors, gradients and what backward keeps."""
+    """How many clients fit into the engine's memory: tensors of their own, gradients and what backward keeps."""
     saved = 0
+    # What the module itself holds (a frozen base) is there once, however many clients are stacked.
+    module = cohort.loss.module
+    common = {leaf.untyped_storage().data_ptr() for leaf in (*module.parameters(), *module.buffers())}
 
     def note(leaf: Tensor) -> Tensor:
         nonlocal saved
-        saved += leaf.numel() * leaf.element_size()
+        if leaf.untyped_storage().data_ptr() not in common:
+            saved += leaf.numel() * leaf.element_size()
         return leaf
 
     one = clients[:1]

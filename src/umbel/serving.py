@@ -98,7 +98,7 @@ def personal_logits(models: Models | Result, x: Tensor, clients: Tensor) -> Tens
 
 def _joined(leaves: list[Tensor]) -> Tensor:
     """The leaves one after the other, memories padded to the longest; what is one tensor for all stays one."""
-    if len({leaf.shape for leaf in leaves}) > 1:
+    if len({leaf.shape[1:] for leaf in leaves}) > 1:
         most = max(leaf.shape[1] for leaf in leaves)
         leaves = [F.pad(leaf, (0, 0) * (leaf.dim() - 2) + (0, most - leaf.shape[1])) for leaf in leaves]
     first, count = leaves[0], sum(map(len, leaves))

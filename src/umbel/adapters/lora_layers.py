@@ -238,12 +238,12 @@ def _embedding_in_rows() -> type[nn.Module]:
             if a.dim() == b.dim() == 2:
                 plain: Tensor = super().forward(x)
                 return plain
-            path = stacked.linear(stacked.embedding(x, a.mT), b) * self.scaling[NAME]
             base: Any = self.get_base_layer()
-            if base.padding_idx is not None:  # its row is used as it is, but never trained
-                path = torch.where(torch.eq(x, base.padding_idx).unsqueeze(-1), path.detach(), path)
+            thin = stacked.embedding(x, a.mT)
+            if base.padding_idx is not None:  # the row of it is used as it is, but never trained
+                thin = torch.where(torch.eq(x, base.padding_idx).unsqueeze(-1), thin.detach(), thin)
             embedded: Tensor = base(x)
-            return torch.add(embedded, path).to(embedded.dtype)
+            return torch.add(embedded, stacked.linear(thin, b) * self.scaling[NAME]).to(embedded.dtype)
 
     return EmbeddingInRows
 
