@@ -24,7 +24,7 @@ from umbel.adapters.bank import Bank, LowRank
 from umbel.adapters.lora_folders import seed_of
 from umbel.cli import app
 from umbel.errors import DataError, ModelError, RecipeError, RunFolderError
-from umbel.exporting import FILES, export, truncated
+from umbel.exporting import FILES, _public_name, export, truncated
 from umbel.methods import METHODS, KNNPer
 from umbel.model.copies import copied
 from umbel.model.loss import Loss
@@ -416,6 +416,14 @@ def test_a_frozen_head_travels_too(tmp_path):
     found = answers(PeftModel.from_pretrained(other, tmp_path / "own").eval(), "text", x)
     with torch.no_grad():
         assert_close(found, result.personal_model(0)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_of_the_data_folder_is_no_hub_id(monkeypatch, tmp_path):
+    monkeypatch.setenv("UMBEL_DATA", str(tmp_path))
+    (tmp_path / "models" / "small").mkdir(parents=True)
+    assert _public_name("models/small") == "models/small"
+    (tmp_path / "models" / "small" / "config.json").write_text("{}")
+    assert _public_name("models/small") == "small"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Small bases that are pretrained here: from what, that they go on where stopped, and that tasks take them."""
 
+import shutil
 from dataclasses import replace
 from math import log, sqrt
 
@@ -19,7 +20,9 @@ from umbel.tasks import CIFARViT, Multilingual, texts, unused
 from umbel.tasks.bases import load_pretrained
 from umbel.tasks.dolly import by_category
 from umbel.tasks.flan_feddpa import by_task
+from umbel.tasks.glue import sentences
 from umbel.tasks.multilingual import LANGUAGES, own_documents
+from umbel.tasks.texts import plain
 from umbel.tasks.tokens import Tokenizer
 
 CPU = torch.device("cpu")
@@ -71,6 +74,10 @@ def test_no_true_document_of_a_task_is_learnt_from(real_data):
         asked |= {prompt.strip() for part in by_task(number) for own in part.values() for prompt, _ in own}
     sources = unused.texts()
     assert {text.strip() for own in sources.values() for text in own}.isdisjoint(used | asked)
+    asked_of = {plain(one) for part in sentences("qnli") for one in part.first}
+    questions = (text for name, own in sources.items() if "questions" in name for text in own)
+    lines = {plain(line) for text in questions for line in text.split("\n")}
+    assert lines.isdisjoint(asked_of)
     assert len(sources["newsgroups"]) > 19_000
     assert len(sources["declarations"]) == 15
     assert all(sources.values())
@@ -156,6 +163,15 @@ def test_a_finished_training_is_left_as_it_is(small, tmp_path, monkeypatch):
     monkeypatch.setattr(pretraining, "of_images", None)
     again = pretrain(SETTINGS["vit"], PLAN, tmp_path / "out", CPU, quiet=True)
     assert (again.step, again.best) == (once.step, once.best)
+
+
+def test_a_model_is_not_written_over(small, tmp_path):
+    pretrain(SETTINGS["vit"], replace(PLAN, steps=1), tmp_path / "out", CPU, quiet=True)
+    shutil.rmtree(tmp_path / "out" / "training")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    with pytest.raises(RunFolderError, match="has a model and no training"):
+        pretrain(SETTINGS["vit"], replace(PLAN, steps=1), tmp_path / "out", CPU, quiet=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
 def test_other_options_in_the_same_folder_are_refused(small, tmp_path):

@@ -48,13 +48,14 @@ from umbel.tasks import (
     Multilingual,
     ShakespeareRoles,
     dolly,
+    glue,
     texts,
 )
 from umbel.tasks import vectors as vectors_module
 from umbel.tasks.bases import load_pretrained
 from umbel.tasks.cifar import DEVIATION, MEAN
 from umbel.tasks.cifar_vit import divided
-from umbel.tasks.glue import _split, sentences
+from umbel.tasks.glue import Sentences, _split, sentences
 from umbel.tasks.language import Reader, Windows
 from umbel.tasks.slots import Holders, held
 from umbel.tasks.task import task_of
@@ -379,6 +380,16 @@ def test_glue_trains_on_nothing_that_it_tests_on_and_on_all_else(small):
     assert len(train) + len(test) == 4 * 180 + 60
     fewer = GLUE(tasks=("rte", "sst2"), length=24, train_examples=50, num_holders=3).load(0)
     assert fewer.train.count.sum() == 100
+
+
+def test_a_sentence_of_glues_test_is_known_in_other_capitals_too(monkeypatch):
+    parts = (
+        Sentences(["A b.", "c", "d"], ["e", "The  End", "f"], [0, 1, 0]),
+        Sentences(["a  B."], ["the end"], [1]),
+    )
+    monkeypatch.setattr(glue, "sentences", lambda name: parts)
+    train, test = glue._split("rte", 0)
+    assert (train.first, train.second, test.first) == (["d"], ["f"], ["a  B."])
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -34,6 +34,7 @@ from umbel.model.dropout import KEY
 from umbel.model.pretrained import Pooling
 from umbel.recipe import name_of
 from umbel.runs import Result
+from umbel.tasks.bases import place_of
 from umbel.tree import Params
 
 FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
@@ -231,9 +232,15 @@ def _base(result: Result) -> _Base:
 
 
 def _public_name(base: str) -> str | None:
-    """A hub id as it is, of a folder's path the last part, None where there is no name."""
+    """A hub id as it is, of a folder's path or name the last part, None where there is no name."""
     here = Path(base).expanduser()
-    if base and (here.is_absolute() or base.startswith(".") or len(here.parts) > 2 or here.exists()):
+    if base and (
+        place_of(base) != base
+        or here.is_absolute()
+        or base.startswith(".")
+        or len(here.parts) > 2
+        or here.exists()
+    ):
         return here.absolute().name
     return base or None
 

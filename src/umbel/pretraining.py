@@ -111,10 +111,14 @@ def _opened(out: Path, identity: dict[str, Any]) -> RunFolder:
     """The folder's training: a new one, or that which was begun there.
 
     Raises:
-        RunFolderError: another one was.
+        RunFolderError: another one was, or there is a model that no training is left of.
     """
     path = out / "training"
     if not path.exists():
+        if any((out / name).exists() for name in ("config.json", "model.safetensors", "tokenizer_config.json")):
+            raise RunFolderError(
+                f"{out} has a model and no training to go on with; name another folder with --out, or delete it"
+            )
         out.mkdir(parents=True, exist_ok=True)
         return RunFolder.create(path, identity, None, identity, 0)
     folder = RunFolder.opened(path, identity)

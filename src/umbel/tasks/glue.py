@@ -27,7 +27,7 @@ from umbel.seeds import generator
 from umbel.tasks.bases import Precision, load_pretrained
 from umbel.tasks.slots import Holders, held
 from umbel.tasks.task import Task
-from umbel.tasks.texts import Hub, from_hub, rows
+from umbel.tasks.texts import Hub, from_hub, plain, rows
 from umbel.tasks.tokens import Tokenizer
 from umbel.tasks.vectors import classifier, vectors
 
@@ -151,11 +151,11 @@ def _from_hub(name: Name, split: str, missing: DataError) -> Sentences:
 
 
 def _split(name: Name, seed: int) -> tuple[Sentences, Sentences]:
-    """What is for training and for testing; no sentence is in both, as some of GLUE's own sets are."""
+    """What is for training and for testing; no sentence is in both, whatever its capitals, as some of GLUE's."""
     train, test = sentences(name)
     if train.label:
-        known = {*test.first, *test.second} - {""}
-        pairs = enumerate(zip(train.first, train.second, strict=True))
+        known = {plain(one) for one in (*test.first, *test.second)} - {""}
+        pairs = enumerate(zip(map(plain, train.first), map(plain, train.second), strict=True))
         return train.of([row for row, pair in pairs if known.isdisjoint(pair)]), test
     keys = [(f"first {one}", f"second {two}") for one, two in zip(test.first, test.second, strict=True)]
     tested = held(keys, [name] * len(keys), 1 / 5, seed, "glue", name, "split")

@@ -16,7 +16,7 @@ from umbel.clients import Examples
 from umbel.errors import RecipeError
 from umbel.ranges import check_ranges
 from umbel.seeds import generator
-from umbel.tasks.texts import Document
+from umbel.tasks.texts import Document, plain
 from umbel.tasks.tokens import Tokenizer
 
 Heterogeneity = Literal["specific", "mixed"]
@@ -97,10 +97,10 @@ class Windows:
         held = _held(place, taken, self.test_fraction)
         used = taken | held
         # Roles say the same lines, and pictures have the same captions: texts are kept apart too.
-        shown = {_plain(one) for own in public for one in own}
-        test = [[one for one in own if _key(one) in held and _plain(one) not in shown] for own in ordered]
-        shown |= {_plain(one) for own in test for one in own}
-        train = [[one for one in own if _key(one) not in used and _plain(one) not in shown] for own in ordered]
+        shown = {plain(one.text) for own in public for one in own}
+        test = [[one for one in own if _key(one) in held and plain(one.text) not in shown] for own in ordered]
+        shown |= {plain(one.text) for own in test for one in own}
+        train = [[one for one in own if _key(one) not in used and plain(one.text) not in shown] for own in ordered]
         return Texts(
             _dealt(train, shares, self.tokens_per_client, reader),
             _dealt(test, shares, self._tested, reader),
@@ -208,11 +208,6 @@ def parts_of(shares: np.ndarray) -> Tensor:
 
 def _key(document: Document) -> tuple[str, int]:
     return document.source, document.number
-
-
-def _plain(document: Document) -> str:
-    """Its text, whatever the spaces and capitals in it."""
-    return " ".join(document.text.casefold().split())
 
 
 def _order(categories: Categories, seed: int) -> dict[tuple[str, int], int]:

@@ -200,6 +200,11 @@ def from_hub(hub: Hub, columns: Sequence[str], missing: DataError) -> Columns:
     return found
 
 
+def plain(text: str) -> str:
+    """The text, whatever the spaces and capitals in it."""
+    return " ".join(text.casefold().split())
+
+
 def _missing(path: Path) -> DataError:
     return DataError(
         f"text/{path.name} not in the data folder {data_folder()}; set UMBEL_DATA to the folder that has it"

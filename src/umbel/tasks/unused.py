@@ -1,8 +1,9 @@
 """What no task trains or tests on: texts and images to pretrain a base with.
 
 Texts are 20 Newsgroups, of Multi30k's captions, Genesis and the Universal Declaration of Human Rights what has an
-even number (the task `multilingual` has the odd ones), the questions of XQuAD (not its paragraphs and
-answers, which are that task's), titles of Stack Overflow, GSM8K, Code Alpaca, MBPP and HumanEval, CLINC150.
+even number (the task `multilingual` has the odd ones), the questions of XQuAD but the English ones, which are
+QNLI's (not its paragraphs and answers, which are that task's), titles of Stack Overflow, GSM8K, Code Alpaca, MBPP
+and HumanEval, CLINC150.
 Images are the first 20,000 of CIFAR-10's for training, which `cifar_vit` leaves out; `cifar10` does not.
 What is also a text of the task's is left out. What else both have are a few words: "yes", "positive".
 """
@@ -34,7 +35,8 @@ def texts() -> dict[str, tuple[str, ...]]:
     }
     found |= {f"genesis_{language}": tuple(_genesis(language)) for language in LANGUAGES["verses"]}
     found |= {f"captions_{language}": tuple(_left("captions", language)) for language in CAPTION_LANGUAGES}
-    found |= {f"questions_{language}": _questions(language) for language in PARAGRAPH_LANGUAGES}
+    others = [language for language in PARAGRAPH_LANGUAGES if language != "en"]
+    found |= {f"questions_{language}": _questions(language) for language in others}
     return found
 
 
