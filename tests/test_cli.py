@@ -424,6 +424,9 @@ def test_several_recipes_are_a_table_with_a_column_each_and_the_published_figure
     assert "both, %" in head
     fedavg = next(line for line in table.splitlines() if line.startswith(" fedavg"))
     assert fedavg.count("(91.2 ± 0.5)") == 2
+    sent, costs = table.index("What a client sends and receives"), table[table.index("What a client sends") :]
+    assert sent > table.index("fedavg")
+    assert all("kB, " in line for line in costs.splitlines() if line.startswith(" fedavg"))
     assert "(80.0)" in table
     document = json.loads(Path("all.json").read_text())
     assert [cell["recipe"] for cell in document["cells"]] == ["rotate", "both"]

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from umbel.recipe import find, load, read
 from umbel.report import page, write_report
 from umbel.runs import run_recipe
 from umbel.tables import (
+    Run,
     Spread,
     find_runs,
     grouped,
@@ -179,6 +181,14 @@ def test_an_oracle_is_a_bound_and_never_the_best(runs, tmp_path):
     row = re.search(r"floral-oracle <small>reference</small>.*?</tr>", text).group()
     assert "class=best" not in row
     assert "class=best" in text
+
+
+def test_trusts_oracle_is_one():
+    table = {
+        "method": {"own": {"name": "trust", "scheme": "oracle"}, "other": {"name": "trust", "scheme": "weights"}}
+    }
+    runs = [Run(Path(), label, 0, 1, table, {}, [], []) for label in ("own", "other")]
+    assert [run.oracle for run in runs] == [True, False]
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

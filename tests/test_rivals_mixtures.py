@@ -18,6 +18,7 @@ from umbel.cohort import Cohort
 from umbel.errors import RecipeError
 from umbel.methods import (
     IFCA,
+    Ensemble,
     FedAvg,
     FedEM,
     FedSALoRA,
@@ -234,6 +235,20 @@ def test_ifca_chooses_the_smallest_loss():
         assert settled.choice[k].tolist() == [float(at == min(losses)) for at in losses]
         chosen = shared.models["0.weight"][int(np.argmin(losses))]
         assert torch.equal(method.personalize(message, settled)["0.weight"][k], chosen)
+
+
+@pytest.mark.parametrize("method", [Ensemble, FedEM, IFCA])
+def test_models_may_start_near_one_that_was_trained_before(method):
+    module = network()
+    far, near = (
+        method(3, near=share).init(module, Population(4, 0))[0].models["0.weight"] for share in (0.0, 0.1)
+    )
+    given = module[0].weight.detach()
+    assert torch.equal(near[0], given)
+    apart = (near[1:] - given).std((1, 2)) / given.std()
+    assert ((apart > 0.05) & (apart < 0.2)).all()
+    assert not torch.equal(near[1], near[2])
+    assert ((far[1:] - given).std((1, 2)) / given.std() > 0.8).all()
 
 
 def test_an_ifca_model_that_nobody_chose_stays_bit_for_bit():

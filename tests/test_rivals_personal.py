@@ -15,7 +15,7 @@ from simulate import simulate
 from umbel import tree
 from umbel.adapters import AdapterPlan
 from umbel.clients import ClientData, Examples
-from umbel.cohort import Cohort
+from umbel.cohort import Cohort, Engine
 from umbel.errors import ModelError, RecipeError
 from umbel.methods import (
     APFL,
@@ -36,7 +36,10 @@ from umbel.methods import (
 from umbel.methods.knnper import remembered
 from umbel.methods.server import ServerOptimizer
 from umbel.model.loss import Loss
+from umbel.rounds import start
+from umbel.schedule import Schedule
 from umbel.seeds import seeded
+from umbel.tasks import task_of
 from umbel.train import LocalTraining
 
 HALFWAY = LocalTraining(lr=0.25, batch_size=8)  # a step of rate ¼ goes half the way to t
@@ -525,9 +528,14 @@ def test_knn_per_remembers_under_batch_norm_too():
         assert_close(together[k], loss.outputs(alone, QUESTIONS.unsqueeze(0))[0])
 
 
-def test_knn_per_says_what_it_cannot_remember():
-    with pytest.raises(ModelError, match="class labels"):
-        served(KNNPer(STEPS), net(), regression(), simulate(KNNPer(STEPS), net(), regression()))
+def test_knn_per_says_what_it_cannot_remember_before_it_trains():
+    with pytest.raises(RecipeError, match="class labels"):
+        start(
+            task_of(net(), regression(), test=regression(), loss="mse"),
+            KNNPer(STEPS),
+            Schedule(rounds=2),
+            Engine("looped"),
+        )
     with pytest.raises(ModelError, match=r"no nn\.Linear"):
         KNNPer().adapt(nn.Conv2d(1, 1, 1))
     with pytest.raises(ModelError, match="no such layer"):

@@ -120,19 +120,24 @@ def _sums(cohort: Cohort, serve: Serve, data: ClientData, labels: bool) -> tuple
     return loss / data.num_examples, 100 * right / data.num_examples, mixture
 
 
-def figures_of(found: Scores | SummedScores, method: Any, group: np.ndarray | None) -> dict[str, Any]:
-    """What a round's figures say of scores, of what clients mix, and of their true groups (K,), where known."""
+def figures_of(
+    found: Scores | SummedScores, method: Any, group: np.ndarray | None, alive: np.ndarray | None = None
+) -> dict[str, Any]:
+    """What a round's figures say of scores, of what clients mix, and of their true groups (K,), where known.
+
+    `alive` are the routes that were not pruned; None: all.
+    """
     figures: dict[str, Any] = found.summary()
     if isinstance(found, SummedScores):
         return figures
     if not getattr(method, "mixes_clients", False):  # such a method has figures of its own
-        figures |= routing(found.mixture, group)
+        figures |= routing(found.mixture, group, alive)
     if group is not None:
         figures |= found.of_groups(group)
     return figures
 
 
-def routing(mixture: np.ndarray, group: np.ndarray | None) -> dict[str, Any]:
+def routing(mixture: np.ndarray, group: np.ndarray | None, alive: np.ndarray | None = None) -> dict[str, Any]:
     """What the clients' mixtures (K, C) of adapters or models look like, {} where nothing is mixed.
 
     Of a mixture of the clients themselves (`mixes_clients` of a method) none of this would say anything.
@@ -140,7 +145,7 @@ def routing(mixture: np.ndarray, group: np.ndarray | None) -> dict[str, Any]:
     Returns:
         entropy_nats: mean over clients of −Σ_c π log π, between 0 and log C.
         usage: C shares, the mean of π.
-        dead: how many of the C no client leans on most, with a usage below 1 %.
+        dead: how many of the C that are `alive` no client leans on most, with a usage below 1 %.
         nmi, ari, cluster_accuracy: agreement of the heaviest route with the true groups, where these are known
             (`clustering.agreement`).
         mismatch: the mean over groups of ‖p̂(·|c) − p(·|g)‖₁ in [0, 2], how far the clients' weights in a mean are
@@ -152,7 +157,8 @@ def routing(mixture: np.ndarray, group: np.ndarray | None) -> dict[str, Any]:
     logs = np.log(np.clip(mixture, 1e-30, None))
     usage = mixture.mean(0)
     top = mixture.argmax(1)
-    dead = (usage < 0.01) & ~np.isin(np.arange(len(usage)), top)
+    routes = np.arange(len(usage))
+    dead = (usage < 0.01) & ~np.isin(routes, top) & np.isin(routes, routes if alive is None else alive)
     figures: dict[str, Any] = {
         "entropy_nats": float(-(mixture * logs).sum(1).mean()),
         "usage": [round(float(u), 5) for u in usage],

@@ -75,6 +75,10 @@ def check(task: Task, method: Method, schedule: Schedule) -> None:
         raise RecipeError(
             f"{task.name} has labels of each task's own, which {type(method).__name__} cannot: {why}"
         )
+    if task.loss != "cross_entropy" and (why := why_not(method, "numbers")):
+        raise RecipeError(
+            f"the loss of {task.name} is {task.loss!r}, with which {type(method).__name__} fails: {why}"
+        )
     for setting, way in ways_asked_for(schedule):
         if why := why_not(method, way):
             raise RecipeError(f"{setting} does not go with {type(method).__name__}: {why}")

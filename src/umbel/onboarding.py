@@ -1,7 +1,8 @@
 """Onboarding: clients that never trained get a model from a few samples of their own, adapters untouched.
 
     routes      π from n samples: `settle` of the method, or, where routers learn by gradient, SGD on the C
-                logits alone
+                logits alone. A method without routes makes its own model of the samples, as it would of a
+                client's first round
     fine-tune   the model of a client that nobody knows, all of its tensors trained on n samples but for the
                 weights of a mixture; where that is not finite, that model
     global      that model as it is: n = 0

@@ -306,7 +306,7 @@ def rounds(
         due = round % schedule.evaluate_every == 0 or round == last
         found = fleet.scores(shared, tests) if due else None
         if found is not None:
-            figures |= figures_of(found[1], method, _group(task, found[0]))
+            figures |= figures_of(found[1], method, _group(task, found[0]), _alive(shared))
             figures |= {"untested": len(tests) - len(found[0])} if len(found[0]) < len(tests) else {}
             figures |= _led(cohort, shared, store, task, tests) if schedule.attack.kind == "backdoor" else {}
         else:
@@ -327,6 +327,12 @@ def _spent(cost: Cost, method: Method, task: Task, clients: np.ndarray, before: 
     """What a round of these clients takes, of whom some have been there `before` (a flag for everyone)."""
     counts, slots = task.train.count[clients], task.train.slots
     return cost.of(counts, trains(method, counts), None if slots is None else slots[clients], before[clients])
+
+
+def _alive(shared: Any) -> np.ndarray | None:
+    """The routes that were not pruned, where a method prunes."""
+    alive: torch.Tensor | None = getattr(shared, "alive", None)
+    return None if alive is None else alive.cpu().numpy()
 
 
 def _singly(found: tuple[np.ndarray, Scores | SummedScores] | None) -> Scores | None:

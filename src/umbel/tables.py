@@ -46,10 +46,12 @@ class Run:
 
     @property
     def oracle(self) -> bool:
-        """Whether it knew the clients' true groups, so that it is a bound and no contestant."""
+        """Whether it knew the clients' true groups, so that it is a reference and no contestant."""
         method = self.recipe.get("method", {}).get(self.label, {})
-        router = method.get("router") if isinstance(method, dict) else None
-        return isinstance(router, dict) and router.get("kind") == "oracle"
+        if not isinstance(method, dict):
+            return False
+        router = method.get("router")
+        return method.get("scheme") == "oracle" or (isinstance(router, dict) and router.get("kind") == "oracle")
 
     @property
     def num_clients(self) -> int | None:

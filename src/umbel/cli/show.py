@@ -148,21 +148,27 @@ def print_comparison(asked: dict[str, Any], groups: Sequence["Group"]) -> None:
 def print_grid(
     above: str, names: Sequence[str], asked: Sequence[dict[str, Any]], groups: Sequence[Sequence["Group"]]
 ) -> None:
-    """Several recipes side by side: a column for each and a row for every method, "ours (published)".
-
-    Columns that do not fit beside the others are in a further table.
-    """
+    """Several recipes side by side: a column for each, a row for every method, "ours (published)"; then costs."""
     from umbel.recipe import published
 
     rows = list(dict.fromkeys(label for own in asked for label in own["labels"]))
     papers = [published(own["table"]) for own in asked]
-    left = [
-        _cell_column(name, rows, own["labels"], paper, found)
-        for name, own, paper, found in zip(names, asked, papers, groups, strict=True)
-    ]
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(seed for own in asked for seed in own["seeds"]))
     title = f"{above + ', ' if above else ''}seeds {seeds}: mean ± standard deviation over seeds"
     title += " (published)" if any(papers) else ""
+    scores = [
+        _cell_column(name, rows, own["labels"], paper, found)
+        for name, own, paper, found in zip(names, asked, papers, groups, strict=True)
+    ]
+    _print_columns(title, rows, scores)
+    if note := _notes([group for found in groups for group in found]):
+        print(note)
+    costs = [(name, _costs(rows, found)) for name, found in zip(names, groups, strict=True)]
+    _print_columns("\nWhat a client sends and receives in a round, and all of a run's training", rows, costs)
+
+
+def _print_columns(title: str, rows: Sequence[str], left: list[tuple[str, list["Text"]]]) -> None:
+    """A column for each recipe; those that do not fit beside the others are in a further table."""
     while left:
         table, here, width = _plain_table(), list[list["Text"]](), room() - max(map(len, rows)) - 1
         while left and (not here or width >= _width(*left[0])):
@@ -175,8 +181,26 @@ def print_grid(
                 table.add_row(label, *(texts[place] for texts in here))
         print_table(title, table)
         title = ""
-    if note := _notes([group for found in groups for group in found]):
-        print(note)
+
+
+def _costs(rows: Sequence[str], groups: Sequence["Group"]) -> list["Text"]:
+    """Bytes and seconds of each row's method, empty for methods that there is nothing of."""
+    from umbel.tables import spread, written
+
+    by_label = {group.label: group for group in groups}
+    texts = []
+    for label in rows:
+        found = by_label.get(label)
+        parts = (
+            []
+            if found is None
+            else [
+                written(spread(found, key), unit)
+                for key, unit in (("bytes_per_client_round", "bytes"), ("train_seconds", "seconds"))
+            ]
+        )
+        texts.append(_figure(", ".join(parts), False))
+    return texts
 
 
 def _cell_column(

@@ -103,16 +103,17 @@ class Ensemble:
     local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     guard: float = 0.01  # τ of g_c = min(1, p_c / τ); 0: no guard
+    near: float = 0.0  # models begin as the given one with so much noise, in deviations of a tensor; 0: drawn anew
     refuses: ClassVar[Refusals] = {}
 
     def __post_init__(self) -> None:
-        check_ranges(self, num_models="[1, inf)", guard="[0, 1]")
+        check_ranges(self, num_models="[1, inf)", guard="[0, 1]", near="[0, inf)")
 
     def adapt(self, module: nn.Module) -> nn.Module:
         return Mixture(module, self.num_models)
 
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
-        stacked = drawn_apart(module, self.num_models, population.seed)
+        stacked = drawn_apart(module, self.num_models, population.seed, self.near)
         routes = Routes.init(self.router.kind, self.num_models, population)
         stats = {name: stacked.pop(name) for name in running_stats(module)}
         return Shared(stacked, stats, self.server.init(stacked), routes), tree.broadcast(
@@ -214,13 +215,19 @@ class Ensemble:
         return losses_of(one, models, data, num_labels, bounded=message.told.exploring)
 
 
-def drawn_apart(module: nn.Module, num_models: int, seed: int) -> Params:
-    """C models, leading axis C, with their running statistics: the module, and others drawn as its layers draw."""
+def drawn_apart(module: nn.Module, num_models: int, seed: int, near: float = 0.0) -> Params:
+    """C models, leading axis C, with their running statistics: the module, and others drawn as its layers draw.
+
+    With `near` the others are the module with noise, of this share of each tensor's standard deviation.
+    """
     models = [module]
     for c in range(1, num_models):
         another = deepcopy(module)
-        with seeded(seed, "model", c):
-            for layer in another.modules():
+        with seeded(seed, "model", c), torch.no_grad():
+            for leaf in another.parameters() if near else ():
+                if leaf.requires_grad and leaf.numel() > 1:
+                    leaf.add_(torch.randn_like(leaf), alpha=near * float(leaf.std()))
+            for layer in another.modules() if not near else ():
                 if isinstance(reset := getattr(layer, "reset_parameters", None), type(another.train)):
                     reset()
         models.append(another)

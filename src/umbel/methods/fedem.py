@@ -73,18 +73,19 @@ class FedEM:
     local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     mixes: Literal["probabilities", "outputs"] = "probabilities"
+    near: float = 0.0  # models begin as the given one with so much noise, in deviations of a tensor; 0: drawn anew
     refuses: ClassVar[Refusals] = {
         "own_labels": "what it serves is a mixture of its components' probabilities of all labels"
     }
 
     def __post_init__(self) -> None:
-        check_ranges(self, num_models="[1, inf)")
+        check_ranges(self, num_models="[1, inf)", near="[0, inf)")
 
     def adapt(self, module: nn.Module) -> nn.Module:
         return (ProbabilityMixture if self.mixes == "probabilities" else Mixture)(module, self.num_models)
 
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
-        models = drawn_apart(module, self.num_models, population.seed)
+        models = drawn_apart(module, self.num_models, population.seed, self.near)
         stats = {name: models.pop(name) for name in running_stats(module)}
         even = torch.full((1, self.num_models), 1 / self.num_models)
         return Shared(models, stats, self.server.init(models)), Private(even)

@@ -64,16 +64,17 @@ class IFCA:
     local: LocalTraining = field(default_factory=LocalTraining)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     averaging: Literal["model", "gradient"] = "model"
+    near: float = 0.0  # models begin as the given one with so much noise, in deviations of a tensor; 0: drawn anew
     refuses: ClassVar[Refusals] = {}
 
     def __post_init__(self) -> None:
-        check_ranges(self, num_models="[1, inf)")
+        check_ranges(self, num_models="[1, inf)", near="[0, inf)")
 
     def adapt(self, module: nn.Module) -> nn.Module:
         return module
 
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
-        models = drawn_apart(module, self.num_models, population.seed)
+        models = drawn_apart(module, self.num_models, population.seed, self.near)
         stats = {name: models.pop(name) for name in running_stats(module)}
         return Shared(models, stats, self.server.init(models)), Private(torch.zeros(1, self.num_models))
 

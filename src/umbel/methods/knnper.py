@@ -104,7 +104,8 @@ class KNNPer(FedAvg):
     scale: float = 1.0  # σ
     features: str = ""  # the layer whose input is φ; "": the last nn.Linear
     refuses: ClassVar[Refusals] = {
-        "own_labels": "its memory's labels and its model's probabilities are mixed over all labels"
+        "own_labels": "its memory's labels and its model's probabilities are mixed over all labels",
+        "numbers": "it remembers class labels",
     }
 
     def __post_init__(self) -> None:
@@ -125,8 +126,6 @@ class KNNPer(FedAvg):
 
     def settle(self, loss: Loss, message: Message, private: Any, data: ClientData) -> Served:
         """The client's training examples as the received model sees them."""
-        if loss.name != "cross_entropy":
-            raise ModelError(f"knnper remembers class labels; it does not work with the loss {loss.name!r}")
         return remembered(loss, message.params | message.stats, data)
 
     def personalize(self, message: Message, private: Any) -> Params:

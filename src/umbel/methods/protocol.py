@@ -13,7 +13,7 @@ from umbel.model.loss import Loss
 from umbel.train import LocalTraining
 from umbel.tree import Params
 
-Way = Literal["sum", "moves", "mean", "steps", "own_labels"]
+Way = Literal["sum", "moves", "mean", "steps", "own_labels", "numbers"]
 """How uploads may meet that do not come as they are, and what else not every method can do:
 
 sum     the server has nothing but their sum: under masks, or with noise for clients
@@ -22,6 +22,7 @@ mean    something else stands in for the mean of uploads: a robust rule, rounds 
 steps   noise on the steps of the local training covers all that is uploaded: noise for examples
 
 own_labels    an example's answer is among its own task's labels (`labels_each` of a task); silence is consent here
+numbers       targets are no class labels, or the loss is no cross-entropy; silence is consent here too
 """
 Refusals = Mapping[Way, str]  # why a way is closed to a method; "" where it is not
 
@@ -141,7 +142,7 @@ def why_not(method: Method, way: Way) -> str:
     client does beside that one local training, its noise does not cover.
     """
     said = method.refuses.get(way)
-    if said or way == "own_labels":
+    if said or way in ("own_labels", "numbers"):
         return said or ""
     if way == "steps":
         consents = "refuses" in vars(type(method)) and way in method.refuses

@@ -36,7 +36,7 @@ class ServerOptimizer:
     """How the server moves; with the defaults its tensors become the clients' mean."""
 
     kind: Literal["sgd", "momentum", "adam", "yogi"] = "sgd"
-    lr: float = 1.0  # η
+    lr: float = 1.0  # η; of adam and yogi how far a number moves in a round, about: begin with 0.01
     momentum: float = 0.9  # μ
     beta1: float = 0.9
     beta2: float = 0.99
