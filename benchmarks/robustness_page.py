@@ -136,7 +136,7 @@ def flip_lines(document: dict[str, Any]) -> list[str]:
         f"FLoRAL on digits as in its recipe, {figures['rounds']} rounds, 20 % of the clients flip their steps five times over (rules reckon",
         f"with {figures['rules']['multi_krum']['hostile']:.0%} of the weight where they ask):",
         "",
-        "| seed (hostile in each group of ten) | no attack (all 40 clients) | plain mean | "
+        "| seed (hostile in each group of ten) | no attack (all 40 train, the same 32 are tested) | plain mean | "
         + " | ".join(rules)
         + " |",
         "|---" * (3 + len(rules)) + "|",

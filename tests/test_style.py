@@ -41,6 +41,7 @@ LAYERS = """
     train clustering
     methods tasks
     cohort
+    costs
     evaluate recipe meeting
     rounds
     folder

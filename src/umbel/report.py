@@ -241,7 +241,7 @@ def _notes(groups: Sequence[Group]) -> str:
         notes.append("Runs with validation above 0 are tested on training examples.")
     notes.append("The best mean of each column is marked.")
     if any(group.oracle for group in groups):
-        notes.append("Bounds know the true groups and are not marked.")
+        notes.append("Oracles know the true groups: references, which are not marked.")
     text = _caption(" ".join(notes))
     unfinished = [run for run in runs if len(run.history) < run.rounds]
     if unfinished:

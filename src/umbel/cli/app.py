@@ -56,7 +56,7 @@ def umbel(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
       umbel run digits --method floral
 
-    All methods with three seeds, and a report to look at:
+    A recipe's methods with three seeds, and a report to look at:
 
       umbel compare digits
     """
@@ -127,7 +127,9 @@ def settings() -> None:
         print_settings(
             "Of local training, for all methods that say nothing else: --local.SETTING=…", LocalTraining
         )
-        print_settings("Of how the work is laid out, which changes no result: --engine.SETTING=…", Engine)
+        print_settings(
+            "Of how the work is laid out; changes figures by rounding at most: --engine.SETTING=…", Engine
+        )
 
 
 @app.command(cls=Overridable)
@@ -320,7 +322,10 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Of a run.")],
     client: Annotated[str | None, typer.Option(metavar="0,3", help="Whose models.")] = None,
     everyone: Annotated[bool, typer.Option("--all", help="Every client's model.")] = False,
-    adapter: Annotated[int | None, typer.Option(metavar="C", help="One adapter of FLoRAL's bank, alone.")] = None,
+    adapter: Annotated[
+        int | None,
+        typer.Option(metavar="C", help="One adapter alone: of FLoRAL's bank, or a cluster's of FL-TAC."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
