@@ -72,6 +72,7 @@ CASES = {
         "product averaging": FLoRAL(3, PLAN, ORACLE, STEPS, averaging="product", init_std=1.0),
         "delta averaging": FLoRAL(3, PLAN, EM, STEPS, averaging="delta", report_error=True, init_std=1.0),
         "ranks": FLoRAL(3, PLAN, EM, STEPS, ranks=(1.0, 0.5), init_std=1.0),
+        "explored with more ranks": FLoRAL(3, replace(PLAN, rank=1), EM, STEPS, explore_rank=2, init_std=1.0),
         "layer routers": FLoRAL(3, PLAN, GRADIENT, STEPS, layer_routers=True),
         "send top": FLoRAL(3, PLAN, GRADIENT, STEPS, send_top=2, init_std=1.0),
         "published": FLoRAL(

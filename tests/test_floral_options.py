@@ -17,6 +17,7 @@ from umbel.adapters.products import products
 from umbel.clients import ClientData, Examples
 from umbel.cohort import Engine
 from umbel.errors import ModelError, RecipeError
+from umbel.hazards import Asynchronous
 from umbel.methods import Ensemble, FedAvg, FLoRAL, Population
 from umbel.methods.floral import each_alone
 from umbel.methods.routing import Router, losses_of, moved_share
@@ -647,6 +648,86 @@ def test_a_run_stopped_before_or_after_pruning_goes_on_bit_for_bit(tmp_path, sto
     assert last[0].read_bytes() == last[1].read_bytes()
 
 
+# Routes are explored with more ranks.
+
+WIDE = FLoRAL(2, AdapterPlan(1), EM, LocalTraining(lr=0.1, batch_size=6), explore_rank=2)
+
+
+def two_layers():
+    task = opposite()
+    with seeded(0, "test"):
+        module = nn.Sequential(
+            nn.Unflatten(1, (2, 2)), nn.Conv1d(2, 4, 1), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)
+        )
+    return replace(task, model=module)
+
+
+def explored(method=WIDE, num_rounds=12, **settings):
+    task, schedule = two_layers(), Schedule(rounds=num_rounds, evaluate_every=num_rounds)
+    cohort, at = start(task, replace(method, **settings), schedule, STACKED)
+    return cohort, list(rounds_of(cohort, at, task, schedule))
+
+
+@pytest.mark.parametrize("averaging", ["factor", "product", "delta"])
+@pytest.mark.parametrize("router", [EM, ORACLE])
+def test_once_explored_adapters_are_the_nearest_of_their_rank_and_stay_so(router, averaging):
+    own = {"router": router, "averaging": averaging}
+    (cohort, progress), (_, wide) = explored(**own), explored(adapter=AdapterPlan(2), explore_rank=0, **own)
+    for now, other in zip(progress[:3], wide[:3], strict=True):  # of 12 rounds the first four explore
+        assert equal(now.shared.adapters, other.shared.adapters)
+        assert now.figures["bytes_up"] == other.figures["bytes_up"]
+    bank = wide[3].shared.bank
+    whole, cut = (products(bank, at.shared.adapters) for at in (wide[3], progress[3]))
+    for name, matrix in whole.items():
+        u, s, v = torch.linalg.svd(matrix)
+        assert_close(cut[name], s[:, :1, None] * u[..., :1] @ v[:, :1], rtol=1e-4, atol=1e-5)
+    for at in progress[3:]:
+        for part in bank.low_rank:
+            assert not at.shared.adapters[part.a_name][:, 1:].any()
+            assert not at.shared.adapters[part.b_name][:, :, 1:].any()
+            assert at.shared.adapters[part.a_name][:, 0].any()
+    thin = FLoRAL(2, AdapterPlan(1), router, averaging=averaging)
+    _, least = explored(thin, explore_rank=0, router=router, averaging=averaging)
+    for key in ("bytes_up", "bytes_down", "flops"):
+        # How products are formed, beside a layer or within its weight, is decided once, by the higher rank.
+        if key != "flops":
+            assert [at.figures[key] for at in progress[4:]] == [at.figures[key] for at in least[4:]]
+        assert progress[3].figures[key] == progress[0].figures[key] > progress[4].figures[key]
+    message = cohort.method.send(progress[-1].shared, torch.arange(8))
+    assert {n: leaf.shape for n, leaf in message.adapters.items()} in [
+        {n: leaf.shape for n, leaf in cohort.method.send(later, torch.arange(8)).adapters.items()}
+        for later in cohort.method.later(progress[0].shared)
+    ]
+
+
+def test_cut_adapters_have_no_momentum():
+    _, progress = explored(server=ServerOptimizer("adam", lr=0.01))
+    before, after = (progress[place].shared.moments["adapters"] for place in (2, 3))
+    assert any(leaf.any() for leaf in before.first.values())
+    assert not any(leaf.any() for leaf in after.first.values())
+    assert int(after.rounds) == 0
+    assert int(progress[4].shared.moments["adapters"].rounds) == 1
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5])
+def test_a_run_stopped_where_adapters_are_cut_goes_on_bit_for_bit(tmp_path, stop):
+    task, schedule = two_layers(), Schedule(rounds=12, evaluate_every=6, checkpoint_every=1)
+    run(task, WIDE, schedule=schedule, engine=STACKED, folder=tmp_path / "whole")
+    with pytest.raises(StoppedError):
+        run(task, WIDE, schedule=schedule, engine=STACKED, folder=tmp_path / "cut", on_round=stop_after(stop))
+    resume(tmp_path / "cut", task, WIDE)
+    last = [tmp_path / name / "checkpoints/000012.safetensors" for name in ("whole", "cut")]
+    assert last[0].read_bytes() == last[1].read_bytes()
+
+
+def test_fewer_ranks_to_explore_with_than_to_keep_are_refused():
+    with pytest.raises(RecipeError, match=r"less than the 2 of adapter\.rank"):
+        replace(WIDE, adapter=AdapterPlan(2), explore_rank=1).init(net(), Population(4, 0))
+    late = Schedule(rounds=4, asynchronous=Asynchronous(buffer=2))
+    with pytest.raises(RecipeError, match=r"asynchronous\.buffer does not go with explore_rank"):
+        start(opposite(), WIDE, late, STACKED)
+
+
 # Dead adapters start anew.
 
 
@@ -844,6 +925,10 @@ def test_a_module_with_nothing_to_train_is_refused_by_methods_without_adapters()
         ({"prune_below": 0.1, "router": Router(explore=0.5)}, "below 0.5"),
         ({"restart_below": 0.1, "router": Router(explore=0.0)}, "explore above 0"),
         ({"send_top": -1}, "send_top"),
+        ({"explore_rank": 4, "ranks": (0.5,)}, "explore_rank"),
+        ({"explore_rank": 4, "adapter": AdapterPlan(peft={"r": 2})}, "adapter.peft"),
+        ({"explore_rank": 4, "router": Router(explore=0.0)}, "explore above 0"),
+        ({"explore_rank": -1}, "explore_rank"),
         ({"layer_routers": True}, "gradient"),
         ({"layer_routers": True, "router": ORACLE}, "gradient"),
         ({"ranks": (0.5,), "averaging": "product"}, "averaging = 'factor'"),

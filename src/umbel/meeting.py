@@ -88,6 +88,11 @@ def check(task: Task, method: Method, schedule: Schedule) -> None:
             "asynchronous.buffer does not go with robust.rule and prune_below: uploads that began before adapters "
             "were pruned have more of them than the others; leave one of the three out"
         )
+    if schedule.asynchronous.buffer and getattr(method, "explore_rank", 0):
+        raise RecipeError(
+            "asynchronous.buffer does not go with explore_rank: uploads that began before adapters were cut have "
+            "more ranks than the others; leave one of the two out"
+        )
     if level == "client":
         if schedule.weighting.rule != "one":
             raise RecipeError(

@@ -14,6 +14,7 @@ and do not count: row j is the mean over those who have it. Additive updates are
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from umbel import mixing
@@ -39,6 +40,31 @@ def truncated(bank: Bank, adapters: Params, shares: Tensor) -> Params:
         cut[part.a_name] = a * mask.view(len(mask), 1, -1, *[1] * (a.dim() - 3)).to(a.dtype)
         cut[part.b_name] = b * mask.view(len(mask), 1, 1, -1, *[1] * (b.dim() - 4)).to(b.dtype)
     return cut
+
+
+def narrowed(bank: Bank, adapters: Params) -> Params:
+    """Adapters (C, …), or what is kept of them by their names, with the first ranks, as many as the bank has."""
+    own = dict(adapters)
+    for part in (part for part in bank.low_rank if part.a_name in adapters):
+        own[part.a_name] = adapters[part.a_name][:, : part.rank]
+        own[part.b_name] = adapters[part.b_name][:, :, : part.rank]
+    return own
+
+
+def widened(bank: Bank, adapters: Params) -> Params:
+    """The inverse of `narrowed`, for the wider bank: ranks that are not there are 0."""
+    own = dict(adapters)
+    for part in (part for part in bank.low_rank if part.a_name in adapters):
+        for name, axis, leaf in (
+            (name, axis, adapters[name]) for name, axis in ((part.a_name, 1), (part.b_name, 2))
+        ):
+            own[name] = F.pad(leaf, (0, 0) * (leaf.dim() - axis - 1) + (0, part.rank - leaf.shape[axis]))
+    return own
+
+
+def nearest(bank: Bank, adapters: Params, thin: Bank) -> Params:
+    """Adapters (C, …) whose products are the nearest in the ranks of `thin`; the bank's other ranks are 0."""
+    return widened(bank, adapters | factors(thin, products(bank, adapters)))
 
 
 def adapter_sums(

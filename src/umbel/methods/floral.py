@@ -17,7 +17,7 @@ every layer, uploads of the heaviest adapters only, spare adapters pruned and de
 Departures and options: docs/methods.md.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -26,7 +26,17 @@ from torch import Tensor, nn
 
 from umbel import mixing, tree
 from umbel.adapters import AdapterPlan, Bank, mix, with_paths
-from umbel.adapters.averaging import Averaging, adapter_sums, averaged, by_rank, factor_error, truncated
+from umbel.adapters.averaging import (
+    Averaging,
+    adapter_sums,
+    averaged,
+    by_rank,
+    factor_error,
+    narrowed,
+    nearest,
+    truncated,
+    widened,
+)
 from umbel.adapters.places import among, kept_only, picked, placed, spread_out
 from umbel.adapters.precondition import precondition
 from umbel.clients import ClientData
@@ -65,6 +75,7 @@ class Shared:
     seed: Tensor  # () int64, of the run
     figures: dict[str, Tensor]  # what the server can say of its last round
     bank: Bank
+    thin: Bank  # of `adapter.rank`, where routes are explored with more
 
 
 @state
@@ -125,13 +136,16 @@ class FLoRAL:
     send_top: int = 0  # how many adapters a client uploads, the heaviest; 0: all
     prune_below: float = 0.0  # once routes have settled, adapters with a smaller share of examples are dropped
     restart_below: float = 0.0  # while routes are explored, adapters with a smaller share start anew
+    explore_rank: int | float = (
+        0  # of adapters while routes are explored, then cut to adapter.rank; 0: that all along
+    )
     personal: tuple[str, ...] = ()  # patterns of trained tensors that stay with the client: "*classifier.*"
 
     def __post_init__(self) -> None:
         check_ranges(self, num_adapters="[1, inf)", adapter_lr="(0, inf)", guard="[0, 1]")
         check_ranges(self, init_ranks="[0, inf)", adapter_step="(0, 1]", least_prob="[0, 1)")
         check_ranges(self, bias_start="[0, inf)", ranks="(0, 1]", send_top="[0, inf)")
-        check_ranges(self, prune_below="[0, 1)", restart_below="[0, 1)")
+        check_ranges(self, prune_below="[0, 1)", restart_below="[0, 1)", explore_rank="[0, inf)")
         if self.init_std < 0 and self.init_std != -1:
             raise RecipeError(f"init_std = {self.init_std}, but it must be at least 0, or −1 for the layer's own")
         if self.restart_below and (self.router.kind != "em" or not self.router.explore):
@@ -154,6 +168,11 @@ class FLoRAL:
                 "floral: prune_below needs learned routes and router.explore above 0 and below 0.5: routes are "
                 "settled, and adapters pruned, after twice that share of the run"
             )
+        if self.explore_rank and (self.adapter.peft or self.ranks or not 0 < self.router.explore < 1):
+            raise RecipeError(
+                "floral: explore_rank goes with adapter.rank, without adapter.peft and ranks, and needs "
+                "router.explore above 0 and below 1, the share of the run in which adapters have that rank"
+            )
         if self.layer_routers and self.router.kind != "gradient":
             raise RecipeError(
                 "floral: layer_routers needs router.kind = 'gradient': losses tell adapters apart, not layers"
@@ -171,8 +190,27 @@ class FLoRAL:
     def bank(self, module: nn.Module) -> Bank:
         dense = self.averaging == "delta"  # a remainder is added to the weight itself
         plan = replace(self.adapter, realization="merged") if dense else self.adapter
+        plan = replace(plan, rank=self.explore_rank) if self.explore_rank else plan
         bank = plan.bank(module, self.local.batch_size, self.freeze_base, self.personal)
         return replace(bank, b_ranks=self.init_ranks, bias_start=self.bias_start)
+
+    def thin(self, module: nn.Module, bank: Bank) -> Bank:
+        """The bank with the ranks of `adapter.rank`, which adapters have once routes have been explored.
+
+        Raises:
+            RecipeError: these are more.
+        """
+        if not self.explore_rank:
+            return bank
+        later = replace(self, explore_rank=0).bank(module)
+        parts = [replace(part, rank=own.rank) for part, own in zip(bank.low_rank, later.low_rank, strict=True)]
+        for part, own in zip(bank.low_rank, parts, strict=True):
+            if own.rank > part.rank:
+                raise RecipeError(
+                    f"floral: explore_rank = {self.explore_rank} gives {part.name} a rank of {part.rank}, less "
+                    f"than the {own.rank} of adapter.rank = {self.adapter.rank}; raise it"
+                )
+        return replace(bank, low_rank=tuple(parts))
 
     def b_std(self, bank: Bank) -> float:
         """Of s B at the start, times √rank: less with PEFT, for a large one spoils a pretrained model."""
@@ -203,6 +241,7 @@ class FLoRAL:
             torch.tensor(population.seed),
             {"averaging_error": torch.zeros(())} if self.report_error else {},
             bank,
+            self.thin(module, bank),
         )
         logits = (
             torch.zeros(len(bank.layers), self.num_adapters)
@@ -217,13 +256,15 @@ class FLoRAL:
         def to_all(tensors: Any) -> Any:
             return tree.broadcast(tensors, len(clients))
 
+        bank = self._bank(shared)
         adapters, remainder = (
-            {n: leaf[shared.alive] for n, leaf in p.items()} for p in (shared.adapters, shared.remainder)
+            {n: leaf[shared.alive] for n, leaf in p.items()}
+            for p in (narrowed(bank, shared.adapters), shared.remainder)
         )
         adapters, rank_share = to_all(adapters), clients.new_empty(len(clients), 0)
         if self.ranks:
             rank_share = torch.tensor(self.ranks, device=clients.device)[clients % len(self.ranks)]
-            adapters = truncated(shared.bank, adapters, rank_share)
+            adapters = truncated(bank, adapters, rank_share)
         told = shared.routes.tell(self.router, clients)
         return Message(
             to_all(shared.base),
@@ -233,7 +274,7 @@ class FLoRAL:
             told,
             to_all(shared.alive),
             rank_share,
-            shared.bank,
+            bank,
         )
 
     def only(self, shared: Shared, adapter: int) -> Params:
@@ -253,9 +294,11 @@ class FLoRAL:
         return {name: leaf[place : place + 1] for name, leaf in each_alone(message).items()} | message.stats
 
     def later(self, shared: Shared) -> list[Shared]:
-        """Shareds whose messages have other shapes than the first one's: with fewer adapters."""
+        """Shareds whose messages have other shapes than the first one's: with fewer ranks or fewer adapters."""
+        explored = replace(shared, routes=replace(shared.routes, round=shared.routes.rounds))
+        thin = [explored] if self.explore_rank else []
         fewer = range(1, self.num_adapters) if self.prune_below else ()
-        return [replace(shared, alive=shared.alive[:count]) for count in fewer]
+        return thin + [replace(own, alive=own.alive[:count]) for own in (shared, *thin) for count in fewer]
 
     def measure(self, loss: Loss, message: Message, data: ClientData) -> LabelLosses | None:
         """The losses that routes are found by; None where they are not, or clients have tensors of their own."""
@@ -331,28 +374,39 @@ class FLoRAL:
         mean = mixing.mean(sums["base"], sums["examples"])
         base, base_moments = self.server.step(shared.base, mean, shared.moments["base"])
         routed = sums["route_examples"]  # (C,) or (L, C)
-        used = adapter_weights(shared.bank, shared.adapters, routed)
-        weights = by_rank(shared.bank, used, sums["adapters"])
-        target = averaged(shared.bank, sums["adapters"], weights, self.averaging)
+        bank = self._bank(shared)
+        old, known = narrowed(bank, shared.adapters), _of_ranks(narrowed, bank, shared.moments["adapters"])
+        weights = by_rank(bank, adapter_weights(bank, old, routed), sums["adapters"])
+        target = averaged(bank, sums["adapters"], weights, self.averaging)
         whole = routed if routed.dim() == 1 else routed.mean(0)
         share = {
-            name: self.adapter_step * moved_share(weights[name], sums["examples"], self.guard)
-            for name in shared.adapters
+            name: self.adapter_step * moved_share(weights[name], sums["examples"], self.guard) for name in old
         }
-        adapters, moments = self.server.step(shared.adapters, target, shared.moments["adapters"], share)
-        return self._pruned(
-            replace(
-                shared,
-                base=base,
-                adapters=adapters,
-                remainder={name: self._remainder(shared, name, target[name], share) for name in shared.remainder},
-                stats={name: mean.get(name, leaf).to(leaf.dtype) for name, leaf in shared.stats.items()},
-                moments={"base": base_moments, "adapters": moments},
-                routes=shared.routes.after(self.router, sums | {"route_examples": whole}),
-                figures={"averaging_error": factor_error(shared.bank, sums["adapters"], weights).float()}
-                if self.report_error
-                else {},
-            )
+        adapters, moments = self.server.step(old, target, known, share)
+        moved = replace(
+            shared,
+            base=base,
+            adapters=widened(shared.bank, adapters),
+            remainder={name: self._remainder(shared, name, target[name], share) for name in shared.remainder},
+            stats={name: mean.get(name, leaf).to(leaf.dtype) for name, leaf in shared.stats.items()},
+            moments={"base": base_moments, "adapters": _of_ranks(widened, shared.bank, moments)},
+            routes=shared.routes.after(self.router, sums | {"route_examples": whole}),
+            figures={"averaging_error": factor_error(bank, sums["adapters"], weights).float()}
+            if self.report_error
+            else {},
+        )
+        return self._pruned(self._cut(moved) if bank is not self._bank(moved) else moved)
+
+    def _bank(self, shared: Shared) -> Bank:
+        """The plan of the adapters as they are now: with more ranks while routes are explored."""
+        explored = shared.routes.round >= self.router.explore * shared.routes.rounds
+        return shared.thin if self.explore_rank and bool(explored) else shared.bank
+
+    def _cut(self, shared: Shared) -> Shared:
+        """With the adapters that are nearest in the ranks that they keep, and no memory of how they moved."""
+        adapters = nearest(shared.bank, shared.adapters, shared.thin)
+        return replace(
+            shared, adapters=adapters, moments=shared.moments | {"adapters": self.server.init(adapters)}
         )
 
     def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
@@ -388,8 +442,10 @@ class FLoRAL:
 
     def absolute(self, shared: Shared, moved: dict[str, Any]) -> dict[str, Any]:
         received, adapters = shared.base | shared.stats, moved["adapters"]["values"]
-        weights = adapter_weights(shared.bank, shared.adapters, moved["route_examples"])
-        values = {n: mixing.restored({n: x}, weights[n], shared.adapters)[n] for n, x in adapters.items()}
+        bank = self._bank(shared)
+        old = narrowed(bank, shared.adapters)
+        weights = adapter_weights(bank, old, moved["route_examples"])
+        values = {n: mixing.restored({n: x}, weights[n], old)[n] for n, x in adapters.items()}
         base = mixing.restored(moved["base"], moved["examples"], received)
         return moved | {"base": base, "adapters": {"values": values}}
 
@@ -502,6 +558,11 @@ class FLoRAL:
             return grads | {"adapters": precondition(bank, groups["adapters"], grads["adapters"])}
 
         return conditioned
+
+
+def _of_ranks(change: Callable[[Bank, Params], Params], bank: Bank, moments: Moments) -> Moments:
+    """The moments with `narrowed` or `widened` tensors."""
+    return replace(moments, first=change(bank, moments.first), second=change(bank, moments.second))
 
 
 def adapter_weights(bank: Bank, adapters: Params, routed: Tensor) -> Params:
