@@ -342,6 +342,27 @@ def test_an_upload_that_does_not_fit_is_dropped_by_name(change, lost, told, tmp_
 
 
 @dataclass
+class Stale(Site):
+    """A node whose second upload is its first."""
+
+    first: object = None
+
+    def answer(self, kind, facts, parts):
+        told, answer = super().answer(kind, facts, parts)
+        if kind == "train":
+            self.first = self.first or answer
+            answer = self.first
+        return told, answer
+
+
+def test_an_upload_of_more_ranks_does_not_fit_once_routes_are_explored(tmp_path):
+    recipe = Recipe("tested", Small(), CASES["floral"]["explored with more ranks"], Schedule(rounds=2))
+    ward = Stale(NodeSettings("ward", "0", str(tmp_path / "ward")))
+    result = lead(FakeGrid([*sites(tmp_path, "1-4"), ward]), recipe, patience=QUICK)
+    assert [line.get("lost") for line in result.history] == [None, {"malformed": 1}]
+
+
+@dataclass
 class TwoTongued(Site):
     """A node that uploads for a client and says that its work was not finite."""
 

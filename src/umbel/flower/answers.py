@@ -1,13 +1,14 @@
 """What nodes send back, checked against what this run's method uploads: uploads and scores."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
+from umbel import tree
 from umbel.clients import Examples
 from umbel.cohort import Cohort
 from umbel.errors import NotFiniteError, WireError
@@ -26,6 +27,7 @@ class Uploads:
     cohort: Cohort
     first: Any  # Shared before the first round
     fresh: Any  # the Private (K = 1) of a client that has not trained
+    shapes: dict[str, torch.Size] = field(default_factory=dict)  # of the messages of the last round
 
     def opened(
         self,
@@ -41,6 +43,7 @@ class Uploads:
         Raises:
             WireError: there is something of a client that the node was not asked for, or no tensors at all.
         """
+        self._expect(shared, round)
         asked = {str(client): client for client in clients}
         own = by_client(unpacked(parts.get("uploads", b""), who))
         for place in [name for name in parts if name.startswith("train/")]:  # where examples are protected
@@ -60,6 +63,14 @@ class Uploads:
                 reason = "not finite" if isinstance(error, NotFiniteError) else "malformed"
                 wrong[client] = Trouble(reason, str(error))
         return found, wrong
+
+    def _expect(self, shared: Any, round: int) -> None:
+        """Makes the pattern that of this round, where messages look otherwise: what fitted before does not now."""
+        message = self.cohort.method.send(shared, torch.tensor([0], device=self.cohort.train.x.device))
+        shapes = {name: leaf.shape for name, leaf in tree.tensors(message).items()}
+        if self.shapes and shapes != self.shapes:
+            self.pattern = self.like(message, 0, round)
+        self.shapes = shapes
 
     def _filled(self, tensors: Params, client: int, shared: Any, round: int, who: str) -> Any:
         if any(leaf.shape[:1] != (1,) for leaf in tensors.values()):
