@@ -349,8 +349,13 @@ def lora_speed_lines(document: dict[str, Any]) -> list[str]:
     rows = (
         ("apart_over_ours", "32 clients of batch 1, a PEFT model each, one after another", "stacked", "the time"),
         ("ours_over_ordinary", "32 clients, stacked", "one ordinary PEFT run on the same tokens", "the time"),
-        ("c8_over_ordinary_of_total_rank", "the same with C = 8", "an ordinary run of rank C·r", "the time"),
-        ("c8_over_c1", "the same with C = 8", "C = 1", "the time"),
+        (
+            "c8_over_ordinary_of_total_rank",
+            "the same with C = 8, routes by gradients",
+            "an ordinary run of rank C·r",
+            "the time",
+        ),
+        ("c8_over_c1", "the same with C = 8, routes by gradients", "C = 1", "the time"),
     )
     for key, what, against, unit in rows:
         ratios = [f"{document['figures'][base][key]:.2f} × {unit}" for base in ("stories260k", "gpt2_10m")]

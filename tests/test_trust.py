@@ -16,6 +16,7 @@ from simulate import simulate
 from umbel import tree
 from umbel.adapters import AdapterPlan
 from umbel.adapters.products import factors, products
+from umbel.cli.show import first_trust
 from umbel.clients import ClientData, Examples
 from umbel.clustering import inner_products
 from umbel.cohort import Cohort, Engine, PrivateStore, Tally
@@ -822,6 +823,16 @@ def test_reports_show_who_trusts_whom(tmp_path):
 
 def adapter_bytes(run):
     return tree.row_bytes(run.shared.held)
+
+
+def test_the_first_mix_is_told_in_a_comparison():
+    line = {"self_trust": 1.0, "trust_inside": 0.0, "trust_outside": 0.0, "round": 1}
+    mixed = [
+        line | {"round": 2, "self_trust": 0.5, "trust_inside": 0.2, "trust_outside": 0.01},
+        line | {"self_trust": 0.4},
+    ]
+    assert first_trust([line, *mixed]) == {"first_trust": [2, 0.5, 0.2, 0.01]}
+    assert first_trust([line, {"round": 2}]) == {}
 
 
 def test_bytes_are_those_of_what_each_scheme_needs():

@@ -333,6 +333,7 @@ def comparison_document(
                         "figures": run.scored[-1] if run.scored else {},
                         "curve": curve(run.scored),
                         **clustering(run.history),
+                        **first_trust(run.history),
                         "totals": totals(run),
                     }
                     for run in group.runs
@@ -354,6 +355,17 @@ def curve(scored: Sequence[dict[str, Any]]) -> list[list[float]]:
     kept = scored[:: -(-len(scored) // 50) or 1]
     kept = [*kept, scored[-1]] if scored and kept[-1] is not scored[-1] else list(kept)
     return [[line["round"], round(line.get("accuracy", line["loss"]), 6)] for line in kept]
+
+
+def first_trust(history: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """[round, mean trust in oneself, inside the group, outside it] of the first mix; {} if nobody trusts anyone.
+
+    How sharply groups are told apart is seen then: later on those who mix are alike.
+    """
+    names = ("self_trust", "trust_inside", "trust_outside")
+    told = (line for line in history if all(name in line for name in names) and line["self_trust"] < 1)
+    first = next(told, None)
+    return {} if first is None else {"first_trust": [first["round"], *(first[name] for name in names)]}
 
 
 def clustering(history: Sequence[dict[str, Any]]) -> dict[str, list[list[float]]]:
