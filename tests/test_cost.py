@@ -11,6 +11,7 @@ import umbel
 import umbel.rounds
 import umbel.runs
 import umbel.tree
+from simulate import StoppedError, stop_after
 from umbel.cohort import Engine
 from umbel.costs import cost_of, trains
 from umbel.flops import CountedFlops
@@ -122,6 +123,14 @@ def test_a_run_knows_who_comes_again():
         chosen = set(umbel.rounds.sampled(np.arange(len(SIZES)), plan, progress.round).tolist())
         assert progress.figures["steps"] == 7 * (3 + len(seen & chosen))
         seen |= chosen
+
+
+def test_a_resumed_run_still_knows_who_comes_again(tmp_path):
+    method, plan = FedDPA(ADAPTER, gate="constant", local=STEPS), Schedule(rounds=4, checkpoint_every=1)
+    with pytest.raises(StoppedError):
+        umbel.run(task(), method, schedule=plan, folder=tmp_path / "run", on_round=stop_after(2))
+    history = umbel.runs.resume(tmp_path / "run", task(), method).history
+    assert [line["steps"] for line in history] == [35, 70, 70, 70]
 
 
 def test_a_frozen_base_is_no_clients_own_memory():

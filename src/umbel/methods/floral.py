@@ -13,7 +13,8 @@ Almansoori, Horváth, Takáč 2025, Algorithm 1, https://arxiv.org/abs/2410.0349
 The guard g_c is ours: without it an adapter that nobody uses is overwritten by clients it was not made
 for. All of the server's work is sums over clients. Beyond the paper, each an option: how factors are
 averaged (adapters/averaging.py), a frozen base, ranks that differ from client to client, a router for
-every layer, uploads of the heaviest adapters only, spare adapters pruned and dead ones started anew.
+every layer, uploads of the heaviest adapters only, spare adapters pruned, dead ones started anew, and routes
+explored with more ranks than are kept.
 Departures and options: docs/methods.md.
 """
 
