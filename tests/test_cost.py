@@ -12,9 +12,11 @@ import umbel.rounds
 import umbel.runs
 import umbel.tree
 from simulate import StoppedError, stop_after
+from umbel import costs
 from umbel.cohort import Engine
 from umbel.costs import cost_of, trains
 from umbel.flops import CountedFlops
+from umbel.hazards import Faults
 from umbel.methods import Ditto, FedDPA, FedIT, FedRep, PFedMe, Trust
 from umbel.recipe import find, load, read
 from umbel.rounds import held_out, participants, rounds, start
@@ -109,6 +111,28 @@ def test_what_is_told_of_fixed_steps_and_of_clients_that_come_again_is_what_is_d
             )  # last batches, held-back tenths
 
 
+@pytest.mark.parametrize("local", [STEPS, LOCAL], ids=("steps", "epochs"))
+@pytest.mark.parametrize("probe", [0, 1, 2])
+def test_losses_with_everyones_adapters_are_counted_by_what_is_kept_from_training(local, probe):
+    own = task(sizes=(30, 34, 200, *[10] * 37))
+    cohort, at, own, _ = begun(Trust(ADAPTER, local, begin=1), own, "looped")
+    cost = cost_of(cohort, at.shared, at.store, np.array([probe]))
+    for client in (0, 1, 2, 20):
+        counts = own.train.count[[client]]
+        with FlopCounterMode(display=False) as flops:
+            cohort.update(at.shared, at.store, np.array([client]), 1)
+        found = cost.of(counts, trains(cohort.method, counts))["flops"]
+        assert found == pytest.approx(flops.get_total_flops(), rel=0.02)
+
+
+def test_costs_are_counted_once_for_each_size_of_messages(monkeypatch):
+    counted, true = [], costs.cost_of
+    monkeypatch.setattr(costs, "cost_of", lambda *of: counted.append(1) or true(*of))
+    cohort, at, own, plan = begun(Trust(ADAPTER, STEPS, begin=1, every=2), rounds=8)
+    list(rounds(cohort, at, own, plan))
+    assert len(counted) == 2
+
+
 def test_inner_steps_are_steps():
     cohort, at, own, _ = begun(PFedMe(STEPS, inner_steps=3))
     cost = cost_of(cohort, at.shared, at.store, np.array([1]))
@@ -126,7 +150,8 @@ def test_a_run_knows_who_comes_again():
 
 
 def test_a_resumed_run_still_knows_who_comes_again(tmp_path):
-    method, plan = FedDPA(ADAPTER, gate="constant", local=STEPS), Schedule(rounds=4, checkpoint_every=1)
+    method = FedDPA(ADAPTER, gate="constant", local=STEPS)
+    plan = Schedule(rounds=4, checkpoint_every=1, faults=Faults(straggle=0.5))  # who comes late has trained
     with pytest.raises(StoppedError):
         umbel.run(task(), method, schedule=plan, folder=tmp_path / "run", on_round=stop_after(2))
     history = umbel.runs.resume(tmp_path / "run", task(), method).history

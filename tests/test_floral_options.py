@@ -686,12 +686,9 @@ def test_once_explored_adapters_are_the_nearest_of_their_rank_and_stay_so(router
             assert not at.shared.adapters[part.a_name][:, 1:].any()
             assert not at.shared.adapters[part.b_name][:, :, 1:].any()
             assert at.shared.adapters[part.a_name][:, 0].any()
-    thin = FLoRAL(2, AdapterPlan(1), router, averaging=averaging)
-    _, least = explored(thin, explore_rank=0, router=router, averaging=averaging)
+    _, least = explored(explore_rank=0, **own)
     for key in ("bytes_up", "bytes_down", "flops"):
-        # How products are formed, beside a layer or within its weight, is decided once, by the higher rank.
-        if key != "flops":
-            assert [at.figures[key] for at in progress[4:]] == [at.figures[key] for at in least[4:]]
+        assert [at.figures[key] for at in progress[4:]] == [at.figures[key] for at in least[4:]]
         assert progress[3].figures[key] == progress[0].figures[key] > progress[4].figures[key]
     message = cohort.method.send(progress[-1].shared, torch.arange(8))
     assert {n: leaf.shape for n, leaf in message.adapters.items()} in [
@@ -718,6 +715,11 @@ def test_a_run_stopped_where_adapters_are_cut_goes_on_bit_for_bit(tmp_path, stop
     resume(tmp_path / "cut", task, WIDE)
     last = [tmp_path / name / "checkpoints/000012.safetensors" for name in ("whole", "cut")]
     assert last[0].read_bytes() == last[1].read_bytes()
+
+
+def test_more_ranks_to_explore_with_than_a_layer_has_are_refused_by_name():
+    with pytest.raises(ModelError, match=r"floral, with explore_rank: adapter\.rank = 9 is larger than"):
+        replace(WIDE, explore_rank=9).init(net(), Population(4, 0))
 
 
 def test_fewer_ranks_to_explore_with_than_to_keep_are_refused():
@@ -929,6 +931,7 @@ def test_a_module_with_nothing_to_train_is_refused_by_methods_without_adapters()
         ({"explore_rank": 4, "adapter": AdapterPlan(peft={"r": 2})}, "adapter.peft"),
         ({"explore_rank": 4, "router": Router(explore=0.0)}, "explore above 0"),
         ({"explore_rank": -1}, "explore_rank"),
+        ({"explore_rank": 2.5}, "whole rank"),
         ({"layer_routers": True}, "gradient"),
         ({"layer_routers": True, "router": ORACLE}, "gradient"),
         ({"ranks": (0.5,), "averaging": "product"}, "averaging = 'factor'"),

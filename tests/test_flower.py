@@ -26,7 +26,9 @@ from simulate import FREE
 from test_battery import CASES, GROUP, every, labelled, net
 from umbel import tree
 from umbel.clients import Examples
+from umbel.cohort import Engine
 from umbel.errors import DeployError, RecipeError, RunFolderError, WireError
+from umbel.flower.answers import Uploads
 from umbel.flower.apps import answered
 from umbel.flower.exchange import Patience
 from umbel.flower.lead import lead, refuse_simulated
@@ -360,6 +362,19 @@ def test_an_upload_of_more_ranks_does_not_fit_once_routes_are_explored(tmp_path)
     ward = Stale(NodeSettings("ward", "0", str(tmp_path / "ward")))
     result = lead(FakeGrid([*sites(tmp_path, "1-4"), ward]), recipe, patience=QUICK)
     assert [line.get("lost") for line in result.history] == [None, {"malformed": 1}]
+
+
+def test_a_server_that_begins_late_knows_the_form_of_its_round():
+    method = CASES["floral"]["explored with more ranks"]
+    task = Small().load(0)
+    cohort, at = start(task, method, Schedule(rounds=2), Engine("looped"))
+    wide, _ = cohort.update(at.shared, at.store, np.array([0]), 1)
+    last = next(rounds(cohort, at, task, Schedule(rounds=2))).shared
+    late = Uploads(cohort, at.shared, at.store.fresh(1))
+    sent = packed({f"0/{name}": leaf for name, leaf in tree.tensors(wide).items()})
+    found, wrong = late.opened("ward", [0], last, 2, {"uploads": sent}, {0: float(task.train.count[0])})
+    assert found == {}
+    assert wrong[0].reason == "malformed"
 
 
 @dataclass

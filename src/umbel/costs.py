@@ -1,7 +1,7 @@
 """What a method costs: bytes, optimizer steps and FLOPs of a client in a round, and what the server holds."""
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ class Work:
     """What a local round takes, by its batches and examples.
 
     flops: of products and convolutions: so much for the "round" itself, for each "batch", for each "example" of
-        these, and for each example that is "held", trained on or not.
+        these, and for each example that is "held": those that a client keeps from training, or all, if none.
     steps: of the optimizer: of the "round" itself and of a "batch".
     Where the number of batches is fixed those are of one step, else of all epochs.
     """
@@ -72,22 +72,49 @@ class Cost:
             fixed = self.local_steps * (np.ones_like(counts) if slots is None else slots)
             seen = fixed // done * trained + np.minimum(fixed % done * self.batch_size, trained)
             done = fixed
-        first = Work(self.flops, self.steps)
+        first, held = Work(self.flops, self.steps), _held(counts, trained)
         flops, steps = 0.0, 0
         back = np.zeros(len(counts), bool) if before is None or self.again is None else before
         for work, who in ((first, ~back), (self.again or first, back)):
             clients, batches = int(who.sum()), int(done[who].sum())
-            parts = (("batch", batches), ("example", int(seen[who].sum())), ("held", int(counts[who].sum())))
+            parts = (("batch", batches), ("example", int(seen[who].sum())), ("held", int(held[who].sum())))
             flops += clients * work.flops["round"]
             flops += sum(number * work.flops.get(part, 0.0) for part, number in parts)
             steps += clients * work.steps["round"] + batches * work.steps["batch"]
         return {"flops": flops, "steps": steps, "server_bytes": self.server_bytes}
 
 
+@dataclass
+class Costs:
+    """What the rounds of a run cost one client (1,), counted anew where messages change their size."""
+
+    cohort: Cohort
+    client: np.ndarray
+    first: Cost | None = None  # of the first round, where that is known
+    known: dict[tuple[tuple[str, int], ...], Cost] = field(default_factory=dict)  # by the size of messages
+
+    def now(self, shared: Any, store: PrivateStore) -> Cost:
+        """That of a round that begins so: what travels may shrink while a run lasts, and the work with it."""
+        down = tree.group_bytes(self.cohort.method.send(shared, self.cohort.index(self.client)))
+        size = tuple(down.items())
+        if size not in self.known:
+            first = self.first
+            if first is None or (down != first.down and first.flops):
+                self.known[size] = cost_of(self.cohort, shared, store, self.client)
+            else:
+                self.known[size] = replace(first, down=down)
+        return self.known[size]
+
+
 def trains(method: Method, counts: np.ndarray) -> np.ndarray:
     """(K,) on how many of so many examples each a method's clients train: all, unless it says otherwise."""
     found: np.ndarray = method.trains(counts) if hasattr(method, "trains") else counts
     return found
+
+
+def _held(counts: np.ndarray, trained: np.ndarray) -> np.ndarray:
+    """(K,) how many examples are looked at beside the training: what is kept from it, or everything."""
+    return np.where(counts > trained, counts - trained, counts)
 
 
 def cost_of(cohort: Cohort, shared: Any, store: PrivateStore, client: np.ndarray) -> Cost:
@@ -106,6 +133,7 @@ def cost_of(cohort: Cohort, shared: Any, store: PrivateStore, client: np.ndarray
 
 @dataclass(frozen=True)
 class _Counted:
+    held: int  # see `_held`
     flops: int
     steps: int
     upload: Any
@@ -131,29 +159,25 @@ class _Trial:
         It grows with batches and with examples, so rounds that differ by a batch, by half a batch and by a batch's
         examples tell it, and take no longer for a client that has many.
         """
-        size, half = self.size, self.size // 2
+        # BatchNorm wants two examples; in so small a batch examples are not told apart from the batch.
+        size, half = self.size, self.size // 2 if self.size >= 4 else self.size
         # Some work is done on so many examples and no more: what is counted starts where the client is.
         past = min(int(self.cohort.train.count[self.client[0]]), COUNTED_BATCH) // size
-        example, held, examples, batches = 0.0, 0.0, 0, past + 1
+        some = max(past, 2) * size
+        one, more = (self.counted(private, self._holding(number), 1) for number in (some, 2 * some))
+        held = (more.flops - one.flops) / max(1, more.held - one.held)
         if self.cohort.method.local.steps:
-            past, batches = max(past, 2), 1
-            examples, more = self._holding(past * size), self._holding(2 * past * size)
-            one, two = self.counted(private, examples, 1), self.counted(private, examples, 2)
-            held = (self.counted(private, more, 1).flops - one.flops) / (more - examples)
-            low, high = (
-                self.counted(private, examples, steps, half).flops if half >= 2 else 0 for steps in (1, 2)
-            )
-            part = high - low
+            batches, two = 1, self.counted(private, self._holding(some), 2)
+            low, high = (self.counted(private, self._holding(some), steps, half) for steps in (1, 2))
+            part = float(high.flops - low.flops)
         else:
+            batches = past + 1
             one, two = (self.counted(private, self._holding(n * size)) for n in (batches, batches + 1))
-            part = self.counted(private, self._holding(past * size + half)).flops if half >= 2 else 0
-            part -= one.flops - (two.flops - one.flops)
-        batch, steps = two.flops - one.flops, two.steps - one.steps
-        if (
-            half >= 2
-        ):  # BatchNorm wants two examples; in so small a batch examples are not told apart from the batch
-            example = (batch - part) / (size - half)
-        flops = {"round": one.flops - batches * batch - examples * held, "batch": batch - size * example}
+            less = self.counted(private, self._holding(past * size + half))
+            part = two.flops - one.flops - (one.flops - less.flops) + held * (2 * one.held - two.held - less.held)
+        batch, steps = two.flops - one.flops - held * (two.held - one.held), two.steps - one.steps
+        example = (batch - part) / (size - half) if half < size else 0.0
+        flops = {"round": one.flops - batches * batch - one.held * held, "batch": batch - size * example}
         flops |= {"example": example, "held": held}
         return Work(flops, {"round": one.steps - batches * steps, "batch": steps})
 
@@ -172,7 +196,9 @@ class _Trial:
         weight = np.array([float(examples)])
         with counted_steps() as done, CountedFlops() as flops:
             upload, kept = cohort.trained(self.message, private, self.client, 1, weight)
-        return _Counted(flops.total, done[0], upload, kept)
+        count = np.array([examples])
+        held = int(_held(count, trains(self.cohort.method, count))[0])
+        return _Counted(held, flops.total, done[0], upload, kept)
 
     def _holding(self, trained: int) -> int:
         """The least number of examples of which so many are trained on."""

@@ -212,7 +212,7 @@ def _travels(groups: Sequence[Group]) -> str:
                 rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     if not rows:
         return ""
-    table = _table("runs", ("method", "by a client", "tensors", "in a round"), rows)
+    table = _table("runs", ("method", "by a client", "tensors", "in the first round"), rows)
     return f"<details><summary>Which tensors travel</summary>{table}</details>"
 
 

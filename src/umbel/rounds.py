@@ -1,6 +1,6 @@
 """One round after another."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +14,7 @@ from umbel import tree
 from umbel.attacks import attackers, poisoned, trapped
 from umbel.clock import steps
 from umbel.cohort import Cohort, Engine, PrivateStore, Tally, chunk_size
-from umbel.costs import Cost, cost_of, trains
+from umbel.costs import Cost, Costs, trains
 from umbel.errors import DataError, RecipeError
 from umbel.evaluate import Scores, SummedScores, evaluate, figures_of, routing
 from umbel.faults import MISSING, fates
@@ -256,21 +256,20 @@ def rounds(
     fleet = fleet or Here(cohort, store, task)
     tests = task.tests_of(honest(task.num_clients, schedule))
     group = _group(task, tests)
-    cost = cost or cost_of(cohort, shared, store, members[:1])  # of one client
+    costs = Costs(cohort, members[:1], cost)
     clock = steps(schedule.asynchronous, schedule.seed, members, schedule.clients_per_round or len(members))
     # What clients at work may have begun with, by the server's steps before it; nobody works past a deadline.
     begun = {0: shared} if schedule.asynchronous.buffer else {}
-    before = np.isin(np.arange(task.num_clients), store.seen)  # who has been there
     last = schedule.rounds if cohort.ledger is None else cohort.ledger.last_round
     for round in range(at.round + 1, last + 1):
-        begin = perf_counter()
+        cost, begin = costs.now(shared, store), perf_counter()
         step = next(clock) if schedule.asynchronous.buffer else None
         clients = fleet.sampled(members, schedule, round) if step is None else step.clients
         tally = Tally()
-        cost = _now(cost, cohort, shared, store, members[:1])
         fate = fates(schedule.faults, schedule.seed, round, clients)
         working = clients[fate != MISSING]
         tally.lose({"missing": len(clients) - len(working)})
+        work = _work(cost, method, task, working, partial(_been, fleet, store, members, schedule, round))
         if schedule.secure.aggregation == "masks" or schedule.privacy.level == "client":
             total = partial(fleet.total, shared, working, round, schedule, seen=tally)
             met = meet(cohort, shared, total, partial(fleet.form, shared, members[:1]), round, schedule, clips)
@@ -291,10 +290,9 @@ def rounds(
             **({"train_loss": tally.mean_loss} if tally.num_losses else {}),
             "bytes_up": tally.upload_bytes,
             "bytes_down": len(working) * cost.bytes_down,
-            **_spent(cost, method, task, working, before),
+            **work,
             "train_seconds": perf_counter() - begin,
         }
-        before[tally.clients] = True
         figures |= tally.figures
         figures |= met.figures | {"bytes_down": figures["bytes_down"] + met.bytes_down}
         figures |= {} if met.bytes_up is None else {"bytes_up": met.bytes_up}
@@ -315,18 +313,20 @@ def rounds(
         yield Progress(round, shared, store, figures, _singly(found), clips, round == last)
 
 
-def _now(cost: Cost, cohort: Cohort, shared: Any, store: PrivateStore, client: np.ndarray) -> Cost:
-    """The cost with what the server has now: what travels may shrink while a run lasts, and the work with it."""
-    down = tree.group_bytes(cohort.method.send(shared, cohort.index(client)))
-    if down == cost.down:
-        return cost
-    return cost_of(cohort, shared, store, client) if cost.flops else replace(cost, down=down)
-
-
-def _spent(cost: Cost, method: Method, task: Task, clients: np.ndarray, before: np.ndarray) -> dict[str, Any]:
-    """What a round of these clients takes, of whom some have been there `before` (a flag for everyone)."""
+def _work(
+    cost: Cost, method: Method, task: Task, clients: np.ndarray, been: Callable[[], np.ndarray]
+) -> dict[str, Any]:
+    """What a round of these clients takes, before it has begun; `been` tells who has been there."""
     counts, slots = task.train.count[clients], task.train.slots
-    return cost.of(counts, trains(method, counts), None if slots is None else slots[clients], before[clients])
+    before = None if cost.again is None else np.isin(clients, been())
+    return cost.of(counts, trains(method, counts), None if slots is None else slots[clients], before)
+
+
+def _been(fleet: Fleet, store: PrivateStore, members: np.ndarray, schedule: Schedule, round: int) -> np.ndarray:
+    """The clients that have trained before this round; across machines those that were asked to."""
+    if isinstance(fleet, Here):
+        return store.seen
+    return np.unique([client for earlier in range(1, round) for client in sampled(members, schedule, earlier)])
 
 
 def _alive(shared: Any) -> np.ndarray | None:

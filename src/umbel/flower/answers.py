@@ -66,9 +66,10 @@ class Uploads:
 
     def _expect(self, shared: Any, round: int) -> None:
         """Makes the pattern that of this round, where messages look otherwise: what fitted before does not now."""
-        message = self.cohort.method.send(shared, torch.tensor([0], device=self.cohort.train.x.device))
-        shapes = {name: leaf.shape for name, leaf in tree.tensors(message).items()}
-        if self.shapes and shapes != self.shapes:
+        client = torch.tensor([0], device=self.cohort.train.x.device)
+        first, message = (self.cohort.method.send(state, client) for state in (self.first, shared))
+        old, shapes = ({n: leaf.shape for n, leaf in tree.tensors(own).items()} for own in (first, message))
+        if shapes != (self.shapes or old):
             self.pattern = self.like(message, 0, round)
         self.shapes = shapes
 

@@ -41,7 +41,7 @@ from umbel.adapters.averaging import (
 from umbel.adapters.places import among, kept_only, picked, placed, spread_out
 from umbel.adapters.precondition import precondition
 from umbel.clients import ClientData
-from umbel.errors import RecipeError
+from umbel.errors import ModelError, RecipeError
 from umbel.methods import lora
 from umbel.methods.protocol import Population, Refusals
 from umbel.methods.routing import (
@@ -174,6 +174,10 @@ class FLoRAL:
                 "floral: explore_rank goes with adapter.rank, without adapter.peft and ranks, and needs "
                 "router.explore above 0 and below 1, the share of the run in which adapters have that rank"
             )
+        if self.explore_rank >= 1 and self.explore_rank != int(self.explore_rank):
+            raise RecipeError(
+                f"floral: explore_rank = {self.explore_rank}: give a whole rank, or a budget between 0 and 1"
+            )
         if self.layer_routers and self.router.kind != "gradient":
             raise RecipeError(
                 "floral: layer_routers needs router.kind = 'gradient': losses tell adapters apart, not layers"
@@ -192,7 +196,10 @@ class FLoRAL:
         dense = self.averaging == "delta"  # a remainder is added to the weight itself
         plan = replace(self.adapter, realization="merged") if dense else self.adapter
         plan = replace(plan, rank=self.explore_rank) if self.explore_rank else plan
-        bank = plan.bank(module, self.local.batch_size, self.freeze_base, self.personal)
+        try:
+            bank = plan.bank(module, self.local.batch_size, self.freeze_base, self.personal)
+        except ModelError as error:
+            raise ModelError(f"floral, with explore_rank: {error}" if self.explore_rank else str(error)) from None
         return replace(bank, b_ranks=self.init_ranks, bias_start=self.bias_start)
 
     def thin(self, module: nn.Module, bank: Bank) -> Bank:

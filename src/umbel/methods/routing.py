@@ -65,7 +65,9 @@ class Router:
     kind: Literal["em", "gradient", "oracle"] = "em"
     temperature: float = 0.15  # τ, "em"
     examples: int = 64  # "em": on how many of its examples, at most, a client measures ℓ in a round; 0: all
-    explore: float = 1 / 3  # "em": the share of the run's rounds; 0: no balance, no centring and no cooling
+    explore: float = (
+        1 / 3
+    )  # "em" (and floral's explore_rank): the share of the run; 0: no balance, centring, cooling
     lr: float = 0.1  # of θ, "gradient"
     noise: float = 1.0  # "gradient"
     noise_rounds: int = 100  # "gradient": over so many rounds the noise falls to 0; 0: never, as published

@@ -157,7 +157,9 @@ def _split(name: Name, seed: int) -> tuple[Sentences, Sentences]:
         known = {plain(one) for one in (*test.first, *test.second)} - {""}
         pairs = enumerate(zip(map(plain, train.first), map(plain, train.second), strict=True))
         return train.of([row for row, pair in pairs if known.isdisjoint(pair)]), test
-    keys = [(f"first {one}", f"second {two}") for one, two in zip(test.first, test.second, strict=True)]
+    keys = [
+        (f"first {plain(one)}", f"second {plain(two)}") for one, two in zip(test.first, test.second, strict=True)
+    ]
     tested = held(keys, [name] * len(keys), 1 / 5, seed, "glue", name, "split")
     return test.of(sorted(set(range(len(keys))).difference(tested))), test.of(tested)
 
