@@ -463,7 +463,8 @@ def test_columns_that_do_not_fit_make_a_further_table(monkeypatch):
     args = two_recipes()
     monkeypatch.setattr(show, "room", lambda: 45)
     heads = [line for line in umbel(*args, "-q").stdout.splitlines() if "method" in line]
-    assert len(heads) == 2
+    assert len(heads) == 4  # of scores and of costs
+    assert [head.split()[1].rstrip(",") for head in heads] == ["rotate", "both"] * 2
 
 
 def test_the_command_that_was_meant_is_named_once():

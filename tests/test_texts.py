@@ -60,6 +60,7 @@ from umbel.tasks.language import Reader, Windows
 from umbel.tasks.slots import Holders, held
 from umbel.tasks.task import task_of
 from umbel.tasks.texts import Document
+from umbel.tasks.texts import plain as plainly
 from umbel.tasks.tokens import Tokenizer
 from umbel.tasks.vectors import vectors
 from umbel.train import LocalTraining
@@ -1079,7 +1080,7 @@ def test_true_texts_are_as_many_as_told(real_data):
 TRUE_GLUE = {
     "cola": (8535, 1043),
     "mrpc": (3616, 408),
-    "rte": (2280, 277),
+    "rte": (2278, 277),
     "sst2": (67_349, 872),
     "qnli": (4300, 1093),
 }
@@ -1090,7 +1091,7 @@ def test_the_true_test_parts_share_nothing_with_training(seed, real_data):
     for name, (least, tested) in TRUE_GLUE.items():
         train, test = _split(name, seed)
         assert (len(train.label) >= least, len(test.label)) == (True, tested), name
-        sentences_of = ({*part.first, *part.second} - {""} for part in (train, test))
+        sentences_of = ({plainly(one) for one in (*part.first, *part.second)} - {""} for part in (train, test))
         assert set.isdisjoint(*sentences_of), name
     instructions = dolly.by_category()
     train, test = dolly.divided(instructions, 0.1, seed)
