@@ -1121,8 +1121,7 @@ def test_no_true_text_that_is_tested_or_public_is_trained_on_by_anyone(seed, rea
 
 def plain(document):
     """What it says; of news the story, for one is there under two titles."""
-    text = document.text.partition("\n")[2] or document.text
-    return " ".join(text.casefold().split())
+    return plainly(document.text.partition("\n")[2] or document.text)
 
 
 def parts(prompt):

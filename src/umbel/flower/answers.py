@@ -66,12 +66,16 @@ class Uploads:
 
     def _expect(self, shared: Any, round: int) -> None:
         """Makes the pattern that of this round, where messages look otherwise: what fitted before does not now."""
-        client = torch.tensor([0], device=self.cohort.train.x.device)
-        first, message = (self.cohort.method.send(state, client) for state in (self.first, shared))
-        old, shapes = ({n: leaf.shape for n, leaf in tree.tensors(own).items()} for own in (first, message))
-        if shapes != (self.shapes or old):
-            self.pattern = self.like(message, 0, round)
+        shapes = self._shapes_of(shared)
+        if shapes != (self.shapes or self._shapes_of(self.first)):
+            self.pattern = self.like(self._message(shared), 0, round)
         self.shapes = shapes
+
+    def _message(self, shared: Any, client: int = 0) -> Any:
+        return self.cohort.method.send(shared, torch.tensor([client], device=self.cohort.train.x.device))
+
+    def _shapes_of(self, shared: Any) -> dict[str, torch.Size]:
+        return {name: leaf.shape for name, leaf in tree.tensors(self._message(shared)).items()}
 
     def _filled(self, tensors: Params, client: int, shared: Any, round: int, who: str) -> Any:
         if any(leaf.shape[:1] != (1,) for leaf in tensors.values()):
@@ -81,15 +85,13 @@ class Uploads:
         except NotFiniteError:
             raise
         except WireError:  # what is uploaded may change with what is sent
-            message = self.cohort.method.send(shared, torch.tensor([client], device=self.cohort.train.x.device))
-            self.pattern = self.like(message, client, round)
+            self.pattern = self.like(self._message(shared, client), client, round)
             return filled([self.pattern], tensors, who)
 
     @cached_property
     def pattern(self) -> Any:
         """An Upload (K = 1) like those that are to come."""
-        message = self.cohort.method.send(self.first, torch.tensor([0], device=self.cohort.train.x.device))
-        return self.like(message, 0, 1)
+        return self.like(self._message(self.first), 0, 1)
 
     def like(self, message: Any, client: int, round: int) -> Any:
         """What a client would upload, had it a few examples: its form is what is wanted."""
