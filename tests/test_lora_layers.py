@@ -59,6 +59,12 @@ MODELS = {
         "ViTConfig",
         ATTENTION | {"image_size": 8, "patch_size": 4, "num_labels": 3},
     ),
+    "siglip": (  # no part of it has the name that transformers gives a base
+        "image",
+        "SiglipForImageClassification",
+        "SiglipConfig",
+        {"vision_config": ATTENTION | {"image_size": 8, "patch_size": 4}, "num_labels": 3},
+    ),
     "resnet": (
         "image",
         "ResNetForImageClassification",
@@ -102,6 +108,7 @@ CASES = {
     ),
     "gpt2 with labels": ("gpt2_labels", {"target_modules": "all-linear", "rank_pattern": {"attn.c_proj": 1}}),
     "vit, all": ("vit", {"target_modules": "all-linear"}),
+    "siglip, attention": ("siglip", {"target_modules": ["q_proj", "v_proj"]}),
     "vit, patches": ("vit", {"target_modules": ["projection"], "use_rslora": True}),
     "resnet, convolutions": ("resnet", {"target_modules": ["convolution"]}),
     "convnext, both": ("convnext", {"target_modules": ["patch_embeddings", "pwconv1"]}),
@@ -128,7 +135,8 @@ def pretrained(name, dtype=torch.float32):
 def inputs(module, *leading, dtype=torch.float32):
     draw = torch.Generator().manual_seed(1)
     if module.kind == "image":
-        size = getattr(module.model.config, "image_size", 16)
+        config = module.model.config
+        size = getattr(getattr(config, "vision_config", config), "image_size", 16)
         return torch.randn(*leading, 3, size, size, generator=draw).to(dtype)
     ids = torch.randint(1, WORDS, (*leading, 7), generator=draw)
     if module.kind == "text":
@@ -279,15 +287,18 @@ def test_a_words_factors_are_not_trained_where_it_is_padding():
         assert_close(stacked, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_the_base_is_shared_and_heads_stay_trainable():
-    module = pretrained("bert")
+@pytest.mark.parametrize(
+    ("name", "head"), [("bert", "classifier"), ("gpt2_labels", "score"), ("siglip", "classifier")]
+)
+def test_the_base_is_shared_and_heads_stay_trainable(name, head):
+    module = pretrained(name)
     bank = AdapterPlan(peft=LORA | {"target_modules": "all-linear"}).bank(module)
     copy = with_paths(module, bank)
     before = dict(module.named_parameters())
     own = {n.replace(".base_layer", ""): leaf for n, leaf in copy.named_parameters() if "lora_" not in n}
     assert set(own) == set(before)
     for name, leaf in own.items():
-        assert leaf.requires_grad == name.startswith("model.classifier")
+        assert leaf.requires_grad == name.startswith(f"model.{head}")
         assert (leaf.data_ptr() == before[name].data_ptr()) == (not leaf.requires_grad)
     lora = {n for n, leaf in copy.named_parameters() if "lora_" in n and leaf.requires_grad}
     assert lora == {n for part in bank.low_rank for n in (part.a_name, part.b_name)}

@@ -226,7 +226,7 @@ def _on_means(model: nn.Module, pooling: Pooling) -> tuple[str, tuple[str, ...]]
         ModelError: there is another number of layers, or it is not linear.
     """
     prefix = str(getattr(model, "base_model_prefix", ""))
-    heads = [(name, child) for name, child in model.named_children() if name != prefix and [*child.parameters()]]
+    heads = [(name, model.get_submodule(name)) for name in heads_of(model)]
     if len(heads) != 1 or not isinstance(heads[0][1], nn.Linear):
         found = ", ".join(f"{name} ({type(child).__name__})" for name, child in heads) or "none"
         raise ModelError(
@@ -257,15 +257,26 @@ def _halves(size: int) -> list[int]:
     return [-(-size // 2**halved) for halved in range((size - 1).bit_length() + 1)]
 
 
+def heads_of(model: nn.Module) -> tuple[str, ...]:
+    """The names of the parts with tensors that are not the base.
+
+    The base is the part that transformers names by `base_model_prefix`; in a few models (SigLIP, CLIP, HGNetV2) no
+    part has that name, and the head is the last one.
+    """
+    parts = tuple(name for name, child in model.named_children() if [*child.parameters()])
+    base = getattr(model, "base_model_prefix", "")
+    return tuple(name for name in parts if name != base) if base in parts else parts[-1:]
+
+
 def of_transformers(model: nn.Module, kind: Kind, base: str = "", pooling: Pooling = "own") -> Pretrained:
     """The model with its base frozen: what is trained is its classification head, or nothing.
 
     Raises:
         ModelError: of kind "text" without a pad_token_id in its config, or with a head that cannot take a mean.
     """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    heads = () if kind == "causal_lm" else heads_of(model)
     for name, leaf in model.named_parameters():
-        leaf.requires_grad_(kind != "causal_lm" and not name.startswith(prefix) and leaf.is_floating_point())
+        leaf.requires_grad_(name.split(".")[0] in heads and leaf.is_floating_point())
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0

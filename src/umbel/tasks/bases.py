@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from umbel.errors import DataError, ModelError
-from umbel.model.pretrained import Kind, Pooling, Pretrained, of_transformers
+from umbel.model.pretrained import Kind, Pooling, Pretrained, heads_of, of_transformers
 from umbel.seeds import seeded
 from umbel.tasks.corpora import data_folder
 
@@ -86,16 +86,17 @@ def load_pretrained(
             )
     except (OSError, ValueError) as error:
         raise not_there(base, f"{kind} model", error) from None
-    _check_whole(base, kind, str(getattr(model, "base_model_prefix", "")), read, pooling)
+    _check_whole(base, kind, model, read, pooling)
     return of_transformers(model, kind, base, pooling)
 
 
-def _check_whole(base: str, kind: Kind, prefix: str, read: dict[str, Any], pooling: Pooling) -> None:
+def _check_whole(base: str, kind: Kind, model: Any, read: dict[str, Any], pooling: Pooling) -> None:
     """Raises ModelError if tensors that stay frozen had to be drawn, as lacking or of other shapes in the file."""
     drawn = {*read["missing_keys"], *(own if isinstance(own, str) else own[0] for own in read["mismatched_keys"])}
-    frozen = sorted(name for name in drawn if kind == "causal_lm" or name.startswith(f"{prefix}."))
+    heads = () if kind == "causal_lm" else heads_of(model)
+    frozen = sorted(name for name in drawn if name.split(".")[0] not in heads)
     if pooling != "own":  # nobody looks at what the pooler says
-        frozen = [name for name in frozen if not name.startswith(f"{prefix}.pooler.")]
+        frozen = [name for name in frozen if not name.startswith(f"{model.base_model_prefix}.pooler.")]
     if frozen:
         pooler = all(".pooler." in name for name in frozen)
         cure = "take pooling = 'mean'" if pooler else "name a base whose weights are whole"
@@ -110,7 +111,7 @@ def _heads(auto: Any, config: Any) -> list[str]:
     """The names of the parts of such a model that are not the base."""
     with torch.device("meta"):
         model = auto.from_config(config)
-    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    return [*heads_of(model)]
 
 
 def _padding(end: int | list[int] | None, base: str) -> int:

@@ -102,16 +102,21 @@ class Enlarging(Pretrained):
     """A model of larger images than those it is given."""
 
     def forward(self, x: Tensor) -> Tensor:
-        config: Any = self.model.config
-        return super().forward(functional.interpolate(x, size=config.image_size, mode="bilinear"))
+        return super().forward(functional.interpolate(x, size=_image_size(self), mode="bilinear"))
 
 
 def enlarging(model: Pretrained) -> Pretrained:
     """The model for images of 32 × 32 pixels."""
-    config: Any = model.model.config
-    if getattr(config, "image_size", 32) in (32, [32, 32], (32, 32)):
+    if _image_size(model) in (32, [32, 32], (32, 32)):
         return model
     return Enlarging(model.model, model.kind, model.base)
+
+
+def _image_size(model: Pretrained) -> Any:
+    """Of the images that the base was made for; 32 where it takes any."""
+    config: Any = model.model.config
+    # Models of images and texts keep it with what else is about images.
+    return getattr(getattr(config, "vision_config", config), "image_size", 32)
 
 
 def _joined(ten: Images, hundred: Images) -> list[Labelled]:
