@@ -593,6 +593,28 @@ def test_a_new_slot_settles_on_its_tasks_cluster_and_looking_changes_nothing():
     assert store.rows(new).nearest.any().item() is False
 
 
+@pytest.mark.parametrize("features", ["raw", "delta", "unit_product"])
+def test_a_new_slots_short_step_is_known_by_its_direction(features):
+    # By distance it was nearest to the centre that had moved least, the small task's.
+    draw = torch.Generator().manual_seed(0)
+    aims = [size * torch.randn(4, 4, generator=draw).double() for size in (0.3, 3.0)]
+    inputs = [torch.randn(32, 4, generator=draw).double() for _ in range(12)]
+    clients = [(x, x @ aims[k % 2]) for k, x in enumerate(inputs)]
+    method = FLTAC(
+        2, features, compare="model", adapter=AdapterPlan(2), local=LocalTraining(lr=0.05, batch_size=8)
+    )
+    module = nn.Linear(4, 4, bias=False).double().requires_grad_(False)
+    nn.init.zeros_(module.weight)
+    shared, fresh = method.init(module, Population(12, 0, owner=torch.arange(12) // 2))
+    cohort = Cohort(method, Loss(method.adapt(module), "mse"), Examples.of(clients), 0, 12)
+    store, old, new = PrivateStore(fresh, 12), np.arange(8), np.arange(8, 12)
+    for round in range(1, 31):
+        shared = method.server_update(shared, cohort.uploads(shared, store, old, round, Tally()))
+    assert shared.cluster[:8].view(4, 2).unique(dim=0).tolist() in ([[0, 1]], [[1, 0]])
+    _, mixture = cohort.served(shared, store.rows(new), new)
+    assert mixture.argmax(1).tolist() == shared.cluster[:4].tolist()
+
+
 # Heads.
 
 

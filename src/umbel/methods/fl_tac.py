@@ -352,7 +352,9 @@ class FLTAC:
             return private
         sent = tree.rows(sent, sound)
         both = joined(Adapter(sent.base, sent.adapter, sent.stats), tree.rows(told.centres, used))
-        products = self.products(message.bank, told.start, both)
+        # One round's step from v⁰ is short beside a centre's many; what names the task is which way it goes.
+        by: Features = "unit_parts" if self.features in ("raw", "unit_parts") else "unit_product"
+        products = replace(self, features=by).products(message.bank, told.start, both)
         near = torch.from_numpy(distances(products)[: len(sound), len(sound) :].argmin(1))
         route = F.one_hot(used[near.to(used.device)], len(told.used)).to(private.nearest)
         return replace(private, nearest=private.nearest.index_copy(0, new[sound], route))
