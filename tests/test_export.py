@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from umbel.adapters.bank import Bank, LowRank
 from umbel.adapters.lora_folders import seed_of
 from umbel.cli import app
 from umbel.errors import DataError, ModelError, RecipeError, RunFolderError
-from umbel.exporting import FILES, _public_name, export, truncated
+from umbel.exporting import FILES, IN_MEMORY, _public_name, export, truncated
 from umbel.methods import METHODS, KNNPer
 from umbel.model.copies import copied
 from umbel.model.loss import Loss
@@ -800,6 +801,33 @@ def test_the_command_exports_clients_adapters_and_everyone(in_runs):
     with torch.no_grad():
         own = umbel.runs.opened(folder).personal_model(1)(x)
     assert_close(answers(loaded("bert", f"{folder}/export/client-0001"), "text", x), own, rtol=1e-5, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A frozen layer drawn by the seed, and a head."""
+
+    def load(self, seed):
+        with seeded(seed, "drawn"):
+            module = nn.Sequential(OrderedDict(dense=nn.Linear(6, 8), tanh=nn.Tanh(), classifier=nn.Linear(8, 3)))
+        module.dense.requires_grad_(False)
+        x = torch.randn(CLIENTS, 6, 6, generator=torch.Generator().manual_seed(0))
+        return task_of(module, [(own, torch.arange(6) % 3) for own in x])
+
+
+def test_a_base_without_a_name_is_had_from_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(TASKS, "tiny", Drawn)
+    Path("tiny.toml").write_text(RECIPE.replace('["query", "value"], rank_pattern = { value = 1 }', '["dense"]'))
+    said("run", "tiny.toml", "--method", "floral", "--quiet")
+    folder = "runs/tiny-floral-seed0"
+    made = f'umbel.runs.opened("{folder}").task.model'
+    assert made in said("export", folder, "--client", 1)
+    assert IN_MEMORY in Path(folder, "export/client-0001/README.md").read_text()
+    stock = PeftModel.from_pretrained(umbel.runs.opened(folder).task.model, f"{folder}/export/client-0001").eval()
+    x = torch.randn(5, 6)
+    with torch.no_grad():
+        assert_close(stock(x), umbel.runs.opened(folder).personal_model(1)(x))
 
 
 def test_who_stops_the_command_is_told_what_was_written(in_runs, monkeypatch):

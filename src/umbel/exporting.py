@@ -69,6 +69,13 @@ tokenizer makes of either:
     u, v = mean(first), mean(second)
     logits = model.get_base_model().{head}(torch.cat([u, v, (u - v).abs(), u * v], 1))
 """
+IN_MEMORY = "umbel.runs.opened(RUN).task.model"
+"""What makes a base that has no name."""
+
+_NAMELESS = f"""
+Its base is in no folder and on no hub: the run's task makes it. With umbel it is `{IN_MEMORY}`.
+
+"""
 _TASKS_OWN = """\
 Its outputs are the labels of several tasks, {each} in a row for each, and were trained to tell those of one task
 apart: compare an input's outputs for its own task with each other, and with no others.
@@ -85,12 +92,14 @@ class Exported:
         rank: the largest rank of a layer.
         full_rank: what it is without truncation.
         errors: ‖ΔW − ΔW'‖ / ‖ΔW‖ of each layer, by its path in the base; empty where nothing was truncated.
+        base: the base's name; None for one that is in no folder and on no hub.
     """
 
     folder: Path
     rank: int
     full_rank: int
     errors: dict[str, float]
+    base: str | None
 
 
 @dataclass(frozen=True)
@@ -168,7 +177,7 @@ def export_each(
             files = _files(base, params, rank)
             _place(folder, files, _card(name, result, base, files, identity), overwrite)
             ranks = [int(files.config["r"]), *files.config["rank_pattern"].values()]
-            yield Exported(folder, max(ranks), files.full_rank, files.errors)
+            yield Exported(folder, max(ranks), files.full_rank, files.errors, base.name)
 
     return written()
 
@@ -424,7 +433,7 @@ def _card(name: str, result: Result, base: _Base, files: _Files, identity: str) 
     config = files.config
     front = [f"base_model: {json.dumps(base.name)}"] if base.name else []
     rows = {
-        "base": base.name or "a model made in memory",
+        "base": base.name or "made by the run's task",
         "method": _method_name(result),
         "run": identity or "not kept in a folder",
         "round": str(result.progress.round),
@@ -444,6 +453,8 @@ def _card(name: str, result: Result, base: _Base, files: _Files, identity: str) 
     if each := result.task.labels_each:
         lines.append(_TASKS_OWN.format(each=each))
     before, after = {"own": ("", ""), "mean": ("", _POOLED), "pairs": (_WIDENED, _OF_PAIRS)}[base.pooling]
+    if not base.name:
+        lines.append(_NAMELESS)
     return "\n".join(lines) + "\n" + (before + _LOADED + after).format(head=base.head)
 
 

@@ -91,6 +91,11 @@ def _show(asked: Asked, done: "Sequence[Exported]", json: str | None) -> None:
     where = done[0].folder if len(done) == 1 else f"{done[0].folder.parent} ({len(done)} folders)"
     print(f"folder: {where}")
     print(f'next:   PeftModel.from_pretrained(base_model, "{done[0].folder}")')
+    if done[0].base is None:
+        from umbel.exporting import IN_MEMORY
+
+        made = IN_MEMORY.replace("RUN", f'"{asked.run}"')
+        print(f"        base_model is in no folder and on no hub; {made} makes it")
 
 
 def _print_errors(layers: dict[str, list[float]], rank: int, full_rank: int) -> None:
