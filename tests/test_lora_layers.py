@@ -287,6 +287,28 @@ def test_a_words_factors_are_not_trained_where_it_is_padding():
         assert_close(stacked, alone, rtol=1e-4, atol=1e-5)
 
 
+DROPPING = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", ATTENTION | {"attention_dropout": 0.5}),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2 | {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}),
+    "opt": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        ATTENTION | {"ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.5, "attention_dropout": 0.5},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_nothing_of_the_base_is_dropped(name):
+    # Published: attention's own dropout, a number and no layer, was on in evaluation too.
+    model, config, settings = DROPPING[name]
+    made = getattr(transformers, model)(getattr(transformers, config)(**TEXT | settings))
+    module, x = of_transformers(made, "causal_lm"), torch.randint(1, WORDS, (2, 7))
+    whole = module(x)
+    for training in (True, False):
+        assert_close(module.train(training)(x), whole)
+
+
 @pytest.mark.parametrize(
     ("name", "head"), [("bert", "classifier"), ("gpt2_labels", "score"), ("siglip", "classifier")]
 )

@@ -280,6 +280,9 @@ def of_transformers(model: nn.Module, kind: Kind, base: str = "", pooling: Pooli
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
+        for name, value in list(vars(layer).items()):  # of attention, which is no module: Llama, OPT
+            if "drop" in name and isinstance(value, float):
+                setattr(layer, name, 0.0)
     for name in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):  # the newer one first
         if (disable := getattr(model, name, None)) is not None:
             disable()  # backward would compute with the module's own tensors, not the clients'; see recompute.py
