@@ -48,6 +48,7 @@ from umbel.tasks import (
     Multilingual,
     ShakespeareRoles,
     dolly,
+    flan_feddpa,
     glue,
     texts,
 )
@@ -1100,6 +1101,10 @@ def test_the_true_test_parts_share_nothing_with_training(seed, real_data):
         assert len(train[category]) + len(test[category]) == len(own)
     seen, asked = ({one for own in of.values() for p, _ in own for one in parts(p)} for of in (train, test))
     assert seen.isdisjoint(asked)
+    for part in (1, 2):
+        seen, asked = ({plainly(p) for own in of.values() for p, _ in own} for of in flan_feddpa.by_task(part))
+        assert min(len(seen), len(asked)) > 1000
+        assert seen.isdisjoint(asked)
 
 
 @pytest.mark.parametrize(
