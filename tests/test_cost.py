@@ -13,7 +13,7 @@ import umbel.runs
 import umbel.tree
 from simulate import StoppedError, stop_after
 from umbel import costs
-from umbel.cohort import Engine
+from umbel.cohort import Engine, memory_gb_of
 from umbel.costs import cost_of, trains
 from umbel.flops import CountedFlops
 from umbel.hazards import Faults
@@ -166,6 +166,12 @@ def test_a_frozen_base_is_no_clients_own_memory():
     for memory_gb, most in ((0.004, 20), (0.0004, 4)):
         cohort, _ = start(own, method, Schedule(rounds=2), Engine("stacked", memory_gb=memory_gb))
         assert most / 2 <= cohort.chunk <= most
+
+
+def test_clients_share_what_a_gpu_has_free_and_two_gb_of_any_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 * 10**9, 140 * 10**9))
+    assert memory_gb_of("cuda:1") == pytest.approx(75)
+    assert memory_gb_of("cpu") == 2.0
 
 
 def test_convolutions_and_backward_are_counted_as_pytorch_counts_them():

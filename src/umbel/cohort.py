@@ -31,6 +31,7 @@ R = TypeVar("R")
 PROBED_CLIENTS = 8  # how many clients `auto` times, stacked and looped
 PROBED_STEPS = 3
 PROBED_SECONDS = 2.0  # after which a trial is not repeated
+CPU_MEMORY_GB = 2.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class Engine:
         "auto"     times both before the first round and keeps the faster; the choice is kept on resume. Where it
                    loops, what clients measure before they train is measured for all of them at once.
     chunk: clients stacked at once; 0 takes as many as fit into `memory_gb`.
+    memory_gb: for the clients of a chunk, all workers' together; 0: 2 on a CPU, whatever it has, so that a run's
+        chunks, on which its last bits depend, are the same on every machine; on a GPU three quarters of what is
+        free.
     device: "cpu", "cuda", "cuda:1", …
     threads: PyTorch's threads on the CPU; 0 leaves them as they are.
     workers: how many chunks are at work at the same time on the CPU, each on so many `threads` (0: one). Where one
@@ -54,14 +58,14 @@ class Engine:
 
     mode: Literal["auto", "stacked", "looped"] = "auto"
     chunk: int = 0
-    memory_gb: float = 2.0
+    memory_gb: float = 0.0
     device: str = "cpu"
     threads: int = 0
     workers: int = 1
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        check_ranges(self, chunk="[0, inf)", threads="[0, inf)", workers="[1, inf)", memory_gb="(0, inf)")
+        check_ranges(self, chunk="[0, inf)", threads="[0, inf)", workers="[1, inf)", memory_gb="[0, inf)")
         try:
             torch.device(self.device)
         except RuntimeError:
@@ -466,5 +470,10 @@ def _fitting(engine: Engine, cohort: Cohort, shared: Any, store: PrivateStore, c
     with torch.autograd.graph.saved_tensors_hooks(note, lambda leaf: leaf):
         upload, private = cohort.update(shared, store, one, 1)
     per_client = 4 * (tree.row_bytes(upload) + tree.row_bytes(private)) + 2 * saved // _num_steps(cohort, one)
-    each_worker = engine.memory_gb * 1e9 / engine.workers
+    each_worker = (engine.memory_gb or memory_gb_of(engine.device)) * 1e9 / engine.workers
     return int(max(1, min(-(-len(clients) // engine.workers), each_worker // max(1, per_client))))
+
+
+def memory_gb_of(device: str) -> float:
+    """What `Engine.memory_gb` is where it is not given."""
+    return 0.75e-9 * torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else CPU_MEMORY_GB
