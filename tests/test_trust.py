@@ -402,7 +402,7 @@ def numpy_trust(method, run, upload):
     np.fill_diagonal(score, -np.inf)
     size = -score[np.isfinite(score)].reshape(5, 4).mean(1, keepdims=True)
     np.fill_diagonal(score, score.max(1))
-    return softmax(score / (0.1 * (size if method.scheme == "predictions" else 1)))
+    return softmax(score / (np.maximum(0.1 * size, 0.1) if method.scheme == "predictions" else 0.1))
 
 
 @pytest.mark.parametrize("mode", ["umbel", "paper"])
@@ -418,6 +418,29 @@ def test_each_scheme_calls_its_own_formula(scheme, mode):
         for name, leaf in tensors.items():
             mixed = np.tensordot(expected, leaf.numpy(), 1)
             assert_close(shared.held[part][name].numpy(), mixed, atol=1e-5, rtol=1e-4)
+
+
+def test_published_weights_are_a_heavy_diagonal_at_first_and_the_even_mean_after_a_few_mixes():
+    # As published, every client draws its A for itself: whatever the data, e / (e + N − 1), then 1 / N.
+    wide = nn.Sequential(nn.Linear(4, 2048), nn.Tanh(), nn.Linear(2048, 3)).double()
+    plan, slow = AdapterPlan(3, ("linear",), ("2.*",)), LocalTraining(lr=1e-3, batch_size=4)
+    run = Run(Trust(plan, slow, "weights", "paper", begin=1, shared_start=False, freeze_base=True), wide).go()
+    own = np.e / (np.e + 4)
+    expected = torch.full((5, 5), (1 - own) / 4).fill_diagonal_(own)
+    assert_close(run.shared.trust, expected, atol=5e-3, rtol=0)
+    for _ in range(6):
+        run.go()
+    assert_close(run.shared.trust, torch.full((5, 5), 0.2), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("far", "least"), [(1e-6, 0.3333), (0.01, 0.31), (1.0, 0.0)])
+def test_predictions_that_are_alike_by_chance_are_trusted_alike(far, least):
+    # Divergences in proportion 1 : 1.2 : 1.4, of any size: where models differ by noise nobody is chosen.
+    apart = far * torch.tensor([[0.0, 1.0, 1.4], [1.0, 0.0, 1.2], [1.4, 1.2, 0.0]]).double()
+    method = Trust(PLAN, STEPS, "predictions")
+    weights = method._weights(-apart, torch.ones(3, 3, dtype=torch.bool), torch.arange(3))
+    assert weights.min() > least
+    assert (far < 1) == (weights.max() < 0.36)
 
 
 @pytest.mark.parametrize("mode", ["umbel", "paper"])

@@ -37,6 +37,7 @@ from umbel.seeds import generator
 from umbel.train import MOMENTS, Groups, LocalTraining, local_train, no_moments
 from umbel.tree import Params, state
 
+ALIKE = 0.1  # nats, the least T of divergences: models that are hardly this far apart differ by chance
 TRAINED = ("base", "adapter", "head")  # the first two are φ, with "stats", BatchNorm's running statistics
 
 
@@ -100,8 +101,8 @@ class Trust:
         scheme: what trust is made of; "oracle" trusts by D Dᵀ of the clients' true categories, a client's group
             evenly where each has one; "uniform" everyone, "none" itself.
         mode: "paper" has the published formulas at T = 1, "umbel" ours.
-        temperature: T of "umbel": in cosines, in units of the loss, or as a share of a row's mean divergence;
-            0: the scheme's own, 0.3 of "validation" and 0.1 of the others.
+        temperature: T of "umbel": in cosines, in units of the loss, or as a share of a row's mean divergence,
+            but 0.1 nats at least; 0: the scheme's own, 0.3 of "validation" and 0.1 of the others.
         threshold: lower scores are left out, but for the two highest.
         top_k: so many are trusted; 0: all.
         topology: who may listen to whom; or the edges, pairs of clients.
@@ -344,11 +345,9 @@ class Trust:
         if self.mode == "umbel" and self.scheme != "oracle":
             if self.scheme in ("weights", "predictions"):
                 scores = trusting.nearest_for_own(scores, allowed, own)
-            relative = self.scheme == "predictions"
-            own_of_scheme = 0.3 if self.scheme == "validation" else 0.1
-            temperature = (self.temperature or own_of_scheme) * (
-                trusting.mean_size(scores, allowed, own) if relative else 1.0
-            )
+            temperature = self.temperature or (0.3 if self.scheme == "validation" else 0.1)
+            if self.scheme == "predictions":
+                temperature = (temperature * trusting.mean_size(scores, allowed, own)).clamp(min=ALIKE)
         return trusting.trust_of(scores, allowed, own, temperature, self.threshold, self.top_k, self.self_weight)
 
     def _split(self, data: ClientData) -> tuple[ClientData, ClientData]:

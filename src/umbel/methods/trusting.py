@@ -85,7 +85,7 @@ def mean_size(scores: Tensor, allowed: Tensor, own: Tensor) -> Tensor:
     """(K, 1) the mean of −s over the others that are allowed and finite: what temperatures are measured in."""
     others = allowed & scores.isfinite() & ~F.one_hot(own, scores.shape[1]).bool()
     total = -scores.double().masked_fill(~others, 0.0).sum(1, keepdim=True)
-    return (total / others.sum(1, keepdim=True).clamp(min=1)).clamp(min=1e-30)
+    return total / others.sum(1, keepdim=True).clamp(min=1)
 
 
 def linked_of(scheme: str, topology: Topology, population: Population) -> Tensor:
