@@ -29,7 +29,7 @@ from umbel.attacks import Attack
 from umbel.cli.watch import Watch
 from umbel.errors import DataError, ModelError, RecipeError, RunFolderError
 from umbel.flower.fingerprint import differences, fingerprint
-from umbel.methods import FedAvg, FedEM, KNNPer, Trust
+from umbel.methods import FedAvg, FedEM, KNNPer, Population, Trust
 from umbel.model import pretrained as pretrained_module
 from umbel.model.dropout import seed_dropout
 from umbel.model.loss import IGNORED, Loss, cross_entropy
@@ -443,7 +443,12 @@ def bert(tmp_path):
 
 
 def small_bert(pooling="own", **settings):
-    shape = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape = {
+        "vocab_size": settings.pop("vocab_size", 16),
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = BertConfig(**shape, intermediate_size=8, initializer_range=0.5, **settings)
     torch.manual_seed(0)
     return of_transformers(BertForSequenceClassification(config), "text", pooling=pooling)
@@ -584,6 +589,27 @@ def test_a_run_and_a_deployment_know_whether_each_task_has_its_labels(tmp_path):
         resume(tmp_path / "run", own, FedAvg())
     prints = [fingerprint(SimpleNamespace(), task, result.progress.shared) for task in (one, own)]
     assert "labels of each task" in differences(*prints)[0]
+
+
+def test_nodes_of_another_vocabulary_tokenizer_or_public_texts_are_told_apart(tmp_path, monkeypatch):
+    method = FedAvg(local=LocalTraining(batch_size=2))
+
+    def printed(place, public=0, **config):
+        (tmp_path / place / "base").mkdir(parents=True)
+        (tmp_path / place / "base" / "config.json").write_text("{}")
+        (tmp_path / place / "base" / "vocab.txt").write_text("a b" if place == "words" else "a c")
+        monkeypatch.setenv("UMBEL_DATA", str(tmp_path / place))
+        x = torch.tensor([[3, 4], [5, 6]])
+        task = replace(task_of(small_bert(**config), [(x, torch.arange(2))]), public=torch.full((1, 2), public))
+        shared, _ = method.init(task.model, Population(1, 0))
+        return fingerprint(SimpleNamespace(base="base"), task, shared)
+
+    server = printed("server")
+    assert differences(server, printed("same")) == []
+    assert differences(server, printed("words"))[0].startswith("tokenizer: the node has sha256:")
+    assert differences(server, printed("public", public=1))[0].startswith("public inputs: the node has int64")
+    other = differences(server, printed("larger", vocab_size=17))
+    assert re.match(r"tensor model\S*word_embeddings.weight: the node has float32 \[17, 8\]", other[0])
 
 
 def test_texts_are_read_apart_only_where_something_ends_them(small):
