@@ -37,7 +37,8 @@ from umbel.flower.post import content_of, opened
 from umbel.flower.roster import Roster
 from umbel.flower.trial import deal
 from umbel.flower.wire import equal, packed, unpacked
-from umbel.flower.work import NodeSettings, Site, settings_of
+from umbel.flower.work import NodeSettings, Site, check_allowed, settings_of
+from umbel.methods import METHODS
 from umbel.recipe import Recipe, find, load, read
 from umbel.report import write_report
 from umbel.rounds import rounds, start
@@ -440,6 +441,16 @@ def test_a_node_joins_no_other_recipe_than_its_owners(tmp_path):
     strict = Site(NodeSettings("ward", "0-4", str(tmp_path), recipe=str(tmp_path / "ours.toml")))
     with pytest.raises(DeployError, match=r"another than .*ours\.toml: it says rounds = 3, the file 2"):
         lead(FakeGrid([strict]), floral(), patience=QUICK)
+
+
+def test_a_node_runs_no_method_that_its_owners_recipe_does_not_describe():
+    table = load(find("digits"))
+    described = read(table, "floral")
+    check_allowed(NodeSettings(recipe=str(find("digits"))), described)
+    assert "ditto" in METHODS
+    assert "ditto" not in table["method"]
+    with pytest.raises(RecipeError, match=r"the server runs ditto, and .*digits\.toml describes .*floral"):
+        check_allowed(NodeSettings(recipe=str(find("digits"))), read(table, "ditto"))
 
 
 # A node's own data.

@@ -35,7 +35,7 @@ from umbel.flower.vault import Vault
 from umbel.flower.wire import Facts, Parts, by_client, filled, packed, unpacked
 from umbel.folder import read_json, write
 from umbel.onboarding import read_client, routed
-from umbel.recipe import Recipe, Table, load, read
+from umbel.recipe import Recipe, Table, labels, load, read
 from umbel.rounds import participants, sampled, start
 from umbel.tasks import Task
 from umbel.tasks.own import function_of
@@ -59,7 +59,7 @@ class NodeSettings:
         data: where their data are: "" in the recipe's task (trials); a folder with client-000003.safetensors or
             .npz; or "module:function", a function of a client's number that returns (x, y) or
             (x, y, x_test, y_test).
-        recipe: a file; runs of any other recipe are refused. "" for any.
+        recipe: a file; what is run are methods that it describes, as they stand there. "" for any.
         code: "module:function" that a recipe's task may call for its model; "" for none.
         share_mixture: whether a client's mixture is sent along with its scores.
         device: on which the clients train.
@@ -225,8 +225,13 @@ def check_allowed(settings: NodeSettings, recipe: Recipe) -> None:
             "with the recipe's own file as recipe in the node's settings it would"
         )
     if settings.recipe:
-        pinned = read(load(Path(settings.recipe).expanduser()), recipe.label).identity()
-        told = recipe.identity()
+        table = load(Path(settings.recipe).expanduser())
+        if recipe.label not in labels(table):  # `read` would take any method that there is, with its defaults
+            raise RecipeError(
+                f"the server runs {plain(recipe.label)}, and {settings.recipe} describes "
+                f"{', '.join(labels(table)) or 'no method'}"
+            )
+        told, pinned = recipe.identity(), read(table, recipe.label).identity()
         if told != pinned:
             key = next(key for key in {**told, **pinned} if told.get(key) != pinned.get(key))
             raise RecipeError(
