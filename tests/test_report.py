@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import tomli_w
 
 from umbel.cli import comparing
 from umbel.errors import RunFolderError
-from umbel.folder import write
+from umbel.folder import read_lines, write
 from umbel.plots import _glyph
 from umbel.recipe import find, load, read
 from umbel.report import page, write_report
@@ -143,10 +144,24 @@ def test_what_comes_from_files_is_escaped(runs, tmp_path):
     write(folder / "recipe.toml", recipe.replace("[method.floral", f"[method.{json.dumps(evil)}").encode())
     facts = json.loads((folder / "run.json").read_text())
     write(folder / "run.json", json.dumps(facts | {"task": evil, "machine": evil, "torch": evil}).encode())
+    rounds = [line | {"lost": {evil: 1}} for line in read_lines(folder / "metrics.jsonl")]
+    write(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in rounds).encode())
     text = page(grouped(find_runs([folder])))
     assert "<script" not in text
     assert text.count("&lt;script&gt;") > 5
+    assert f"did not count: 3 {escape(evil)}." in text
     assert Tags(text).balanced
+
+
+@pytest.mark.parametrize("key", ["dead", "nmi", "lost", "dropped", "usage"])
+def test_a_figure_that_is_no_number_is_refused(runs, tmp_path, key):
+    folder = shutil.copytree(runs / "floral-seed0", tmp_path / "run")
+    *others, last = read_lines(folder / "metrics.jsonl")
+    for evil in ("<script>", {"a": "<script>"}, ["<script>"]):
+        lines = "".join(json.dumps(line) + "\n" for line in [*others, last | {key: evil}])
+        write(folder / "metrics.jsonl", lines.encode())
+        with pytest.raises(RunFolderError, match=rf"metrics.jsonl, round 3: {key} = .* is no figure of a round"):
+            write_report([folder], tmp_path / "report.html")
 
 
 def test_a_regression_is_drawn_by_its_loss(tmp_path):

@@ -252,7 +252,7 @@ def _notes(groups: Sequence[Group]) -> str:
         text += f"<p class=warning>Not finished, so the figures are not those of whole runs: {names}.</p>"
     lost = losses(line for run in runs for line in run.history)
     if lost:
-        text += f"<p class=warning>Updates of clients that did not count: {said_of(lost)}.</p>"
+        text += f"<p class=warning>Updates of clients that did not count: {escape(said_of(lost))}.</p>"
     idle = sum("no_quorum" in line for run in runs for line in run.history)
     if idle:
         text += f"<p class=warning>{idle} rounds had too few updates and left the server as it was.</p>"

@@ -10,11 +10,12 @@ from typing import Any
 
 from umbel.errors import RunFolderError
 from umbel.folder import ONBOARDING, read_json, read_lines
-from umbel.untrusted import toml_of
+from umbel.untrusted import plain, toml_of
 
 COMPARISON = "compare.toml"  # in the folder of a comparison: what `umbel compare` was asked for
 LONGEST_NAME = 120  # of a run's folder, without the seed
 PLAIN = "-_. ="  # what may be in a label, beside letters and digits, and is no reason to mark its folder
+LISTS = ("usage", "by_group", "dropped")  # of numbers, among a round's figures
 PLACES = ("seed", "engine", "checkpoint_every")  # settings that may differ within a group
 
 
@@ -125,6 +126,8 @@ def read_run(path: Path) -> Run:
     known = facts.get("schedule")
     settings = {**(known if isinstance(known, dict) else {}), **recipe}
     history = _rounds(path / "metrics.jsonl")
+    for line in history:
+        _check_figures(path / "metrics.jsonl", line)
     methods, seed = recipe.get("method", {}), settings.get("seed", 0)
     rounds = facts.get("last_round", settings.get("rounds", len(history)))
     if not isinstance(methods, dict) or type(seed) is not int or type(rounds) is not int:
@@ -417,6 +420,19 @@ def _rounds(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     return read_lines(path)
+
+
+def _check_figures(path: Path, line: Mapping[str, Any]) -> None:
+    """Raises RunFolderError unless a round's figures are numbers, or what holds them where that belongs."""
+    for key, value in line.items():
+        numbers: Iterable[Any] = [value]
+        if key in LISTS and isinstance(value, list):
+            numbers = value
+        elif key == "lost" and isinstance(value, dict):
+            numbers = value.values()
+        if not all(isinstance(own, float) or (isinstance(own, int) and abs(own) < 1 << 63) for own in numbers):
+            where = f"{path}, round {line['round']}"
+            raise RunFolderError(f"{where}: {plain(key, 60)} = {plain(value, 60)} is no figure of a round")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
