@@ -569,6 +569,17 @@ def test_noisy_steps_of_a_round_are_sent_once(tmp_path):
     assert "client 0 has given its part of round 2 (train) and gives none of round 1" in failed["0"]
 
 
+def test_no_newcomer_finds_its_routes_without_noise(tmp_path):
+    _, grid = led(private_examples(noise_multiplier=1.0), tmp_path / "led", "0-4")
+    hello, train = (next(m for m in grid.asked if m.metadata.message_type == t) for t in ("query.hello", "train"))
+    (new,) = sites(tmp_path / "new", "0-4")
+    new.answer("hello", *opened(hello.content, ""))
+    facts, parts = opened(train.content, "")
+    answer, own = new.answer("train", facts | {"newcomers": [0]}, parts)
+    assert own == {}
+    assert "speaks of newcomers" in answer["failed"]["0"]
+
+
 # What is refused, and reported.
 
 

@@ -380,8 +380,14 @@ def _noisy(work: Work, facts: Facts) -> Cohort:
 
 
 def started(work: Work, facts: Facts, client: int, message: Any, private: Any) -> Any:
-    """The client's private state; one that has come after the run began finds its routes before it trains."""
+    """The client's private state; one that has come after the run began finds its routes before it trains.
+
+    Raises:
+        WireError: examples are protected, of whose gradients those routes would tell without noise.
+    """
     newcomers = fact(facts, "newcomers", Numbers, SERVER) if "newcomers" in facts else ()
+    if newcomers and work.recipe.schedule.privacy.level == "example":
+        raise WireError("the server speaks of newcomers, and where examples are protected there are none")
     if client not in newcomers or work.kept.knows(client):
         return private
     with torch.enable_grad():
