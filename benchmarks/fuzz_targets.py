@@ -530,7 +530,7 @@ def targets(folder: Path) -> list[Target]:
     found = [
         message("answer to hello", pair.introduced, "hello", lambda f, _: take_introduction(forms.cohort.weighting, f)),
         message("uploads", pair.uploads, "train", lambda f, p: take_uploads(forms, f, p)),
-        message("scores", pair.scores, "evaluate", lambda _, p: scores_in(p, 3, True, "node 'ward'")),
+        message("scores", pair.scores, "evaluate", lambda _, p: scores_in(p, 3, True, 2, "node 'ward'")),
         message("question: train", pair.letter, "train", lambda f, p: take_question(site, "train", f, p)),
         message("question: hello", pair.hello, "hello", lambda f, p: take_question(other, "hello", f, p)),
         message("question: share", hidden.letter, "share", hidden.take),

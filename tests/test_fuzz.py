@@ -449,12 +449,18 @@ def test_an_upload_that_is_not_finite_is_no_reason_for_a_trial(pair):
         (lambda tensors: tensors | {"loss": tensors["loss"] * torch.nan}, "loss holds NaN"),
         (lambda tensors: {"loss": tensors["loss"]}, "lack the accuracy"),
         (lambda tensors: tensors | {"more": tensors["loss"]}, "where loss, accuracy, mixture are known"),
+        (lambda tensors: tensors | {"loss": tensors["loss"] - 1e3}, r"loss is not between 0 and 1e\+30"),
+        (lambda tensors: tensors | {"loss": tensors["loss"] * 1e300}, r"loss is not between 0 and 1e\+30"),
+        (lambda tensors: tensors | {"accuracy": tensors["accuracy"] + 200}, "accuracy is not between 0 and 100"),
+        (lambda tensors: tensors | {"mixture": tensors["mixture"].double() * -1e300}, "mixture is not between 0"),
+        (lambda tensors: tensors | {"mixture": tensors["mixture"] / 2}, "do not sum to 1"),
+        (lambda tensors: tensors | {"mixture": tensors["mixture"][:, :1]}, "has 1 shares, where 2 were expected"),
     ],
 )
 def test_scores_that_are_none(change, told, pair):
     tensors = unpacked(pair.scores[1]["scores"], "")
     with pytest.raises(WireError, match=told):
-        scores_in({"scores": packed(change(tensors))}, 3, True, "node 'ward'")
+        scores_in({"scores": packed(change(tensors))}, 3, True, 2, "node 'ward'")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from umbel import tree
 from umbel.clients import Examples
@@ -18,6 +19,10 @@ from umbel.flower.roster import listed
 from umbel.flower.wire import Parts, by_client, check_finite, filled, unpacked
 from umbel.tree import Params
 from umbel.untrusted import plain
+
+RANGES = {"loss": (0.0, 1e30), "accuracy": (0.0, 100.0), "mixture": (0.0, 1.0)}
+"""Between what scores are; a sum of such losses is finite."""
+ROUNDING = 1e-2  # by how much scores may miss that, and a mixture's sum its own
 
 
 @dataclass
@@ -71,6 +76,10 @@ class Uploads:
             self.pattern = self.like(self._message(shared), 0, round)
         self.shapes = shapes
 
+    def width(self, shared: Any) -> int:
+        """How many shares a client's mixture has, 0 where nothing is mixed."""
+        return int(self.cohort.method.mixture(self._message(shared), self.fresh).shape[1])
+
     def _message(self, shared: Any, client: int = 0) -> Any:
         return self.cohort.method.send(shared, torch.tensor([client], device=self.cohort.train.x.device))
 
@@ -106,8 +115,15 @@ class Uploads:
         return upload
 
 
-def scores_in(parts: Parts, num_tests: int, labels: bool, who: str) -> dict[str, np.ndarray]:
+def scores_in(parts: Parts, num_tests: int, labels: bool, width: int, who: str) -> dict[str, np.ndarray]:
     """The "loss", with labels "accuracy", and where it is told "mixture", of so many tests.
+
+    Args:
+        parts: as they came.
+        num_tests: that were asked for.
+        labels: whether there is an accuracy.
+        width: of a mixture of this run's method.
+        who: has sent them.
 
     Raises:
         WireError: they are something else.
@@ -123,4 +139,19 @@ def scores_in(parts: Parts, num_tests: int, labels: bool, who: str) -> dict[str,
     if ("accuracy" in tensors) != labels:
         raise WireError(f"{who}: its scores {'lack the' if labels else 'have an'} accuracy")
     check_finite(tensors, who)
+    for name, leaf in tensors.items():
+        least, most = RANGES[name]
+        if bool(((leaf < least - ROUNDING) | (leaf > most + ROUNDING)).any()):
+            raise WireError(f"{who}: {name} is not between {least:g} and {most:g}")
+    if "mixture" in tensors:
+        check_mixture(tensors["mixture"], width, who)
     return {name: leaf.numpy() for name, leaf in tensors.items()}
+
+
+def check_mixture(mixture: Tensor, width: int, who: str) -> None:
+    """Raises WireError unless its rows are so long and sum to 1, or to 0 where a client has no route yet."""
+    if mixture.shape[1] != width:
+        raise WireError(f"{who}: a mixture has {mixture.shape[1]} shares, where {width} were expected")
+    sums = mixture.sum(1)
+    if width and bool((torch.minimum(sums.abs(), (sums - 1).abs()) > ROUNDING).any()):
+        raise WireError(f"{who}: the shares of a mixture do not sum to 1")

@@ -181,12 +181,12 @@ class Nodes:
         troubles: dict[int, Trouble] = {}
         found: dict[int, tuple[Any, ...]] = {}
         mixture: Any = np.float32
-        deadline = self.exchange.patience.deadline
+        deadline, wide = self.exchange.patience.deadline, self.forms.width(shared)
         for node, _, parts in self.exchange.ask("evaluate", questions, troubles, deadline):
             own = self.task.tests_of(np.array(questions[node][0]["clients"]))
             try:
                 labels = self.task.loss == "cross_entropy"
-                rows = scores_in(parts, len(own), labels, self.exchange.name(node))
+                rows = scores_in(parts, len(own), labels, wide, self.exchange.name(node))
             except WireError as error:
                 troubles[node] = Trouble("malformed", str(error))
                 continue
