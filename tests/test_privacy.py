@@ -525,6 +525,25 @@ def test_options_that_need_more_than_moves_are_refused():
 
 
 @pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["clips={adaptors=0.1}"], "^privacy.clips.adaptors: .* did you mean 'adapters'"),
+        (["clips={examples=0.1}"], "^privacy.clips.examples: there is no such group"),  # how many is not told
+        (["ranges={bases=8.0}"], "^secure.ranges.bases: .* did you mean 'base'"),
+        (["ranges={train_loss=8.0}"], "^secure.ranges.train_loss: there is no such group"),
+        (["ranges={withins=8.0}"], "^secure.ranges.withins: .* did you mean 'within'"),
+        (["level=none", "epsilon=0", "ranges={train_los=8.0}"], "^secure.ranges.train_los: .* 'train_loss'"),
+    ],
+)
+def test_a_group_that_is_not_summed_is_named_before_any_work(overrides, words, tmp_path):
+    asked = ["weighting.rule=one", "privacy.level=client", "privacy.epsilon=50.0", "secure.aggregation=masks"]
+    asked += [f"{'secure' if own.startswith('ranges') else 'privacy'}.{own}" for own in overrides]
+    with pytest.raises(RecipeError, match=words):
+        run_recipe(read(load(find("digits"), asked), "floral"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     "wrong",
     [
         {"level": "client"},
@@ -535,6 +554,7 @@ def test_options_that_need_more_than_moves_are_refused():
         {"clip_share": 0.6, "statistics_share": 0.5},
         {"epsilon": 50.0},  # and nobody is protected
         {"noise_multiplier": 1.0},
+        {"level": "example", "epsilon": 1.0, "clips": {"base": 1.0}},  # of which the steps know nothing
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong):

@@ -1,6 +1,8 @@
-"""The ranges of settings, told where a value lies outside."""
+"""The ranges of settings, told where a value lies outside, and the groups of tensors that they name."""
 
-from umbel.errors import RecipeError
+from collections.abc import Iterable
+
+from umbel.errors import RecipeError, meant
 
 
 def check_ranges(settings: object, **ranges: str) -> None:
@@ -23,6 +25,13 @@ def check_ranges(settings: object, **ranges: str) -> None:
         for place, number in held.items():
             if not _lies(number, interval):
                 raise RecipeError(f"{key}{place} = {number}, but it must be {_words(interval)}")
+
+
+def check_groups(setting: str, named: Iterable[str], known: Iterable[str]) -> None:
+    """Raises RecipeError if the setting names a group that is not among those that are known to be summed."""
+    for name in named:
+        if name not in known:
+            raise RecipeError(f"{setting}.{name}: there is no such group in the run's sums; {meant(name, known)}")
 
 
 def _lies(number: float, interval: str) -> bool:

@@ -24,8 +24,11 @@ from umbel.folder import (
     held,
     read_lines,
 )
+from umbel.meeting import LOSS, one_upload
 from umbel.methods import METHODS, Method
 from umbel.model.copies import copied
+from umbel.privacy import clipping
+from umbel.ranges import check_groups
 from umbel.recipe import Recipe, build, labels, load, name_of, read
 from umbel.rounds import Progress, honest, participants, rounds, start
 from umbel.schedule import Schedule
@@ -166,6 +169,7 @@ def _begin(
         check_free(Path(path))  # before any work is done
     task = arranged(task, schedule)
     cohort, at = start(task, method, schedule, engine)
+    _check_groups(cohort, at, schedule)
     cost = cost_of(cohort, at.shared, at.store, participants(task.num_clients, schedule)[:1])
     folder = None
     if path is not None:
@@ -178,6 +182,22 @@ def _begin(
             facts |= {"last_round": cohort.ledger.last_round, "privacy": asdict(cohort.ledger.privacy)}
         folder = RunFolder.create(Path(path), identity, recipe, facts, num_bytes)
     return _finish(folder, Result(task, schedule, cohort, at, [], []), cost, on_round)
+
+
+def _check_groups(cohort: Cohort, at: Progress, schedule: Schedule) -> None:
+    """Raises RecipeError if a clip or a range is of a group that the method's sums have not."""
+    if not schedule.privacy.clips and not schedule.secure.ranges:
+        return
+    client = participants(at.store.num_clients, schedule)[:1]
+    like = cohort.method.contribution(one_upload(cohort, at.shared, at.store, client))
+    summed = [*like]
+    if schedule.privacy.level == "none":
+        summed.append(LOSS)
+    elif schedule.privacy.level == "client" and cohort.ledger is not None:
+        groups = clipping.groups_of(like, cohort.ledger.privacy)
+        summed = [*clipping.first_clips(groups, cohort.ledger.privacy)]
+        summed += [clipping.WITHIN] if groups.within_noise else []
+    check_groups("secure.ranges", schedule.secure.ranges, summed)
 
 
 def _opened(path: Path, task: Task | None, method: Method | None) -> tuple[RunFolder, Result, Cost | None]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from umbel import tree
 from umbel.privacy.settings import Privacy
+from umbel.ranges import check_groups
 from umbel.seeds import generator, normal
 from umbel.tree import Params
 
@@ -65,7 +66,12 @@ def groups_of(contribution: dict[str, Any], privacy: Privacy) -> Groups:
 
 
 def first_clips(groups: Groups, privacy: Privacy) -> Params:
-    """C_g before the first round."""
+    """C_g before the first round.
+
+    Raises:
+        RecipeError: the settings name another group.
+    """
+    check_groups("privacy.clips", privacy.clips, groups.names)
     return {
         name: torch.tensor(privacy.clips.get(name, privacy.clip), dtype=torch.float64) for name in groups.names
     }

@@ -20,7 +20,8 @@ class Privacy:
         sampling: how a round's clients are drawn, where not all take part: "poisson", each by itself, or "fixed",
             so many. Both are accounted for as what they are.
         clip: C, the longest that one client's part of a group of tensors, or one example's gradient, may be.
-        clips: the same for single groups, by their names in the sums ("base", "adapters", "route_examples", …).
+        clips: of a client's part, the same for single groups, by their names in the sums ("base", "adapters",
+            "route_examples", …).
         clip_rate: clips of groups follow a quantile of lengths, by this much a round (Andrew et al. 2021); 0: no.
         quantile: the share of clients whose part is to be no longer than the clip.
         clip_rise: the share of the run in which clips of the model's tensors may rise; from then on they only
@@ -52,6 +53,11 @@ class Privacy:
                     f"privacy: {name} = {getattr(self, name)}, but level = 'none' protects nobody; add "
                     "privacy.level = 'client' or 'example'"
                 )
+        if self.level == "example" and self.clips:
+            raise RecipeError(
+                "privacy: clips are of groups of the sums, and level = 'example' cuts whole gradients; give clip "
+                "in their place"
+            )
         if self.level != "none" and not self.epsilon and not self.noise_multiplier:
             raise RecipeError(
                 "privacy: give epsilon, which the planned rounds shall spend, or noise_multiplier, or both"
