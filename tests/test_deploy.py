@@ -25,7 +25,7 @@ from test_leash import soon
 from umbel import tree
 from umbel.cli import app
 from umbel.cohort import Engine
-from umbel.errors import DeployError
+from umbel.errors import DeployError, RecipeError
 from umbel.flower import trial
 from umbel.flower.node import node_of
 from umbel.flower.work import settings_of
@@ -84,6 +84,39 @@ def test_a_nodes_file_is_checked(tmp_path):
         node_of(tmp_path / "node.toml")
     (tmp_path / "node.toml").write_text('superlink = "fl:1"\nkey = "keys/ward"\n')
     with pytest.raises(DeployError, match=r"key = 'keys/ward', but there is no file .*keys/ward"):
+        node_of(tmp_path / "node.toml")
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("root_certificates = 3", DeployError),
+        ("key = [1]", DeployError),
+        ('insecure = "yes"', DeployError),
+        ("data = 3", RecipeError),
+        ("state = ['x']", RecipeError),
+    ],
+)
+def test_a_nodes_file_says_what_it_says_in_the_right_type(line, error, tmp_path):
+    (tmp_path / "node.toml").write_text(f'superlink = "localhost:1"\n{line}\n')
+    with pytest.raises(error, match=rf"{line.partition(' ')[0]} = .*, where (str|bool) is wanted"):
+        node_of(tmp_path / "node.toml")
+
+
+def test_a_tilde_in_a_nodes_file_is_the_home_of_whoever_runs_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    for name in ("ca.crt", "key"):
+        (tmp_path / "home" / name).write_text(name)
+    names = {"root_certificates": "ca.crt", "key": "key", "state": "s", "recipe": "r.toml", "data": "d"}
+    lines = ['superlink = "fl:1"', *(f'{name} = "~/{value}"' for name, value in names.items())]
+    (tmp_path / "node.toml").write_text("\n".join(lines))
+    settings, link = node_of(tmp_path / "node.toml")
+    assert (link.root_certificates, link.key) == (b"ca.crt", tmp_path / "home" / "key")
+    own = [settings.state, settings.recipe, settings.data]
+    assert own == [str(tmp_path / "home" / name) for name in ("s", "r.toml", "d")]
+    (tmp_path / "node.toml").write_text('superlink = "localhost:1"\nstate = "~nobody-of-that-name/x"')
+    with pytest.raises(DeployError, match="nobody-of-that-name"):
         node_of(tmp_path / "node.toml")
 
 

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 BUSY, IDLE = 0.1, 2.0  # seconds between two looks, in a run and long after one
 AGAIN = 1.0  # seconds until a connection that broke is made again
 EASE = 4.0  # how many times longer a pause is than the look before it took: a slow server is left in peace
-LINK = {"superlink", "root_certificates", "key", "insecure"}  # of a node's file; the rest are NodeSettings
+LINK = {"superlink": str, "root_certificates": str, "key": str, "insecure": bool}
+"""What a node's file says beside NodeSettings."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def node_of(path: Path, superlink: str = "") -> tuple[NodeSettings, Link]:
 
     Raises:
         DeployError: there is none, it names files that are not there, or a server elsewhere and no certificates.
+        RecipeError: a setting is unknown or of the wrong type.
     """
     try:
         table = {name.replace("-", "_"): value for name, value in toml_of(path).items()}
@@ -58,35 +60,43 @@ def node_of(path: Path, superlink: str = "") -> tuple[NodeSettings, Link]:
     table |= {"superlink": superlink} if superlink else {}
     if "superlink" not in table:
         raise DeployError(f'{path} has no superlink = "host:port"')
+    for name, kind in LINK.items():
+        if name in table and type(table[name]) is not kind:
+            raise DeployError(f"{path}: {name} = {table[name]!r}, where {kind.__name__} is wanted")
+    settings = settings_of({name: value for name, value in table.items() if name not in LINK})
     files: dict[str, Path | None] = {}
     for name in ("root_certificates", "key"):
         value = table.get(name, "")
-        files[name] = path.parent / value if value else None
-        if value and not (path.parent / value).is_file():
-            raise DeployError(f"{path}: {name} = {value!r}, but there is no file {path.parent / value}")
-    if (
-        files["root_certificates"] is None
-        and table.get("insecure") is not True
-        and not _is_here(table["superlink"])
-    ):
+        files[name] = place = _seen_from(path, value) if value else None
+        if place and not place.is_file():
+            raise DeployError(f"{path}: {name} = {value!r}, but there is no file {place}")
+    if files["root_certificates"] is None and not table.get("insecure") and not _is_here(table["superlink"]):
         raise DeployError(
             f"{path} names no root_certificates: whoever is on the way to {table['superlink']} could read and "
             "change all that is said; name the server's ca.crt, or, where that is meant, write insecure = true"
         )
-    own: dict[str, Any] = {name: value for name, value in table.items() if name not in LINK}
-    for name in ("state", "recipe"):
-        if own.get(name):
-            own[name] = str(path.parent / str(own[name]))
-    if own.get("data") and ":" not in own["data"]:
-        own["data"] = str(path.parent / str(own["data"]))
+    paths = ("state", "recipe") if ":" in settings.data else ("state", "recipe", "data")  # or data is a function
+    places: dict[str, Any] = {name: str(_seen_from(path, table[name])) for name in paths if table.get(name)}
     certificates = files["root_certificates"]
-    link = Link(str(table["superlink"]), certificates.read_bytes() if certificates else None, files["key"])
-    return settings_of(own), link
+    link = Link(table["superlink"], certificates.read_bytes() if certificates else None, files["key"])
+    return replace(settings, **places), link
 
 
-def _is_here(superlink: object) -> bool:
+def _seen_from(path: Path, named: str) -> Path:
+    """The place that a node's file names.
+
+    Raises:
+        DeployError: it is in the home of a user that is not there.
+    """
+    try:
+        return path.parent / Path(named).expanduser()
+    except RuntimeError as error:
+        raise DeployError(f"{path}: {named!r}: {error}") from None
+
+
+def _is_here(superlink: str) -> bool:
     """Whether host:port is on this machine."""
-    host = str(superlink).rpartition(":")[0].strip("[]")
+    host = superlink.rpartition(":")[0].strip("[]")
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
