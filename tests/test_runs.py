@@ -16,9 +16,11 @@ from umbel import tree
 from umbel.cohort import Engine
 from umbel.errors import RunFolderError
 from umbel.folder import Checkpoint, RunFolder, check_space, read_lines
+from umbel.methods import Trust
 from umbel.recipe import find, load, read
 from umbel.runs import resume, run_recipe
 from umbel.schedule import Schedule
+from umbel.untrusted import MOST_VALUES
 
 
 def small(label="floral", **changes):
@@ -200,6 +202,24 @@ def test_a_run_of_ones_own_task_is_resumed_with_the_task(tmp_path):
     assert umbel.resume(tmp_path / "run", task, method).figures["round"] == 3
     with pytest.raises(RunFolderError, match="task, method"):
         umbel.resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("num_clients", "shown"), [(100, True), (101, False)])
+def test_whom_a_few_clients_trust_is_written_and_the_scores_of_many(num_clients, shown, tmp_path):
+    clients = [(torch.randn(4, 3), torch.arange(4) % 2)] * num_clients
+    umbel.run(umbel.task_of(torch.nn.Linear(3, 2), clients), Trust(scheme="uniform"), 1, folder=tmp_path / "run")
+    (line,) = read_lines(tmp_path / "run/clients.jsonl")
+    assert len(line["loss"]) == num_clients
+    assert ("mixture" in line) == shown == (tmp_path / "run/trust.jsonl").exists()
+
+
+def test_lines_that_are_too_long_to_be_read_stay_where_a_run_is_gone_on_with(tmp_path):
+    long = json.dumps({"round": 2, "loss": [0] * (MOST_VALUES + 2)}) + "\n"
+    lines = ['{"round": 1, "loss": [0.1]}\n', long, '{"round": 3}\n', '{"round": 12}\n', '{"round": 2, "lo']
+    (tmp_path / "clients.jsonl").write_text("".join(lines))
+    assert len(read_lines(tmp_path / "clients.jsonl")) == 1
+    RunFolder(tmp_path, "").rewind(3)
+    assert (tmp_path / "clients.jsonl").read_text() == "".join(lines[:3])
 
 
 @pytest.mark.parametrize(("mode", "together"), [("auto", True), ("looped", False)])

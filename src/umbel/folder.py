@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from umbel.untrusted import TABLE_BYTES, table_in, table_of, tensors_of
 
 KEPT_CHECKPOINTS = 2
 LINES = ("metrics.jsonl", "clients.jsonl", "trust.jsonl")
+LINE = re.compile(rb'\{ *"round": *(\d{1,18}) *[,}].*(?<=\})\n')  # a whole one
 ONBOARDING = "onboard.json"
 TRUST_CLIENTS = 100  # up to so many clients have their trust in one another written down
 SNAPSHOTS = 50  # lines of clients.jsonl in a run
@@ -119,11 +121,15 @@ class RunFolder:
                     os.fsync(file.fileno())
 
     def rewind(self, round: int) -> None:
-        """Takes the lines of later rounds, and a half-written one, off the .jsonl files."""
+        """Takes the lines of later rounds, and a half-written one, off the .jsonl files.
+
+        A line that is too long to be read says its round all the same, and stays.
+        """
         for name in LINES:
             if (self.path / name).exists():
-                kept = [line for line in read_lines(self.path / name) if line["round"] <= round]
-                self._write(name, "".join(json.dumps(line) + "\n" for line in kept).encode())
+                with (self.path / name).open("rb") as file:
+                    kept = [line for line in file if (own := LINE.match(line)) and int(own[1]) <= round]
+                self._write(name, b"".join(kept))
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes the checkpoint, then lets go of all but the last few."""

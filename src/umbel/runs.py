@@ -267,6 +267,7 @@ def _finish(folder: RunFolder | None, begun: Result, cost: Cost | None, on_round
 def record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> None:
     """Writes a round's figures, and its checkpoint if one is due."""
     last = at.last
+    trust = getattr(at.shared, "trust", None)  # who mixes whom, after every mixing, where clients mix clients
     folder.append("metrics.jsonl", at.figures)
     due = last or at.round % max(1, schedule.rounds // SNAPSHOTS) == 0
     scores = at.scores if due and task.num_clients <= SNAPSHOT_CLIENTS else None
@@ -275,7 +276,7 @@ def record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> N
         line: dict[str, Any] = {"round": at.round, "loss": _short(scores.loss)}
         if scores.accuracy is not None:
             line["accuracy"] = _short(scores.accuracy)
-        if scores.mixture.shape[1]:
+        if scores.mixture.shape[1] and (trust is None or len(trust) <= TRUST_CLIENTS):
             line["mixture"] = _rounded(scores.mixture)
         places = getattr(at.shared, "places", None)  # where the server saw the clients' adapters, in a plane
         if places is not None and task.serves is None:
@@ -283,7 +284,6 @@ def record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> N
         if task.group is not None:
             line["group"] = task.group[tests].tolist()
         folder.append("clients.jsonl", line)
-    trust = getattr(at.shared, "trust", None)  # who mixes whom, after every mixing
     if trust is not None and 1 < len(trust) <= TRUST_CLIENTS:
         folder.append("trust.jsonl", {"round": at.round, "trust": _rounded(trust.cpu().numpy())})
     if last or at.round % schedule.checkpoint_every == 0:
