@@ -307,6 +307,24 @@ def test_a_comparison_of_other_settings_is_not_put_beside_what_is_there():
     assert Path("two/compare.toml").read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("labels =", "label =", "two/compare.toml has no labels"),
+        ("seeds =", "extra = 1\nseeds =", "two/compare.toml: extra: there is no such setting"),
+        ("[0]", "0", "two/compare.toml: seeds: expected `array`"),
+        ("[table]", "[table]\nmethod = 1", "two/compare.toml: method: a table is wanted"),
+        ('recipe = "digits"', "cells = 3", "two/compare.toml: cells: names of folders are wanted, got 3"),
+    ],
+)
+def test_what_is_wrong_in_a_comparisons_file_is_named(old, new, says):
+    text = 'recipe = "digits"\nlabels = ["local"]\nseeds = [0]\n[table]\n'
+    Path("two").mkdir()
+    Path("two/compare.toml").write_text(text.replace(old, new))
+    for command in (["resume", "two"], ["compare", "digits", "--methods", "local", "--seeds=0", "--out", "two"]):
+        assert says in error(*command)
+
+
 def test_two_recipes_have_a_folder_each(monkeypatch):
     for folder in ("a", "here/a"):
         Path(folder).mkdir(parents=True)

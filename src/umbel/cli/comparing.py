@@ -9,7 +9,7 @@ A run that is finished is never repeated.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ def begin(folder: Path, asked: Sequence[Asked]) -> dict[Path, Asked]:
     import tomli_w
 
     from umbel.folder import check_free, write
-    from umbel.tables import COMPARISON, read_toml
+    from umbel.tables import COMPARISON
 
     there = (folder / COMPARISON).is_file()
     if not there:
@@ -93,16 +93,18 @@ def begin(folder: Path, asked: Sequence[Asked]) -> dict[Path, Asked]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RunFolderError(f"two of the recipes would have the folder {folder / twice[0]}; rename one of them")
     cells = {folder / name: own for name, own in zip(names, asked, strict=True)} if len(asked) > 1 else {}
-    if there and ("cells" in read_toml(folder / COMPARISON)) != bool(cells):
+    before = _cells(folder) if there else []
+    if there and bool(before) != bool(cells):
         raise RunFolderError(
             f"{folder} is a comparison of {'one recipe' if cells else 'several recipes'}, and this is none; name "
             "another folder with --out"
         )
     for path, own in (cells or {folder: asked[0]}).items():
-        _check_settings(path, Asked(**_together(path, own)))  # what is there already is shown beside it
-    files = {path / COMPARISON: _together(path, own) for path, own in (cells or {folder: asked[0]}).items()}
+        _check_settings(path, _together(path, own))  # what is there already is shown beside it
+    files = {
+        path / COMPARISON: asdict(_together(path, own)) for path, own in (cells or {folder: asked[0]}).items()
+    }
     if cells:
-        before = read_toml(folder / COMPARISON)["cells"] if there else []
         files = {folder / COMPARISON: {"cells": list(dict.fromkeys([*before, *names]))}} | files
     for file, content in files.items():
         try:
@@ -115,12 +117,8 @@ def begin(folder: Path, asked: Sequence[Asked]) -> dict[Path, Asked]:
 
 def begun(folder: Path) -> dict[Path, Asked]:
     """What `begin` once gave for the folder."""
-    from umbel.tables import COMPARISON, read_toml
-
-    content = read_toml(folder / COMPARISON)
-    if "cells" in content:
-        return {folder / name: Asked(**read_toml(folder / name / COMPARISON)) for name in content["cells"]}
-    return {folder: Asked(**content)}
+    cells = _cells(folder)
+    return {path: _asked(path) for path in ([folder / name for name in cells] if cells else [folder])}
 
 
 def go(folder: Path, cells: dict[Path, Asked], workers: int, json: str | None, quiet: bool) -> None:
@@ -244,21 +242,56 @@ def _same(table: "Table", label: str, recipe: "Recipe") -> bool:
         return False
 
 
-def _together(path: Path, asked: Asked) -> dict[str, Any]:
-    """For compare.toml: what is asked for now, with the methods and seeds that were before."""
+def _cells(folder: Path) -> list[str]:
+    """The names of a comparison's folders, [] where it is of one recipe.
+
+    Raises:
+        RunFolderError: compare.toml has something else in their place.
+    """
     from umbel.tables import COMPARISON, read_toml
 
+    content = read_toml(folder / COMPARISON)
+    cells = content.get("cells", [])
+    if "cells" in content and not (cells and isinstance(cells, list) and all(isinstance(n, str) for n in cells)):
+        raise RunFolderError(f"{folder / COMPARISON}: cells: names of folders are wanted, got {cells!r}")
+    return list(cells)
+
+
+def _asked(path: Path) -> Asked:
+    """What the compare.toml in the folder says.
+
+    Raises:
+        RunFolderError: a key in it is unknown, missing or of the wrong type.
+    """
+    from umbel.recipe import build, check_tables
+    from umbel.tables import COMPARISON, read_toml
+
+    file = path / COMPARISON
+    content = read_toml(file)
+    if lacking := [own.name for own in fields(Asked) if own.name not in content]:
+        raise RunFolderError(f"{file} has no {lacking[0]}; restore it, or begin anew in another folder")
+    try:
+        asked = build(Asked, content, "")
+        check_tables(asked.table)
+    except RecipeError as error:
+        raise RunFolderError(f"{file}: {error}") from None
+    return asked
+
+
+def _together(path: Path, asked: Asked) -> Asked:
+    """What is asked for now, with the methods and seeds that were before."""
+    from umbel.tables import COMPARISON
+
     if not (path / COMPARISON).is_file():
-        return asdict(asked)
-    before = Asked(**read_toml(path / COMPARISON))
+        return asked
+    before = _asked(path)
     methods = before.table.get("method", {}) | asked.table.get("method", {})
-    both = replace(
+    return replace(
         asked,
         labels=list(dict.fromkeys([*before.labels, *asked.labels])),
         seeds=list(dict.fromkeys([*before.seeds, *asked.seeds])),
         table=asked.table | ({"method": methods} if methods else {}),
     )
-    return asdict(both)
 
 
 def _short(names: Sequence[str]) -> tuple[list[str], str]:
