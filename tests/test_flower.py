@@ -27,7 +27,7 @@ from test_battery import CASES, GROUP, every, labelled, net
 from umbel import tree
 from umbel.clients import Examples
 from umbel.cohort import Engine
-from umbel.errors import DeployError, RecipeError, RunFolderError, WireError
+from umbel.errors import DeployError, RecipeError, RoundError, RunFolderError, WireError
 from umbel.flower.answers import Uploads
 from umbel.flower.apps import answered
 from umbel.flower.exchange import Patience
@@ -44,6 +44,7 @@ from umbel.report import write_report
 from umbel.rounds import rounds, start
 from umbel.runs import resume
 from umbel.schedule import Schedule
+from umbel.secure.settings import Secure
 from umbel.tasks import TASKS, Task
 from umbel.weighting import Weighting
 
@@ -460,7 +461,7 @@ def examples_of(client):
     return labelled([5, 8, 1, 9, 8])[client] * 2
 
 
-def test_data_come_from_a_function_or_a_folder(tmp_path):
+def test_data_come_from_a_function_or_a_folder(tmp_path, caplog):
     for client in range(5):
         x, y = labelled([5, 8, 1, 9, 8])[client]
         save_file(
@@ -474,8 +475,27 @@ def test_data_come_from_a_function_or_a_folder(tmp_path):
         assert same(away.progress.shared, at.shared)
         np.testing.assert_equal(without_times(away.history), without_times(history))
     settings = NodeSettings("a", "0-4", str(tmp_path / "state"), data=str(tmp_path / "state"))
-    with pytest.raises(DeployError, match="client 0 has no data: there is no"):
+    with pytest.raises(DeployError, match="'a': DataError; the node's log says more"):
         lead(FakeGrid([Site(settings)]), floral(), patience=QUICK)
+    assert "client 0 has no data: there is no" in caplog.text
+
+
+def unreadable(*_):
+    return float("Jane Doe")
+
+
+@pytest.mark.parametrize("secure", [Secure(), Secure("masks")], ids=["plain", "masks"])
+@pytest.mark.parametrize("place", ["with_data", "trained"])
+def test_what_an_error_says_of_data_stays_on_the_node(place, secure, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(f"umbel.flower.work.{place}", unreadable)
+    recipe = replace(floral(), schedule=Schedule(rounds=1, secure=secure))
+    grid = Recording([Site(NodeSettings("ward", "0-4", str(tmp_path), data=f"{__name__}:examples_of"))])
+    with suppress(DeployError, RoundError):
+        lead(grid, recipe, patience=QUICK)
+    told = [a.error.reason if a.has_error() else str(opened(a.content, "")[0]) for _, a in grid.pairs]
+    assert any("ValueError; the node's log says more" in own for own in told)
+    assert not any("Jane Doe" in own for own in told)
+    assert "'Jane Doe'" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from umbel.errors import RecipeError
 from umbel.flower.exchange import LOG, Patience
+from umbel.flower.facts import reason_of
 from umbel.flower.lead import lead
 from umbel.flower.leash import follow
 from umbel.flower.post import content_of, kind_of, opened
@@ -118,13 +119,22 @@ def client_app() -> "ClientApp":
 
 
 def answered(site: Site, message: "Message") -> "Message":
-    """The answer to a message, as a message."""
+    """The answer to a message; an error that nobody foresaw goes back as one too, and the node stays."""
     from flwr.app import Message
 
-    facts, parts = opened(message.content, "the server")
-    return Message(
-        content_of(*site.answer(kind_of(message.metadata.message_type), facts, parts)), reply_to=message
-    )
+    try:
+        facts, parts = opened(message.content, "the server")
+        answer = site.answer(kind_of(message.metadata.message_type), facts, parts)
+        return Message(content_of(*answer), reply_to=message)
+    except Exception as error:
+        return refusal(site, message, reason_of(error))
+
+
+def refusal(site: Site, message: "Message", why: str) -> "Message":
+    """The answer to a message that has none."""
+    from flwr.app import Error, Message
+
+    return Message(Error(code=0, reason=f"node {site.settings.name!r}: {why}"), reply_to=message)
 
 
 def site_of(config: Mapping[str, Any]) -> Site:

@@ -5,6 +5,7 @@ train     claims: what an upload says of itself, where its form is not all
 """
 
 from collections.abc import Mapping
+from logging import getLogger
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from umbel import tree
-from umbel.errors import WireError
+from umbel.errors import DataError, UmbelError, WireError
 from umbel.untrusted import plain
 
+LOG = getLogger("umbel")
 T = TypeVar("T")
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
@@ -42,6 +44,17 @@ def fact(facts: Mapping[str, Any], name: str, kind: Any, who: str) -> Any:
         return msgspec.convert(facts[name], kind, strict=True)
     except (msgspec.ValidationError, OverflowError) as error:
         raise WireError(f"{who} says {plain(facts[name], 60)!r} for {name!r}: {plain(error)}") from None
+
+
+def reason_of(error: Exception) -> str:
+    """What a node tells the server of an error; the rest is for the node's own log.
+
+    What is said of data, or by others than umbel, may quote them: could not convert string to float: 'Jane Doe'.
+    """
+    if isinstance(error, UmbelError) and not isinstance(error, DataError):
+        return str(error)
+    LOG.error("a message could not be answered: %s", error, exc_info=error)
+    return f"{type(error).__name__}; the node's log says more"
 
 
 def facts_of_node(facts: Mapping[str, Any], who: str, num_clients: int) -> dict[str, Any]:

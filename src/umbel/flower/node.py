@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from umbel.errors import DeployError, UmbelError, WireError
-from umbel.flower.apps import answered, hear
+from umbel.errors import DeployError, WireError
+from umbel.flower.apps import answered, hear, refusal
 from umbel.flower.arriving import put_together
 from umbel.flower.exchange import LOG
 from umbel.flower.work import NodeSettings, Site, settings_of
@@ -165,9 +165,9 @@ def _answered(site: Site, message: "Message", inbox: "Inbox", pull: Any, confirm
         try:
             message = _whole(message, inbox.objects(), pull, confirm, site.most)
         except WireError as error:
-            return _refusal(site, message, f"its message was refused: {error}")
+            return refusal(site, message, f"its message was refused: {error}")
         inbox.put(message)
-    return _answer(site, message)
+    return answered(site, message)
 
 
 def _let_go(link: Link, keys: Any, known: Path) -> None:
@@ -255,23 +255,6 @@ class Inbox:
         """Forgets it."""
         for path in (self.path, self.path.with_suffix(".objects")):
             path.unlink(missing_ok=True)
-
-
-def _answer(site: Site, message: "Message") -> "Message":
-    """The answer; an error that this code did not foresee goes back as one too, and the node stays."""
-    try:
-        return answered(site, message)
-    except UmbelError as error:
-        return _refusal(site, message, str(error))
-    except Exception as error:
-        LOG.exception("a message could not be answered")
-        return _refusal(site, message, f"{type(error).__name__}: {error}")
-
-
-def _refusal(site: Site, message: "Message", why: str) -> "Message":
-    from flwr.app import Error, Message
-
-    return Message(Error(code=0, reason=f"node {site.settings.name!r}: {why}"), reply_to=message)
 
 
 def _whole(message: "Message", objects: Any, pull: Any, confirm: Any, most: int) -> "Message":

@@ -23,7 +23,7 @@ import torch
 from umbel import tree
 from umbel.errors import RecipeError, RoundError, WireError
 from umbel.evaluate import Scores
-from umbel.flower.facts import Number, fact
+from umbel.flower.facts import Number, fact, reason_of
 from umbel.flower.vault import Vault
 from umbel.flower.wire import Facts, Parts, packed
 from umbel.meeting import Cut, contributed
@@ -228,7 +228,7 @@ def _each(kind: str, facts: Facts, answer: Callable[[int], bytes]) -> tuple[Fact
         try:
             told[f"{kind}/{client}"] = answer(client)
         except (RoundError, WireError, ValueError) as error:
-            failed[str(client)] = str(error)
+            failed[str(client)] = reason_of(error)
     return {"failed": failed}, told
 
 

@@ -27,7 +27,7 @@ from umbel.clients import Examples
 from umbel.cohort import Cohort, Engine
 from umbel.errors import DataError, RecipeError, UmbelError, WireError
 from umbel.evaluate import Scores, scores
-from umbel.flower.facts import Figure, Hashes, Name, Number, Numbers, Text, fact
+from umbel.flower.facts import Figure, Hashes, Name, Number, Numbers, Text, fact, reason_of
 from umbel.flower.fingerprint import Fingerprint, differences, fingerprint
 from umbel.flower.kept import Kept
 from umbel.flower.protected import STEPS, Protection, check_protection, counts_are_told, is_protected
@@ -156,7 +156,7 @@ class Site:
                 raise WireError("the server has begun a secure sum, and the recipe has none")
             return train(work, facts, parts) if kind == "train" else evaluate(work, facts, parts)
         except UmbelError as error:
-            return {"refused": f"node {self.settings.name!r}: {error}"}, {}
+            return {"refused": f"node {self.settings.name!r}: {reason_of(error)}"}, {}
 
     def _work(self, kind: str, facts: Facts) -> Work:
         run: str = fact(facts, "run", Name, SERVER)
