@@ -18,9 +18,11 @@ from umbel import recipe
 from umbel.cli import app
 from umbel.cli.options import of_method
 from umbel.cli.settings import settings_of
+from umbel.cli.watch import Watch
 from umbel.cohort import Engine
 from umbel.folder import read_lines
 from umbel.methods import METHODS
+from umbel.rounds import Progress
 from umbel.schedule import Schedule
 from umbel.tasks import TASKS
 from umbel.train import LocalTraining
@@ -699,6 +701,14 @@ def test_ctrl_c_says_how_to_go_on():
         process.kill()
     assert process.returncode == 130
     assert said.decode().strip().splitlines()[-1] == "stopped; go on with: umbel resume long"
+
+
+def test_the_progress_of_a_resumed_run_counts_no_round_twice(capsys):
+    line = {"bytes_up": 400, "bytes_down": 600, "dropped": [3], "seconds": 1.0}
+    with Watch("run", 3, [line | {"round": round} for round in (1, 2, 3)], quiet=False) as watch:
+        for round in (2, 3):  # the last checkpoint was that of round 1
+            watch(Progress(round, None, None, line | {"round": round}, None, last=round == 3))
+    assert capsys.readouterr().err == "run: round 3/3  nobody heard  1.0/s  3.0 kB  3 dropped\n"
 
 
 def test_workers_end_with_the_command_that_started_them(tmp_path):

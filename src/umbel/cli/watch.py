@@ -28,11 +28,9 @@ class Watch:
     """
 
     def __init__(self, title: str, rounds: int, history: Sequence[dict[str, Any]], quiet: bool) -> None:
-        from umbel.tables import dropped, total
-
         self._title, self._rounds, self._quiet = title, rounds, quiet
-        self._bytes = total(history, "bytes_up") + total(history, "bytes_down")
-        self._dropped = dropped(history)
+        self._history = history  # what was written before, with rounds that are done again
+        self._bytes, self._dropped = 0.0, 0
         self._score = ""
         self._done = 0  # rounds in this session
         self._seconds = 0.0  # that they took
@@ -61,9 +59,13 @@ class Watch:
             self._bar.stop()
 
     def __call__(self, at: "Progress") -> None:
-        from umbel.tables import dropped
+        from umbel.tables import dropped, total
 
         figures = at.figures
+        if not self._done:
+            before = [line for line in self._history if line["round"] < at.round]
+            self._bytes = total(before, "bytes_up") + total(before, "bytes_down")
+            self._dropped = dropped(before)
         self._done += 1
         self._seconds += figures["seconds"]
         self._bytes += figures["bytes_up"] + figures["bytes_down"]
