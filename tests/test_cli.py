@@ -10,6 +10,7 @@ import time
 import tomllib
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -20,6 +21,7 @@ from umbel.cli.options import of_method
 from umbel.cli.settings import settings_of
 from umbel.cli.watch import Watch
 from umbel.cohort import Engine
+from umbel.flower.work import NodeSettings
 from umbel.folder import read_lines
 from umbel.methods import METHODS
 from umbel.rounds import Progress
@@ -701,6 +703,27 @@ def test_ctrl_c_says_how_to_go_on():
         process.kill()
     assert process.returncode == 130
     assert said.decode().strip().splitlines()[-1] == "stopped; go on with: umbel resume long"
+
+
+def test_a_node_that_is_stopped_says_where_its_states_are(monkeypatch):
+    def serve(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("umbel.flower.node.node_of", lambda *_: (NodeSettings("a", "0", "mine/states"), None))
+    monkeypatch.setattr("umbel.flower.node.serve", serve)
+    assert umbel("deploy", "node", "a.toml", code=130).stderr == "node stopped; its states are in mine/states\n"
+
+
+def test_onboarding_that_is_stopped_says_what_is_done(monkeypatch):
+    def onboard(path, _):
+        if path.name == "local-seed1":
+            raise KeyboardInterrupt
+        return SimpleNamespace(document=dict)
+
+    umbel("compare", "digits", "--methods=local", "--rounds=1", "--seeds=0,1", "--out", "two", "-q")
+    monkeypatch.setattr("umbel.onboarding.onboard", onboard)
+    assert umbel("onboard", "two", code=130).stderr == "stopped (done: two/local-seed0)\n"
+    assert umbel("onboard", "two/local-seed1", code=130).stderr == "stopped before anything was written\n"
 
 
 def test_the_progress_of_a_resumed_run_counts_no_round_twice(capsys):

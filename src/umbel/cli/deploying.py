@@ -106,6 +106,7 @@ def node(
         from umbel.flower.node import node_of, serve
 
         settings, link = node_of(file, superlink)
+    with told(stopped=f"node stopped; its states are in {settings.state}"):
         serve(settings, link)
 
 

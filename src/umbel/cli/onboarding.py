@@ -4,8 +4,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from umbel.cli.said import STDOUT, print_json
+from umbel.cli.said import STDOUT, print_json, told
 from umbel.cli.show import print_onboarding, print_ways
 from umbel.errors import DataError, RunFolderError
 
@@ -17,13 +18,14 @@ def held_out(folders: Sequence[Path], samples: Sequence[int] | None, json: str |
     from umbel.tables import find_runs, grouped
 
     paths = [run.path for run in find_runs(folders)]
-    documents = []
+    documents: list[dict[str, Any]] = []
     for path in paths:
-        try:
-            documents.append({"folder": str(path)} | onboard(path, samples or SAMPLES).document())
-        except DataError as error:
-            done = f" (done: {', '.join(map(str, paths[: len(documents)]))})" if documents else ""
-            raise DataError(f"{path}: {error}{done}") from None
+        done = f" (done: {', '.join(map(str, paths[: len(documents)]))})" if documents else ""
+        with told(stopped=f"stopped{done or ' before anything was written'}"):
+            try:
+                documents.append({"folder": str(path)} | onboard(path, samples or SAMPLES).document())
+            except DataError as error:
+                raise DataError(f"{path}: {error}{done}") from None
     if json is not None:
         print_json({"command": shlex.join(["umbel", *sys.argv[1:]]), **machine(), "runs": documents}, json)
     if json == STDOUT:

@@ -18,15 +18,20 @@ STDOUT = "-"  # what --json says when no file is named
 
 
 @contextmanager
-def told(folder: Path | None = None) -> Iterator[None]:
-    """Ends the program with what the user can do about an error, or about having stopped a run in `folder`."""
+def told(folder: Path | None = None, stopped: str = "stopped before anything was written") -> Iterator[None]:
+    """Ends the program with what the user can do about an error, or about having stopped it.
+
+    Args:
+        folder: of the run or comparison that is at work, which once begun can be gone on with.
+        stopped: what is said of having stopped anything else.
+    """
     try:
         yield
     except UmbelError as error:
         fail(str(error))
     except KeyboardInterrupt:
         begun = folder is not None and ((folder / "run.json").is_file() or (folder / "compare.toml").is_file())
-        say(f"stopped; go on with: umbel resume {folder}" if begun else "stopped before anything was written")
+        say(f"stopped; go on with: umbel resume {folder}" if begun else stopped)
         raise typer.Exit(130) from None
 
 
