@@ -115,7 +115,7 @@ class Exchange:
             for node in [node for node, since in away.items() if now - since > self.patience.gone]:
                 if pending.pop(node, None):
                     troubles[node] = Trouble("missing", f"{self.name(node)} is offline")
-            if now > end:
+            if before > end and not answers:  # what came in time has been found
                 for node in pending:
                     troubles[node] = Trouble("late", f"{self.name(node)} has not answered for {now - begin:.0f} s")
                 still = {name: node for name, node in waiting.items() if node in pending}
@@ -130,11 +130,11 @@ class Exchange:
             return {}
         from flwr.app import Message
 
-        sent = []
+        sent, ttl = [], self.patience.deadline + self.patience.answer  # as long as anybody looks for the answer
         for node, (facts, parts) in questions.items():
             self.traffic["down"] += sum(map(len, parts.values()))
             content, group = content_of(facts | {"run": self.run}, parts), str(facts.get("round", ""))
-            sent.append(Message(content, node, KINDS[kind], ttl=self.patience.answer, group_id=group))
+            sent.append(Message(content, node, KINDS[kind], ttl=ttl, group_id=group))
         # A name is missing where the SuperLink did not take the message: its node is gone.
         return {n: node for n, node in zip(self.grid.push_messages(sent), questions, strict=True) if n}
 
