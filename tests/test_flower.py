@@ -345,6 +345,20 @@ def test_an_upload_that_does_not_fit_is_dropped_by_name(change, lost, told, tmp_
     assert any("ward" in line.message and re.search(told, line.message) for line in caplog.records)
 
 
+def test_a_round_of_nothing_but_bad_uploads_is_lost_and_many_in_a_row_end_the_run(tmp_path, monkeypatch):
+    bad = lambda tensors: {name: leaf.double() for name, leaf in tensors.items()}  # noqa: E731
+    ward = Tampering(NodeSettings("ward", "0-4", str(tmp_path)), change=bad)
+    mend = lambda at: setattr(ward, "change", lambda tensors: tensors)  # noqa: E731
+    result = lead(FakeGrid([ward]), floral(), None, QUICK, mend)
+    assert [line.get("no_quorum") for line in result.history] == [1, None, None]
+    assert result.history[0]["lost"] == {"malformed": 5}
+    monkeypatch.setattr("umbel.flower.fleet.FRUITLESS", 2)
+    ward.change, told = bad, []
+    with pytest.raises(RoundError, match=r"round 2: for 2 rounds no client's work could be used\n.*torch.float64"):
+        lead(FakeGrid([ward]), floral(), None, QUICK, told.append)
+    assert len(told) == 1
+
+
 @dataclass
 class Stale(Site):
     """A node whose second upload is its first."""
@@ -490,7 +504,7 @@ def test_what_an_error_says_of_data_stays_on_the_node(place, secure, tmp_path, c
     monkeypatch.setattr(f"umbel.flower.work.{place}", unreadable)
     recipe = replace(floral(), schedule=Schedule(rounds=1, secure=secure))
     grid = Recording([Site(NodeSettings("ward", "0-4", str(tmp_path), data=f"{__name__}:examples_of"))])
-    with suppress(DeployError, RoundError):
+    with suppress(DeployError):
         lead(grid, recipe, patience=QUICK)
     told = [a.error.reason if a.has_error() else str(opened(a.content, "")[0]) for _, a in grid.pairs]
     assert any("ValueError; the node's log says more" in own for own in told)

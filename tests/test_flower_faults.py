@@ -137,9 +137,11 @@ def test_a_damaged_checkpoint_is_told_where_nodes_cannot_go_back_so_far(tmp_path
     with pytest.raises(Killed):
         lead(Mortal(nodes, "train", 3), floral(), out, QUICK)
     (out / "checkpoints" / "000002.safetensors").write_bytes(b"")
-    with pytest.raises(Exception, match="has trained up to round 3 and cannot go back to round 2"):
-        lead(FakeGrid(nodes), floral(), out, QUICK)
+    away = lead(FakeGrid(nodes), floral(), out, QUICK)
+    assert [line.get("lost") for line in away.history] == [None, {"refused": 5}, None]
+    assert away.history[1]["no_quorum"] == 1
     assert "000002.safetensors is damaged" in caplog.text
+    assert "has trained up to round 3 and cannot go back to round 2" in caplog.text
 
 
 # Answers are late, lost or doubled.
@@ -179,6 +181,22 @@ def test_what_comes_after_the_deadline_is_dropped_and_its_node_is_left_in_peace(
     assert asked == [1, 2, 4, 5]
     assert "has answered a question whose time was up" in caplog.text
     assert "has not answered for" in caplog.text
+
+
+class Slow(FakeGrid):
+    """A grid whose answers take longer to be put together than the deadline is away."""
+
+    def pull_messages(self, names):
+        exchange.time.now += 1.0
+        return super().pull_messages(names)
+
+
+def test_what_is_there_by_the_deadline_counts_however_long_the_others_took(tmp_path):
+    patience = Patience(nodes=60.0, deadline=0.3, answer=60.0)
+    grid = Slow(sites(tmp_path, "0-2", "3-4"))
+    away = lead(grid, floral(), patience=patience)
+    assert not any("lost" in line for line in away.history)
+    assert {message.metadata.ttl for message in grid.asked} == {60.3}
 
 
 def test_a_round_without_a_quorum_leaves_the_server_as_it_was(tmp_path):

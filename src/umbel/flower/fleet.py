@@ -28,6 +28,8 @@ from umbel.rounds import sampled
 from umbel.schedule import Schedule
 from umbel.tasks import Task
 
+FRUITLESS = 5  # rounds in a row of which nothing could be used: another one would mend nothing
+
 
 @dataclass
 class Nodes:
@@ -42,6 +44,7 @@ class Nodes:
     forms: Uploads
     seen: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # a test's last scores
     round: int = 0  # the last one that was begun
+    fruitless: int = 0  # rounds in a row that were lost by what came, or was refused
 
     def sampled(self, members: np.ndarray, schedule: Schedule, round: int) -> np.ndarray:
         """The clients of a round, by the seed; where noise hides who takes part, by the operating system."""
@@ -52,7 +55,7 @@ class Nodes:
         """The uploads of the round's clients, ascending, one by one; what does not come is counted as lost.
 
         Raises:
-            RoundError: some came, and none could be used.
+            RoundError: for the last of `FRUITLESS` rounds in a row some came, and none could be used.
             DeployError: nobody is there.
         """
         joined = self.attendance.attend(round)
@@ -97,9 +100,12 @@ class Nodes:
         reasons = list(dict.fromkeys(str(trouble) for trouble in lost.values() if str(trouble)))
         for why in reasons:
             LOG.error("round %d: %s", round, why)
-        if not used and not {trouble.reason for trouble in lost.values()} <= {"late", "missing"}:
+        useless = bool(seen.dropped) or not {trouble.reason for trouble in lost.values()} <= {"late", "missing"}
+        self.fruitless = 0 if used else self.fruitless + useless
+        if self.fruitless == FRUITLESS:
             raise RoundError(
-                f"round {round}: no client's work could be used{''.join(f'{chr(10)}  {r}' for r in reasons)}"
+                f"round {round}: for {FRUITLESS} rounds no client's work could be used"
+                f"{''.join(f'{chr(10)}  {r}' for r in reasons)}"
             )
         seen.figures |= self._exchanged(begin, before, slowest, joined)
 
