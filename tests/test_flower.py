@@ -37,7 +37,7 @@ from umbel.flower.post import content_of, opened
 from umbel.flower.roster import Roster
 from umbel.flower.trial import deal
 from umbel.flower.wire import equal, packed, unpacked
-from umbel.flower.work import NodeSettings, Site, check_allowed, settings_of
+from umbel.flower.work import NodeSettings, Site, check_allowed, settings_of, with_data
 from umbel.methods import METHODS
 from umbel.recipe import Recipe, find, load, read
 from umbel.report import write_report
@@ -492,6 +492,20 @@ def test_data_come_from_a_function_or_a_folder(tmp_path, caplog):
     with pytest.raises(DeployError, match="'a': DataError; the node's log says more"):
         lead(FakeGrid([Site(settings)]), floral(), patience=QUICK)
     assert "client 0 has no data: there is no" in caplog.text
+
+
+def some_tested(client):
+    own = labelled([5, 8, 4, 9, 8])[client]
+    return own if client else (*own, *labelled([3, 1])[0])
+
+
+def test_each_client_is_tested_on_what_it_gives_or_else_on_a_quarter_of_it():
+    settings = NodeSettings(clients="0-2", data=f"{__name__}:some_tested")
+    task = with_data(Small().load(0), settings, 0)
+    assert task.train.count.tolist() == [5, 6, 3, 0, 0]
+    assert task.test.count.tolist() == [3, 2, 1, 0, 0]
+    for examples, own in zip((task.train, task.test), (some_tested(0)[:2], some_tested(0)[2:]), strict=True):
+        assert all(map(torch.equal, examples.of_client(0), own))
 
 
 def unreadable(*_):

@@ -434,10 +434,12 @@ def with_data(task: Task, settings: NodeSettings, seed: int) -> Task:
         )
     clients = settings.numbers
     given = [client_data(settings.data, client) for client in clients.tolist()]
-    if all(test is not None for _, test in given):
-        train, test = Examples.of([own for own, _ in given]), Examples.of([t for _, t in given if t is not None])
-    else:
-        train, test = split(Examples.of([own for own, _ in given]), 0.25, seed)
+    trains, tests = [own for own, _ in given], [test for _, test in given]
+    if untested := [place for place, test in enumerate(tests) if test is None]:
+        kept, held = split(Examples.of([trains[place] for place in untested]), 0.25, seed)
+        for row, place in enumerate(untested):
+            trains[place], tests[place] = kept.of_client(row), held.of_client(row)
+    train, test = Examples.of(trains), Examples.of([own for own in tests if own is not None])
     return replace(task, train=_spread(train, clients, task), test=_spread(test, clients, task), group=task.group)
 
 
