@@ -694,8 +694,11 @@ def test_large_parts_travel_as_arrays_and_nothing_is_unpickled(monkeypatch):
         opened(record, "ward")
 
 
-@pytest.mark.parametrize("asked", ["faults.drop_out=0.1", "attack.kind=scale", "asynchronous.buffer=3"])
+@pytest.mark.parametrize(
+    "asked", ["faults.drop_out=0.1", "faults.outlier=5", "attack.kind=scale", "asynchronous.buffer=3"]
+)
 def test_what_only_the_simulator_does_is_refused(asked):
     recipe = read(load(find("digits"), [asked]), "fedavg")
     with pytest.raises(RecipeError, match=rf"\[{asked.partition('.')[0]}\] is for the simulator"):
         refuse_simulated(recipe.schedule)
+    refuse_simulated(read(load(find("digits"), ["faults.quorum=0.5"]), "fedavg").schedule)

@@ -19,6 +19,7 @@ from umbel.flower.fingerprint import fingerprint
 from umbel.flower.fleet import Nodes
 from umbel.flower.protected import check_protection, counts_are_told
 from umbel.flower.resume import begun_anew, begun_before, stopped, written
+from umbel.hazards import Faults
 from umbel.meeting import ledger
 from umbel.privacy.accounting import Ledger
 from umbel.recipe import Recipe
@@ -120,15 +121,16 @@ def _spent(counted: Task, recipe: Recipe, members: np.ndarray, noise_multiplier:
 
 
 def refuse_simulated(schedule: Schedule) -> None:
-    """Raises RecipeError if the recipe asks for what is done in the simulator only."""
+    """Raises RecipeError if a recipe asks for what only the simulator does: all of [faults] but a quorum."""
     here = {
-        "faults": schedule.faults.any,
+        "faults": replace(schedule.faults, quorum=0.0) != Faults(),
         "attack": schedule.attack.kind != "none",
         "asynchronous": schedule.asynchronous.buffer > 0,
     }
     if asked := [name for name, wanted in here.items() if wanted]:
         raise RecipeError(
             f"[{asked[0]}] is for the simulator so far (umbel run); leave it out of a deployed recipe"
+            f"{', but for its quorum' if asked[0] == 'faults' else ''}"
         )
     if schedule.validation:
         raise RecipeError(
