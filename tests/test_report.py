@@ -266,12 +266,17 @@ def test_sizes_and_times():
 
 
 def test_adapters_are_shown_where_the_server_saw_them(tmp_path):
-    run = trained(tmp_path / "run", "fl_tac", "method.fl_tac.num_clusters=2", "clients_per_round=20")
+    few = ["method.fl_tac.num_clusters=2", "clients_per_round=20", "evaluate_every=3"]
+    run = trained(tmp_path / "run", "fl_tac", *few)
     text = write_report([run], tmp_path / "report.html").read_text()
     assert "Adapters as the server saw them" in text
-    marks = read_run(run).snapshots
-    assert all(len(mark["places"]) == 40 for mark in marks)
+    marks = read_run(run).places
+    assert [mark["round"] for mark in marks] == [1, 2, 3], "evaluated or not"
+    assert all(len(mark["places"]) == len(mark["group"]) == 40 for mark in marks)
+    assert marks[0]["cluster"].count(-1) == 20
     assert len({tuple(place) for place in marks[-1]["places"]}) > 20
+    panels = text.partition("Adapters as the server saw them")[2].partition("</section>")[0]
+    assert all(f"round {round}</text>" in panels for round in (1, 2, 3))
     assert Tags(text).balanced
 
 

@@ -3,8 +3,10 @@
     recipe.toml                   everything that decides the result
     run.json                      versions, machine, how many clients are stacked
     metrics.jsonl                 one line a round
-    clients.jsonl                 one line for about every fiftieth of the run: each client's score and mixture
-    trust.jsonl                   one line a round: the clients' trust in one another, of methods that have it
+    clients.jsonl                 one line for about every fiftieth of the run: each client's score and mixture,
+                                  where it is evaluated, and where the server saw its adapter, if the method looks
+    trust.jsonl                   one line a round: the trust in one another of up to 100 clients, of methods that
+                                  have it
     lock                          held by the process that is at work on the run
     onboard.json                  how well clients do that never trained, once `umbel onboard` was there
     checkpoints/000025.safetensors, 000025.json     the state after round 25, and its checksum

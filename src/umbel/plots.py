@@ -193,8 +193,7 @@ def trust(run: Run, salt: str) -> str:
 
 def places(run: Run, salt: str) -> str:
     """Where the server saw the adapters: four rounds, a colour for a cluster, a letter for a group."""
-    marks = [line for line in run.snapshots if line.get("places")]
-    marks = [marks[at] for at in sorted({round(at) for at in np.linspace(0, len(marks) - 1, 4)})]
+    marks = [run.places[at] for at in sorted({round(at) for at in np.linspace(0, len(run.places) - 1, 4)})]
 
     num_rows = -(-len(marks) // 2)
 
@@ -204,13 +203,13 @@ def places(run: Run, salt: str) -> str:
             if mark is None:
                 axes.set_axis_off()
                 continue
-            at, weights = np.array(mark["places"]), np.array(mark["mixture"])
+            at, cluster = np.array(mark["places"]), np.array(mark["cluster"])
             group = np.array(mark.get("group", np.zeros(len(at), dtype=int)))
-            for cluster in np.unique(weights.argmax(1)):
+            for colour in np.unique(cluster[cluster >= 0]):  # below: the server has not seen it yet
                 for one in np.unique(group):
-                    own = (weights.argmax(1) == cluster) & (group == one) & (weights.max(1) > 0)
+                    own = (cluster == colour) & (group == one)
                     mark_of = _glyph(_LETTERS[one % len(_LETTERS)]) if "group" in mark else "o"
-                    axes.scatter(*at[own].T, color=_colour(int(cluster)), marker=mark_of, s=26, linewidths=0.4)
+                    axes.scatter(*at[own].T, color=_colour(int(colour)), marker=mark_of, s=26, linewidths=0.4)
             axes.set_title(f"round {mark['round']}")
             axes.set_xticks([])
             axes.set_yticks([])

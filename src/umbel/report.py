@@ -127,7 +127,7 @@ def _sections(groups: Sequence[Group]) -> Iterator[str]:
                 "weight. Inside and outside: the mean weight of another client of one's group and beyond."
             ),
         )
-    placed = [group for group in groups if any(_placed(run) for run in group.runs)]
+    placed = [group for group in groups if any(run.places for run in group.runs)]
     if placed:
         yield _section(
             "Adapters as the server saw them",
@@ -282,7 +282,7 @@ def _trust(group: Group, place: int) -> str:
 
 
 def _places(group: Group, place: int) -> str:
-    run = next(run for run in group.runs if _placed(run))
+    run = next(run for run in group.runs if run.places)
     facts = [f"seed {run.seed}"]
     if "cluster_accuracy" in run.scored[-1]:
         facts.append(f"at the end {100 * run.scored[-1]['cluster_accuracy']:.0f} % in their group's cluster")
@@ -375,16 +375,13 @@ def _trusts(run: Run) -> bool:
     return bool(run.scored) and "self_trust" in run.scored[-1]
 
 
-def _placed(run: Run) -> bool:
-    return any(line.get("places") for line in run.snapshots)
-
-
 def _knows_nmi(run: Run) -> bool:
     return bool(run.scored) and "nmi" in run.scored[-1]
 
 
 def _knows_groups(groups: Sequence[Group]) -> bool:
-    return any("group" in line for group in groups for run in group.runs for line in run.snapshots[-1:])
+    runs = [run for group in groups for run in group.runs]
+    return any("group" in line for run in runs for line in (*run.snapshots[-1:], *run.places[-1:]))
 
 
 def _legend(groups: Sequence[Group]) -> str:

@@ -267,23 +267,11 @@ def _finish(folder: RunFolder | None, begun: Result, cost: Cost | None, on_round
 def record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> None:
     """Writes a round's figures, and its checkpoint if one is due."""
     last = at.last
-    trust = getattr(at.shared, "trust", None)  # who mixes whom, after every mixing, where clients mix clients
     folder.append("metrics.jsonl", at.figures)
     due = last or at.round % max(1, schedule.rounds // SNAPSHOTS) == 0
-    scores = at.scores if due and task.num_clients <= SNAPSHOT_CLIENTS else None
-    tests = np.zeros(0) if scores is None else task.tests_of(honest(task.num_clients, schedule))
-    if scores is not None and len(scores.loss) == len(tests):  # across machines some may be away
-        line: dict[str, Any] = {"round": at.round, "loss": _short(scores.loss)}
-        if scores.accuracy is not None:
-            line["accuracy"] = _short(scores.accuracy)
-        if scores.mixture.shape[1] and (trust is None or len(trust) <= TRUST_CLIENTS):
-            line["mixture"] = _rounded(scores.mixture)
-        places = getattr(at.shared, "places", None)  # where the server saw the clients' adapters, in a plane
-        if places is not None and task.serves is None:
-            line["places"] = _rounded(places[participants(task.num_clients, schedule)].cpu().numpy())
-        if task.group is not None:
-            line["group"] = task.group[tests].tolist()
-        folder.append("clients.jsonl", line)
+    if due and task.num_clients <= SNAPSHOT_CLIENTS and (line := _of_clients(at, task, schedule)):
+        folder.append("clients.jsonl", {"round": at.round} | line)
+    trust = getattr(at.shared, "trust", None)  # who mixes whom, after every mixing, where clients mix clients
     if trust is not None and 1 < len(trust) <= TRUST_CLIENTS:
         folder.append("trust.jsonl", {"round": at.round, "trust": _rounded(trust.cpu().numpy())})
     if last or at.round % schedule.checkpoint_every == 0:
@@ -293,6 +281,25 @@ def record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> N
         folder.settle()
         tensors |= {f"clip/{name}": clip for name, clip in at.clips.items()}
         folder.save(Checkpoint(at.round, tensors | {"seen": torch.from_numpy(seen)}))
+
+
+def _of_clients(at: Progress, task: Task, schedule: Schedule) -> dict[str, Any]:
+    """A line of clients.jsonl, without the round; {} if there is nothing to say."""
+    tests, scores, line = task.tests_of(honest(task.num_clients, schedule)), at.scores, dict[str, Any]()
+    if scores is not None and len(scores.loss) == len(tests):  # across machines some may be away
+        line["loss"] = _short(scores.loss, 5)
+        if scores.accuracy is not None:
+            line["accuracy"] = _short(scores.accuracy, 5)
+        trust = getattr(at.shared, "trust", None)
+        if scores.mixture.shape[1] and (trust is None or len(trust) <= TRUST_CLIENTS):
+            line["mixture"] = _rounded(scores.mixture)
+    # Where the server saw the clients' adapters, in a plane: it knows without an evaluation.
+    places, cluster = (getattr(at.shared, name, None) for name in ("places", "cluster"))
+    if places is not None and cluster is not None and task.serves is None:
+        line |= {"places": _short(places[tests].cpu().numpy(), 4), "cluster": cluster[tests].tolist()}
+    if line and task.group is not None:
+        line["group"] = task.group[tests].tolist()
+    return line
 
 
 def restored(at: Progress, checkpoint: Checkpoint, path: Path) -> Progress:
@@ -347,6 +354,8 @@ def _rounded(values: np.ndarray) -> Any:
     return np.round(values.astype(float), 4).tolist()
 
 
-def _short(values: np.ndarray) -> list[float]:
-    """Five digits of each: a small loss is kept as one."""
-    return [float(f"{value:.5g}") for value in values.tolist()]
+def _short(values: np.ndarray, digits: int) -> list[Any]:
+    """So many digits of each: what is small is kept as such."""
+    if values.ndim > 1:
+        return [_short(row, digits) for row in values]
+    return [float(f"{value:.{digits}g}") for value in values.tolist()]

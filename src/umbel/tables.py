@@ -30,7 +30,8 @@ class Run:
     recipe: dict[str, Any]
     facts: dict[str, Any]
     history: list[dict[str, Any]]
-    snapshots: list[dict[str, Any]]
+    snapshots: list[dict[str, Any]]  # lines of clients.jsonl with scores
+    places: list[dict[str, Any]] = field(default_factory=list)  # those that say where the server saw the adapters
     onboarding: dict[str, Any] = field(default_factory=dict)  # what onboard.json says, {} if there is none
 
     @property
@@ -126,6 +127,7 @@ def read_run(path: Path) -> Run:
     known = facts.get("schedule")
     settings = {**(known if isinstance(known, dict) else {}), **recipe}
     history = _rounds(path / "metrics.jsonl")
+    clients = _rounds(path / "clients.jsonl")
     for line in history:
         _check_figures(path / "metrics.jsonl", line)
     methods, seed = recipe.get("method", {}), settings.get("seed", 0)
@@ -142,7 +144,8 @@ def read_run(path: Path) -> Run:
         recipe=recipe,
         facts=facts,
         history=history,
-        snapshots=[line for line in _rounds(path / "clients.jsonl") if "loss" in line],
+        snapshots=[line for line in clients if "loss" in line],
+        places=[line for line in clients if "places" in line and "cluster" in line],
         onboarding=read_json(path / ONBOARDING) if (path / ONBOARDING).is_file() else {},
     )
 
