@@ -18,7 +18,7 @@ from umbel.errors import RunFolderError
 from umbel.folder import Checkpoint, RunFolder, check_space, read_lines
 from umbel.methods import Trust
 from umbel.recipe import find, load, read
-from umbel.runs import resume, run_recipe
+from umbel.runs import record, resume, run_recipe
 from umbel.schedule import Schedule
 from umbel.untrusted import MOST_VALUES
 
@@ -202,6 +202,15 @@ def test_a_run_of_ones_own_task_is_resumed_with_the_task(tmp_path):
     assert umbel.resume(tmp_path / "run", task, method).figures["round"] == 3
     with pytest.raises(RunFolderError, match="task, method"):
         umbel.resume(tmp_path / "run")
+
+
+def test_small_trust_is_written_with_four_digits(tmp_path):
+    task = umbel.task_of(torch.nn.Linear(3, 2), [(torch.randn(4, 3), torch.arange(4) % 2)] * 2)
+    result = umbel.run(task, Trust(scheme="uniform"), 1, folder=tmp_path / "run")
+    trust = torch.tensor([[0.99995678, 0.00004321987], [1 / 3, 2 / 3]])
+    at = replace(result.progress, shared=replace(result.progress.shared, trust=trust))
+    record(RunFolder(tmp_path / "run", ""), at, task, result.schedule)
+    assert read_lines(tmp_path / "run/trust.jsonl")[-1]["trust"] == [[1.0, 4.322e-05], [0.3333, 0.6667]]
 
 
 @pytest.mark.parametrize(("num_clients", "shown"), [(100, True), (101, False)])

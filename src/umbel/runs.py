@@ -273,7 +273,7 @@ def record(folder: RunFolder, at: Progress, task: Task, schedule: Schedule) -> N
         folder.append("clients.jsonl", {"round": at.round} | line)
     trust = getattr(at.shared, "trust", None)  # who mixes whom, after every mixing, where clients mix clients
     if trust is not None and 1 < len(trust) <= TRUST_CLIENTS:
-        folder.append("trust.jsonl", {"round": at.round, "trust": _rounded(trust.cpu().numpy())})
+        folder.append("trust.jsonl", {"round": at.round, "trust": _short(trust.cpu().numpy(), 4)})
     if last or at.round % schedule.checkpoint_every == 0:
         seen, private = at.store.state()
         tensors = {f"shared/{name}": leaf for name, leaf in tree.tensors(at.shared).items()}
