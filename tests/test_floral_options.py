@@ -278,6 +278,42 @@ def test_with_delta_averaging_a_personal_model_is_the_exact_mean_round_after_rou
         assert missed > 1e-5
 
 
+@pytest.mark.parametrize("averaging", ["factor", "product", "delta"])
+@pytest.mark.parametrize("step", [{"adapter_step": 0.5}, {"server": ServerOptimizer(lr=0.5)}, {"guard": 1.0}])
+def test_what_clients_send_back_as_it_was_stays_as_it_was(averaging, step):
+    # Of an SVD's factors the old ones are another basis: half of the way between the two is another adapter.
+    method = FLoRAL(3, PLAN, GRADIENT, STEPS, init_std=1.0, averaging=averaging, **step)
+    shared, message, upload, _ = worked(method, 1)
+    for _ in range(3):
+        message = method.send(shared, torch.arange(4))
+        other = {part.a_name: 2.0 for part in shared.bank.low_rank} | {
+            part.b_name: 0.5 for part in shared.bank.low_rank
+        }
+        turned = {name: leaf * other.get(name, 1.0) for name, leaf in message.adapters.items()}
+        back = turned if averaging == "product" else message.adapters
+        if averaging == "delta":  # the same products in other factors, of every other client
+            back = {
+                n: torch.where((torch.arange(4) % 2 == 0).view(-1, *[1] * (x.dim() - 1)), x, turned[n])
+                for n, x in back.items()
+            }
+        before = whole(shared)
+        shared = method.server_update(shared, iter([replace(upload, adapters=back)]))
+        for name, matrix in whole(shared).items():
+            assert_close(matrix, before[name], rtol=1e-6, atol=1e-9)
+
+
+def whole(shared):
+    """What each adapter adds to its weights, without the bank's scale."""
+    dense = products(shared.bank, shared.adapters)
+    return {p.name: p.weight_of(dense[p.name]) + shared.remainder.get(p.name, 0) for p in shared.bank.low_rank}
+
+
+@pytest.mark.parametrize("averaging", ["product", "delta"])
+def test_products_take_no_memory_of_factors(averaging):
+    with pytest.raises(RecipeError, match=r"server\.kind = 'sgd' only: 'adam' remembers how factors moved"):
+        FLoRAL(averaging=averaging, server=ServerOptimizer("adam", lr=0.01))
+
+
 def test_delta_averaging_keeps_a_dense_remainder_of_every_adapter():
     method = FLoRAL(3, PLAN, GRADIENT, STEPS, averaging="delta")
     shared, message, upload, _ = worked(method, 1)

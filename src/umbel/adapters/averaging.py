@@ -20,6 +20,7 @@ from torch import Tensor
 from umbel import mixing
 from umbel.adapters.bank import Bank, LowRank
 from umbel.adapters.products import factors, products, summed_products
+from umbel.mixing import as_leading
 from umbel.tree import Params
 
 Averaging = Literal["factor", "product", "delta"]
@@ -127,6 +128,38 @@ def averaged(bank: Bank, sums: dict[str, Params], weights: Params, how: Averagin
         return mean | factors(bank, exact)
     missed = products(bank, mean)
     return mean | {part.name: part.weight_of(exact[part.name] - missed[part.name]) for part in bank.low_rank}
+
+
+def by_products(bank: Bank, old: Params, target: Params, move: Tensor) -> Params:
+    """The factors (C, …) of products a share `move` (C,) of the way from those of `old` to those of `target`.
+
+    Factors of an SVD are turned against the old ones, so what lies between the two is no adapter between them.
+    All the way they are the target's, and where nothing moves the old ones, to the last bit.
+    """
+    some = ((move != 0) & (move != 1)).nonzero().squeeze(1)
+    now, aim = (
+        products(bank, {name: leaf[some] for name, leaf in adapters.items()}) for adapters in (old, target)
+    )
+    between = factors(bank, mixing.step_to(now, aim, move[some]))
+    ends = {name: torch.where(as_leading(move == 0, old[name]), old[name], target[name]) for name in between}
+    return {name: leaf.index_copy(0, some, between[name].to(leaf.dtype)) for name, leaf in ends.items()}
+
+
+def remainder_of(
+    part: LowRank, before: Tensor, matrices: tuple[Tensor, Tensor, Tensor], missed: Tensor, move: Tensor
+) -> Tensor:
+    """(C, …) what keeps an adapter's product with its remainder exact: a share `move` (C,) of the way to the mean.
+
+    Args:
+        part: which layer's.
+        before: (C, …) the remainder as it was; where nothing moves it stays, to the last bit.
+        matrices: B·A as they were, of the clients' mean factors, and of the factors as they are now.
+        missed: (C, …) what the mean factors miss of the clients' mean.
+        move: see above.
+    """
+    old, mean, new = (part.weight_of(matrix) for matrix in matrices)
+    wanted = mixing.step_to({"": before + old}, {"": before + mean + missed}, move)[""]
+    return torch.where(as_leading(move == 0, before), before, wanted - new)
 
 
 def factor_error(bank: Bank, sums: dict[str, Params], weights: Params) -> Tensor:

@@ -31,15 +31,18 @@ from umbel.adapters.averaging import (
     Averaging,
     adapter_sums,
     averaged,
+    by_products,
     by_rank,
     factor_error,
     narrowed,
     nearest,
+    remainder_of,
     truncated,
     widened,
 )
 from umbel.adapters.places import among, kept_only, picked, placed, spread_out
 from umbel.adapters.precondition import precondition
+from umbel.adapters.products import products
 from umbel.clients import ClientData
 from umbel.errors import ModelError, RecipeError
 from umbel.methods import lora
@@ -186,6 +189,11 @@ class FLoRAL:
             raise RecipeError(
                 "floral: averaging = 'delta' adds to the weights themselves, which adapter.peft leaves alone; "
                 "take 'product'"
+            )
+        if self.averaging != "factor" and self.server.kind != "sgd":
+            raise RecipeError(
+                f"floral: averaging = '{self.averaging}' goes with server.kind = 'sgd' only: '{self.server.kind}' "
+                "remembers how factors moved, and these turn from round to round"
             )
         if (self.averaging != "factor" or self.report_error) and (self.ranks or self.layer_routers):
             raise RecipeError(
@@ -391,11 +399,13 @@ class FLoRAL:
             name: self.adapter_step * moved_share(weights[name], sums["examples"], self.guard) for name in old
         }
         adapters, moments = self.server.step(old, target, known, share)
+        if self.averaging == "product" and bank.low_rank:
+            adapters |= by_products(bank, old, target, self.server.lr * share[bank.low_rank[0].a_name])
         moved = replace(
             shared,
             base=base,
             adapters=widened(shared.bank, adapters),
-            remainder={name: self._remainder(shared, name, target[name], share) for name in shared.remainder},
+            remainder=self._remainders(shared, bank, (old, target, adapters), share) if shared.remainder else {},
             stats={name: mean.get(name, leaf).to(leaf.dtype) for name, leaf in shared.stats.items()},
             moments={"base": base_moments, "adapters": _of_ranks(widened, shared.bank, moments)},
             routes=shared.routes.after(self.router, sums | {"route_examples": whole}),
@@ -515,11 +525,18 @@ class FLoRAL:
             return torch.arange(weight.shape[1], device=weight.device).expand(weight.shape)
         return weight.topk(self.send_top, dim=1).indices.sort(1).values
 
-    def _remainder(self, shared: Shared, name: str, missed: Tensor, share: Params) -> Tensor:
-        """The dense remainder after the round: that of before is in every client's model, so it stays."""
-        part = next(part for part in shared.bank.low_rank if part.name == name)
-        grown = shared.remainder[name] + missed
-        return mixing.step_to({name: shared.remainder[name]}, {name: grown}, share[part.a_name])[name]
+    def _remainders(
+        self, shared: Shared, bank: Bank, adapters: tuple[Params, Params, Params], share: Params
+    ) -> Params:
+        """The dense remainders after the round, for adapters as they were, of the mean and as they are now."""
+        dense, target = [products(bank, own) for own in adapters], adapters[1]
+        found = {}
+        for part in bank.low_rank:
+            old, mean, new = (own[part.name] for own in dense)
+            move = self.server.lr * share[part.a_name]
+            before, missed = shared.remainder[part.name], target[part.name]
+            found[part.name] = remainder_of(part, before, (old, mean, new), missed, move)
+        return found
 
     def _pruned(self, shared: Shared) -> Shared:
         """Without the adapters that have too few examples, and with fresh ones for those that died too early."""
