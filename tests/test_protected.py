@@ -29,6 +29,7 @@ from test_flower import (
     sites,
     small_task,  # noqa: F401  which every test uses
 )
+from test_flower_faults import Killed, Mortal
 from umbel import tree
 from umbel.cohort import Engine, Tally
 from umbel.errors import DeployError, RecipeError, RunFolderError, WireError
@@ -496,6 +497,26 @@ def test_noise_and_who_takes_part_are_the_operating_systems(tmp_path):
 
 def first(state):
     return next(iter(tree.tensors(state).values()))
+
+
+def test_a_noisy_state_is_told_once_it_cannot_be_drawn_anew(tmp_path):
+    recipe, nodes, out = floral(weighting=ONE, privacy=NOISE, rounds=3), sites(tmp_path, "0-4"), tmp_path / "out"
+    dying, back = Mortal(nodes, "evaluate", 2), FakeGrid(nodes)
+    with pytest.raises(Killed):
+        lead(dying, recipe, out, QUICK)
+    assert lead(back, recipe, out, QUICK).figures["round"] == 3
+    (before, after) = (opened(message.content, "") for message in (dying.asked[-1], back.asked[1]))
+    assert (before[0]["round"], after[0]["round"]) == (2, 3)
+    assert before[1]["common"] == after[1]["common"]
+
+
+def test_no_round_is_drawn_anew_after_a_damaged_checkpoint(tmp_path):
+    recipe, nodes, out = floral(weighting=ONE, privacy=NOISE, rounds=3), sites(tmp_path, "0-4"), tmp_path / "out"
+    with pytest.raises(Killed):
+        lead(Mortal(nodes, "train", 3), recipe, out, QUICK)
+    (out / "checkpoints" / "000002.safetensors").write_bytes(b"")
+    with pytest.raises(RunFolderError, match=r"000002.safetensors is damaged.* would be to tell of a round twice"):
+        lead(FakeGrid(nodes), recipe, out, QUICK)
 
 
 def test_a_deployed_run_stops_at_its_budget_and_nodes_do_not_go_on(tmp_path):

@@ -20,7 +20,7 @@ from umbel.flower.attendance import Attendance
 from umbel.flower.exchange import LOG, Exchange, Trouble
 from umbel.flower.facts import Figure, Numbers, fact
 from umbel.flower.letters import letters
-from umbel.flower.protected import counts_are_told, is_protected
+from umbel.flower.protected import counts_are_told
 from umbel.flower.summed import Asking, summed, summed_scores
 from umbel.flower.wire import Facts, Parts
 from umbel.meeting import Cut, Total, contributed
@@ -44,6 +44,9 @@ class Nodes:
     forms: Uploads
     seen: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # a test's last scores
     round: int = 0  # the last one that was begun
+    unscored: tuple[Any, np.ndarray] | None = (
+        None  # a state, and clients whose owners are to know how well it does
+    )
     fruitless: int = 0  # rounds in a row that were lost by what came, or was refused
 
     def sampled(self, members: np.ndarray, schedule: Schedule, round: int) -> np.ndarray:
@@ -175,11 +178,14 @@ class Nodes:
         """The scores that the clients' nodes have found, and of which tests.
 
         Of a node that is gone they are the last that it told; clients that no node has had so far are left out.
-        Where clients are protected it is sums of scores, or nothing.
+        Under masks it is sums of scores; with noise nothing, and nodes are asked later, for their owners.
         """
         serves = None if self.task.serves is None else self.task.serves.cpu().numpy()
         there = self.attendance.there(np.unique(tests if serves is None else serves[tests]))
-        if is_protected(self.schedule):
+        if self.schedule.privacy.level != "none":  # what clients measure is in no account
+            self.unscored = shared, there
+            return None
+        if self.schedule.secure.aggregation == "masks":
             asking, rights = self._asking("evaluate", shared, {}), self.task.loss == "cross_entropy"
             together = summed_scores(asking, there.tolist(), self.schedule, rights)
             return None if together is None else (tests, together)
@@ -215,6 +221,20 @@ class Nodes:
             np.array([row[2][:width] for row in every], dtype=mixture).reshape(len(every), width),
             self.task.loss == "cross_entropy" and self.task.test.y.dim() > 1,
         )
+
+    def score_for_owners(self) -> None:
+        """Lets nodes find the scores that `scores` has not asked for, which stay with their owners.
+
+        That tells them the state, so it has to wait for its checkpoint: were the server to die before, it would do
+        the round again with other noise, and so tell twice what ε counts once.
+        """
+        if self.unscored is None:
+            return
+        (shared, clients), self.unscored = self.unscored, None
+        asking = self._asking("evaluate", shared, {})
+        for _ in asking.ask("evaluate", asking.letters(clients.tolist()), asking.troubles):
+            pass
+        asking.complain("evaluation")
 
     def _letters(
         self, shared: Any, clients: np.ndarray, settling: bool = False

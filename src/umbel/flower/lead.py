@@ -98,6 +98,7 @@ def lead(
                 record(begun.folder, at, counted, schedule)
             if on_round is not None:
                 on_round(at)
+            nodes.score_for_owners()
     return Result(counted, recipe.schedule, cohort, at, history, [])
 
 

@@ -94,12 +94,18 @@ def begun_before(folder: RunFolder, first: Progress) -> Begun:
         first: the state before round 1, in which the run was begun.
 
     Raises:
-        RunFolderError: no checkpoint is whole, or it is of another version of umbel.
+        RunFolderError: no checkpoint is whole, it is of another version of umbel, or it is an older one with
+            which a round would be done again whose noise is the server's.
     """
     facts = folder.facts()
     checkpoint, warnings = folder.latest()
     for warning in warnings:
         LOG.warning("%s", warning)
+    if warnings and facts["schedule"]["privacy"]["level"] == "client":
+        raise RunFolderError(
+            f"{warnings[0]}; to go on from an older checkpoint would be to tell of a round twice, which ε counts "
+            "once; put it back, or begin a new run"
+        )
     at = first if checkpoint is None else restored(first, checkpoint, folder.path)
     folder.rewind(at.round)
     LOG.info("the run in %s goes on after round %d", folder.path, at.round)

@@ -211,28 +211,22 @@ def cut_parts(asking: Asking, clients: list[int], like: dict[str, Any], cut: Cut
 
 
 def summed_scores(asking: Asking, clients: list[int], schedule: Schedule, rights: bool) -> SummedScores | None:
-    """The means over all tests, of which sums come under masks; None where they do not, or nothing may be told.
+    """The means over all tests, of which sums come under masks; None where they do not.
 
     Args:
         asking: how to ask.
         clients: whose tests.
-        schedule: with what is protected.
+        schedule: with how sums are masked.
         rights: whether there is an accuracy.
     """
     found = None
-    if schedule.privacy.level != "none":  # what clients measure is in no account: they tell their owners
-        for _ in asking.ask("evaluate", asking.letters(clients), asking.troubles):
-            pass
-    else:
-        like = score_sums(Scores(np.zeros(1), np.zeros(1) if rights else None, np.zeros((1, 0))))
-        try:
-            sums = {
-                name: float(leaf)
-                for name, leaf in masked_sum(asking, clients, schedule.secure, like)[0].sums.items()
-            }
-            tests = max(sums["tests"], 1.0)
-            found = SummedScores(sums["loss"] / tests, sums["accuracy"] / tests if rights else None, round(tests))
-        except (RoundError, ValueError) as error:
-            LOG.error("evaluation: %s", error)
+    like = score_sums(Scores(np.zeros(1), np.zeros(1) if rights else None, np.zeros((1, 0))))
+    try:
+        opened, _ = masked_sum(asking, clients, schedule.secure, like)
+        sums = {name: float(leaf) for name, leaf in opened.sums.items()}
+        tests = max(sums["tests"], 1.0)
+        found = SummedScores(sums["loss"] / tests, sums["accuracy"] / tests if rights else None, round(tests))
+    except (RoundError, ValueError) as error:
+        LOG.error("evaluation: %s", error)
     asking.complain("evaluation")
     return found
