@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from uuid import uuid4
 
@@ -577,6 +578,33 @@ def test_noise_on_examples_is_what_the_client_with_the_fewest_needs_and_no_less(
     answer, own = grid.sites[2].answer("train", facts | {"noise_multiplier": needed[1] / 2}, parts)
     assert "this node's clients need" in answer["refused"]
     assert own == {}
+
+
+@dataclass
+class Boasting(Site):
+    """A node whose client has as many examples as it likes."""
+
+    count: int = 0
+
+    def answer(self, kind, facts, parts):
+        told, answer = super().answer(kind, facts, parts)
+        return told | ({"examples": [self.count]} if kind == "hello" else {}), answer
+
+
+@pytest.mark.parametrize(
+    ("count", "privacy", "words"),
+    [
+        (1 << 40, {"noise_multiplier": 1.0}, "and client 4 on node 'ward' has 1099511627776 examples, the most"),
+        (1, {"epsilon": 30.0}, ""),
+    ],
+)
+def test_who_says_how_many_examples_decides_the_noise_is_named(count, privacy, words, tmp_path, caplog):
+    caplog.set_level("INFO", "umbel")
+    ward = Boasting(NodeSettings("ward", "4", str(tmp_path / "ward")), count=count)
+    grid = FakeGrid([*sites(tmp_path, "0-1", "2-3"), ward])
+    with pytest.raises(DeployError, match=words) if words else nullcontext():
+        lead(grid, private_examples(**privacy), patience=QUICK)
+    assert "client 2 on node 'site 2-3' has 1 examples, the fewest of all" in caplog.text
 
 
 def test_noisy_steps_of_a_round_are_sent_once(tmp_path):

@@ -6,15 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from umbel import tree
 from umbel.costs import cost_of
-from umbel.errors import RecipeError
+from umbel.errors import DeployError, RecipeError
 from umbel.flower.answers import Uploads
 from umbel.flower.arriving import most_bytes
 from umbel.flower.attendance import Attendance
-from umbel.flower.exchange import Exchange, Patience
+from umbel.flower.exchange import LOG, Exchange, Patience
 from umbel.flower.fingerprint import fingerprint
 from umbel.flower.fleet import Nodes
 from umbel.flower.protected import check_protection, counts_are_told
@@ -78,7 +76,7 @@ def lead(
         attendance = Attendance(exchange, recipe, counted, base, begun.absent)
         attendance.gather(share if before is None or by_example else recipe.schedule.faults.quorum)
         if by_example:
-            cohort = replace(cohort, ledger=_spent(counted, recipe, members, begun.noise_multiplier))
+            cohort = replace(cohort, ledger=_spent(counted, recipe, attendance, begun.noise_multiplier))
         if before is None:
             attendance.newcomers = frozenset({*members.tolist()} - attendance.roster.homes.keys())
             cost = cost_of(cohort, first.shared, first.store, members[:1])
@@ -96,9 +94,9 @@ def lead(
             history.append(at.figures)
             if begun.folder is not None:
                 record(begun.folder, at, counted, schedule)
+            nodes.score_for_owners()
             if on_round is not None:
                 on_round(at)
-            nodes.score_for_owners()
     return Result(counted, recipe.schedule, cohort, at, history, [])
 
 
@@ -109,16 +107,29 @@ def _countable(task: Task) -> Task:
     return replace(task, train=replace(train, count=train.count.copy(), slots=slots))
 
 
-def _spent(counted: Task, recipe: Recipe, members: np.ndarray, noise_multiplier: float) -> Ledger | None:
+def _spent(counted: Task, recipe: Recipe, attendance: Attendance, noise_multiplier: float) -> Ledger | None:
     """What a run spends of examples' privacy, by the numbers of them that nodes have told.
 
     A run that is gone on with keeps the noise that it was begun with (`noise_multiplier`, else 0).
+
+    Raises:
+        DeployError: with these numbers nothing can be protected; it names those who have told the outermost ones.
     """
-    schedule = recipe.schedule
+    schedule, members = recipe.schedule, participants(counted.num_clients, recipe.schedule)
+    order = members[counted.train.count[members].argsort(kind="stable")]
+    fewest, most = (
+        f"client {client} on {attendance.exchange.name(attendance.roster.homes[client])} "
+        f"has {counted.train.count[client]} examples"
+        for client in order[[0, -1]].tolist()
+    )
+    LOG.info("%s, the fewest of all, which the noise on examples goes by", fewest)
     cohorts = (sampled(members, schedule, round) for round in range(1, schedule.rounds + 1))
     noise = noise_multiplier or schedule.privacy.noise_multiplier
     kept = replace(schedule, privacy=replace(schedule.privacy, noise_multiplier=noise))
-    return ledger(counted, recipe.method, kept, cohorts)
+    try:
+        return ledger(counted, recipe.method, kept, cohorts)
+    except (RecipeError, ValueError, OverflowError) as error:
+        raise DeployError(f"{error}; nodes say: {fewest}, the fewest of all, and {most}, the most") from None
 
 
 def refuse_simulated(schedule: Schedule) -> None:
