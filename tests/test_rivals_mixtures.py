@@ -14,7 +14,7 @@ from umbel import tree
 from umbel.adapters import AdapterPlan
 from umbel.adapters.products import products
 from umbel.clients import ClientData, Examples
-from umbel.cohort import Cohort
+from umbel.cohort import Cohort, Tally
 from umbel.errors import RecipeError
 from umbel.methods import (
     IFCA,
@@ -487,6 +487,21 @@ def test_a_flexlora_client_has_no_more_than_its_rank(local):
     for k in range(4):
         added = params["0.weight"][k] - shared.base["0.weight"]
         assert torch.linalg.matrix_rank(added, rtol=1e-9) == (1, 2)[k % 2]
+
+
+def test_a_rank_that_the_mean_has_lost_grows_again():
+    method = FlexLoRA((1, 2), AdapterPlan(layers=("linear",)), STEPS, freeze_base=True)
+    clients = regression([5, 8])
+    shared, store = simulate(method, network(), clients, rounds=1)
+    cohort = Cohort(method, Loss(method.adapt(network()), "mse"), Examples.of(clients), 0, 2)
+    for whose, rank in ((0, 1), (1, 2)):  # alone in a round a client of rank 1 leaves no more
+        uploads = cohort.uploads(shared, store, np.array([whose]), 2 + whose, Tally())
+        shared = method.server_update(shared, uploads)
+        for matrix in products(shared.bank, shared.adapter).values():
+            assert torch.linalg.matrix_rank(matrix[0], rtol=1e-9) == rank
+        rows = shared.adapter["0.weight_lora_A"][0].norm(dim=1)
+        assert_close(rows[:rank], torch.ones(rank).double())
+        assert rows.min() > 0
 
 
 def test_flexlora_ranks_are_ranks_or_budgets():

@@ -48,17 +48,23 @@ def summed_products(bank: Bank, weights: Tensor, adapters: Params) -> Params:
     return found
 
 
-def factors(bank: Bank, dense: Params) -> Params:
+def factors(bank: Bank, dense: Params, before: Params | None = None) -> Params:
     """The factors whose products are nearest to the matrices `dense` (named and shaped as by `products`).
 
     Both factors carry √S, the ranks are in order of their singular values, and in each column of U the
     largest entry is positive. A rank that the matrix does not have (a singular value of no more than rounding)
     is zero in both factors, to the last bit; there no gradient reaches it any more.
+
+    With `before`, earlier factors, it is as at LoRA's start: B carries all of S, A is of unit rows, and a rank
+    that the matrix does not have keeps its A of before with B at zero, from where it can grow.
     """
     found: Params = {}
     for part in bank.low_rank:
         b, a = _nearest(dense[part.name], part.rank)
         leading = a.shape[:-2]
+        if before is not None:
+            root = a.norm(dim=-1, keepdim=True)
+            b, a = b * root.mT, torch.where(root > 0, a / root, before[part.a_name].reshape(a.shape))
         found[part.a_name] = a.reshape(*leading, *part.a_shape)
         found[part.b_name] = b.reshape(*leading, *_rank_last(part)).movedim(-1, len(leading) + 1)
     return {name: leaf.contiguous() for name, leaf in found.items()}

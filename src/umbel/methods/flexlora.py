@@ -6,12 +6,13 @@ https://arxiv.org/abs/2402.11505
     model of client k     u + B_k A_k of rank r_k
     client                SGD on f_k in A_k, B_k (and u), from the server's product cut to rank r_k
     server                P ← P + η (Σ_k n_k B_k A_k / Σ_k n_k − P) , and u likewise
-    sent to k             U √S and √S Vᵀ of the r_k largest singular values of P = U S Vᵀ
+    sent to k             B = U S and A = Vᵀ of the r_k largest singular values of P = U S Vᵀ
 
 Products are averaged, not factors: the mean is exact. Singular values come in order, so the server keeps P's
 factors of the largest rank and cuts them for each client; a rank that a client does not have is zero in
-both factors, where no gradient moves it. Tensors that `personal` names stay with the client, as FedPer's; ours.
-Departures: docs/methods.md.
+both factors, where no gradient moves it. A rank that P does not have keeps its A with B at zero, as LoRA begins:
+with √S in both, both were zero and no client could fill it again. Tensors that `personal` names stay with the
+client, as FedPer's; ours. Departures: docs/methods.md.
 """
 
 from collections.abc import Iterable
@@ -121,7 +122,7 @@ class FlexLoRA:
         bank = shared.bank
         moved = lora.averaged(replace(shared, adapter=dense(bank, shared.adapter)), self.server, sums)
         added = {update.name: moved.adapter[update.name] for update in bank.additive}
-        return replace(moved, adapter=factors(bank, moved.adapter) | added)
+        return replace(moved, adapter=factors(bank, moved.adapter, shared.adapter) | added)
 
     def changed(self, upload: Upload, message: Message, change: Change) -> Upload:
         return lora.changed(upload, message, change)
