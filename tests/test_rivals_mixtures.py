@@ -339,13 +339,14 @@ def test_momentum_goes_on_between_rounds_with_the_client():
         assert_close(upload.momentum["weight"].item(), expected)
 
 
-def test_a_client_that_was_never_trained_has_the_first_model_and_no_cluster():
+def test_a_client_that_was_never_trained_serves_a_round_of_its_own_and_has_no_cluster():
     method = clustered(2, 0.5, local=HALFWAY)
     clients = aims((1, 0.0), (4, 8.0), (1, 5.0))
     shared, store = simulate(method, line(4.0), clients, order=np.array([0, 1]))
     assert shared.cluster.tolist()[2] == -1
     params, mixture, _ = served(method, line(4.0), shared, store, clients)
-    assert params["weight"][2].item() == 4.0
+    assert params["weight"][2].item() == 4.5  # halfway from the first model to 5
+    assert store.rows(np.array([2])).model["weight"].item() == 4.0
     assert mixture[2].tolist() == [0.0, 0.0]
 
 

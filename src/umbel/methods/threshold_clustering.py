@@ -13,8 +13,9 @@ https://arxiv.org/abs/2306.08393
 
 Centres go on from one round to the next. They start at updates far from each other: the one farthest from the
 mean, then always the one farthest from all that are taken. The server looks at every single upload and knows
-everybody's cluster. With `updates_since = "start"` the updates are x_0 − x, counted from the first model, and
-x_k ← x_0 − η v: then models are clustered. Departures: docs/methods.md.
+everybody's cluster; who was never trained has none, and serves a round's training of x_0. With
+`updates_since = "start"` the updates are x_0 − x, counted from the first model, and x_k ← x_0 − η v: then models
+are clustered. Departures: docs/methods.md.
 """
 
 from collections.abc import Iterable
@@ -28,10 +29,11 @@ from torch import Tensor, nn
 from umbel import tree
 from umbel.clients import ClientData
 from umbel.methods.protocol import Population, Refusals
+from umbel.methods.settling import choose, stacked
 from umbel.mixing import Change
 from umbel.model.loss import Loss, running_stats, trained_params
 from umbel.ranges import check_ranges
-from umbel.train import LocalTraining, local_train
+from umbel.train import Groups, LocalTraining, local_train
 from umbel.tree import Params, state
 
 
@@ -102,13 +104,7 @@ class ThresholdClustering:
         self, loss: Loss, message: Message, private: Private, data: ClientData
     ) -> tuple[Upload, Private]:
         model = self._moved(message, private)
-        trained, mean_loss = local_train(
-            lambda groups, batch, _step: loss(groups["model"] | groups["stats"], batch),
-            {"model": model, "stats": private.stats},
-            data,
-            self.local,
-            {"model": self.local.lr},
-        )
+        trained, mean_loss = self._trained(loss, model, private, data)
         origin = private.model if self.updates_since == "start" else model
         momentum = {name: self.alpha * (leaf - trained["model"][name]) for name, leaf in origin.items()}
         momentum = {n: leaf + private.decayed[n] if private.decayed else leaf for n, leaf in momentum.items()}
@@ -140,7 +136,28 @@ class ThresholdClustering:
         return replace(upload, momentum=change(upload.momentum, message.push, upload.weight))
 
     def settle(self, loss: Loss, message: Message, private: Private, data: ClientData) -> Private:
-        return private
+        """With what a round of its own makes of x_0, where a client was never trained: it has no cluster."""
+        never = ~message.route.any(1)
+        if not bool(never.any()):
+            return private
+
+        def work(_: Message, private: Private, data: ClientData) -> Private:
+            trained = self._trained(loss, private.model, private, data)[0]
+            return replace(private, model=trained["model"], stats=trained["stats"])
+
+        made = stacked(work, loss, message, private, data, self.local.batch_size, private)
+        found: Private = choose(never & tree.finite_rows(made), made, private)
+        return found
+
+    def _trained(self, loss: Loss, model: Params, private: Private, data: ClientData) -> tuple[Groups, Tensor]:
+        """The model and its running statistics after a round of local SGD, and the mean loss (K,)."""
+        return local_train(
+            lambda groups, batch, _step: loss(groups["model"] | groups["stats"], batch),
+            {"model": model, "stats": private.stats},
+            data,
+            self.local,
+            {"model": self.local.lr},
+        )
 
     def personalize(self, message: Message, private: Private) -> Params:
         return self._moved(message, private) | private.stats
