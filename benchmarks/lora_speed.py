@@ -7,7 +7,8 @@ parameters with random weights (speed does not depend on them). Beside our local
 
     apart       the same clients trained one after another by PEFT, with adapters of the same rank
     ordinary    one PEFT run on the same tokens, all clients' texts of a step in one batch
-    c1, c8      FLoRAL with one and with eight adapters; "ordinary_c8" is PEFT at their total rank
+    c1, c8      FLoRAL with one and with eight adapters, routes by gradients; "ordinary_c8" is PEFT at their total rank
+    c8_em       eight adapters with the default router, which also measures each adapter on all of these texts
 
 All take AdamW steps on the same texts. Figures are ratios of the best of several interleaved repetitions.
 """
@@ -34,6 +35,7 @@ from umbel.train import LocalTraining
 
 CLIENTS, RANK, LENGTH, STEPS = 32, 4, 64, 4
 LORA: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": "all-linear"}
+GRADIENT = Router("gradient")
 
 
 def gpt2_10m() -> nn.Module:
@@ -55,11 +57,9 @@ def texts(model: nn.Module, vocabulary: int) -> Task:
     return task_of(model, clients, test=clients)
 
 
-def ours(task: Task, num_adapters: int) -> Callable[[], None]:
+def ours(task: Task, num_adapters: int, router: Router = GRADIENT) -> Callable[[], None]:
     local = LocalTraining(optimizer="adamw", lr=1e-3, batch_size=1)
-    method = FLoRAL(
-        num_adapters, AdapterPlan(peft=LORA), Router("gradient"), local, init_std=0.0, freeze_base=True
-    )
+    method = FLoRAL(num_adapters, AdapterPlan(peft=LORA), router, local, init_std=0.0, freeze_base=True)
     return round_work(task, method, Engine("stacked", chunk=CLIENTS), CLIENTS)
 
 
@@ -105,6 +105,7 @@ def ratios(task: Task, repeats: int) -> dict[str, float]:
         {
             "c1": ours(task, 1),
             "c8": ours(task, 8),
+            "c8_em": ours(task, 8, Router("em")),
             "apart": peft_training(task, RANK, together=False),
             "ordinary": peft_training(task, RANK, together=True),
             "ordinary_c8": peft_training(task, 8 * RANK, together=True),
@@ -118,6 +119,7 @@ def ratios(task: Task, repeats: int) -> dict[str, float]:
         "ours_over_ordinary": best["c1"] / best["ordinary"],
         "c8_over_ordinary_of_total_rank": best["c8"] / best["ordinary_c8"],
         "c8_over_c1": best["c8"] / best["c1"],
+        "c8_em_over_c1": best["c8_em"] / best["c1"],
     }
 
 
