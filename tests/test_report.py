@@ -164,6 +164,24 @@ def test_a_figure_that_is_no_number_is_refused(runs, tmp_path, key):
             write_report([folder], tmp_path / "report.html")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("mixture", "<script>", "mixture holds something else"),
+        ("mixture", [[0.5, 0.5], [1.0]], "mixture holds something else"),
+        ("accuracy", ["<script>"], "accuracy holds something else"),
+        ("group", [0.5] * 40, "group holds something else"),
+        ("loss", [1.0], "it is of (1 and 40|40 and 1) clients"),
+    ],
+)
+def test_a_clients_figure_that_is_no_number_is_refused(runs, tmp_path, key, value, says):
+    folder = shutil.copytree(runs / "floral-seed0", tmp_path / "run")
+    line = read_lines(folder / "clients.jsonl")[-1]
+    write(folder / "clients.jsonl", (json.dumps(line | {key: value}) + "\n").encode())
+    with pytest.raises(RunFolderError, match=f"clients.jsonl, round 3: {says}"):
+        write_report([folder], tmp_path / "report.html")
+
+
 def test_a_regression_is_drawn_by_its_loss(tmp_path):
     folder = trained(tmp_path / "linear", "local", "rounds=5", recipe="synthetic_linear")
     text = page(grouped(find_runs([folder])))

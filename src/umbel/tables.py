@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
+
 from umbel.errors import RunFolderError
 from umbel.folder import ONBOARDING, read_json, read_lines
 from umbel.untrusted import plain, toml_of
@@ -16,6 +18,8 @@ COMPARISON = "compare.toml"  # in the folder of a comparison: what `umbel compar
 LONGEST_NAME = 120  # of a run's folder, without the seed
 PLAIN = "-_. ="  # what may be in a label, beside letters and digits, and is no reason to mark its folder
 LISTS = ("usage", "by_group", "dropped")  # of numbers, among a round's figures
+CLIENTS = {"loss": 1, "accuracy": 1, "mixture": 2, "places": 2, "cluster": 1, "group": 1}
+"""What a line of clients.jsonl may hold, in how many axes, of which the first is that of the clients."""
 PLACES = ("seed", "engine", "checkpoint_every")  # settings that may differ within a group
 
 
@@ -43,7 +47,9 @@ class Run:
     @property
     def travels(self) -> dict[str, dict[str, int]]:
         """What one client sends ("up") and receives ("down") in a round: bytes by tensor group."""
-        cost: dict[str, Any] = self.facts.get("cost", {})
+        cost = self.facts.get("cost")
+        if not isinstance(cost, dict):
+            return {}
         return {way: cost[way] for way in ("up", "down") if isinstance(cost.get(way), dict)}
 
     @property
@@ -130,6 +136,8 @@ def read_run(path: Path) -> Run:
     clients = _rounds(path / "clients.jsonl")
     for line in history:
         _check_figures(path / "metrics.jsonl", line)
+    for line in clients:
+        _check_clients(path / "clients.jsonl", line)
     methods, seed = recipe.get("method", {}), settings.get("seed", 0)
     rounds = facts.get("last_round", settings.get("rounds", len(history)))
     if not isinstance(methods, dict) or type(seed) is not int or type(rounds) is not int:
@@ -436,6 +444,23 @@ def _check_figures(path: Path, line: Mapping[str, Any]) -> None:
         if not all(isinstance(own, float) or (isinstance(own, int) and abs(own) < 1 << 63) for own in numbers):
             where = f"{path}, round {line['round']}"
             raise RunFolderError(f"{where}: {plain(key, 60)} = {plain(value, 60)} is no figure of a round")
+
+
+def _check_clients(path: Path, line: Mapping[str, Any]) -> None:
+    """Raises RunFolderError unless what a line says of clients are numbers, of as many clients in each array."""
+    counts = set()
+    for key in CLIENTS.keys() & line.keys():
+        try:
+            values = np.array(line[key])
+        except ValueError:  # rows of several lengths
+            values = np.array("")
+        if values.ndim != CLIENTS[key] or values.dtype.kind not in ("i" if key in ("cluster", "group") else "if"):
+            raise RunFolderError(
+                f"{path}, round {line['round']}: {key} holds something else than numbers of clients"
+            )
+        counts.add(len(values))
+    if len(counts) > 1:
+        raise RunFolderError(f"{path}, round {line['round']}: it is of {' and '.join(map(str, counts))} clients")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
