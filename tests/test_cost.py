@@ -73,6 +73,20 @@ def test_a_few_batches_tell_what_a_round_of_any_client_takes(method):
         assert found["flops"] == pytest.approx(flops.get_total_flops())
 
 
+@pytest.mark.parametrize("examples", [0, 16, 64])
+@pytest.mark.parametrize("local", [replace(LOCAL, steps=5, batch_size=32), LOCAL], ids=["steps", "epochs"])
+def test_losses_are_measured_on_no_more_examples_than_there_are(local, examples):
+    method = umbel.FLoRAL(4, umbel.AdapterPlan(1), umbel.Router(examples=examples), local)
+    sizes = (5, 10, 40, 64, 150)
+    cohort, at, own, _ = begun(method, task(sizes=sizes))
+    for known in (0, 2, 4):  # whoever is counted tells all others
+        cost = cost_of(cohort, at.shared, at.store, np.array([known]))
+        for client in range(len(sizes)):
+            with FlopCounterMode(display=False) as flops:
+                cohort.update(at.shared, at.store, np.array([client]), 1)
+            assert cost.of(own.train.count[[client]])["flops"] == pytest.approx(flops.get_total_flops(), rel=0.02)
+
+
 ADAPTER = umbel.AdapterPlan(rank=1)
 STEPS = umbel.LocalTraining(lr=0.1, batch_size=4, steps=7)
 

@@ -43,6 +43,7 @@ class Cost:
     server_bytes: int  # what the server holds between rounds
     local_steps: int = 0  # of a client for each of its slots; 0: whole epochs
     again: Work | None = None  # of a client that has been there before, where that is something else
+    most_held: int = 0  # a router measures losses on so many examples at most; 0: on all
 
     @property
     def bytes_down(self) -> int:
@@ -73,6 +74,7 @@ class Cost:
             seen = fixed // done * trained + np.minimum(fixed % done * self.batch_size, trained)
             done = fixed
         first, held = Work(self.flops, self.steps), _held(counts, trained)
+        held = np.minimum(held, self.most_held) if self.most_held else held
         flops, steps = 0.0, 0
         back = np.zeros(len(counts), bool) if before is None or self.again is None else before
         for work, who in ((first, ~back), (self.again or first, back)):
@@ -117,6 +119,11 @@ def _held(counts: np.ndarray, trained: np.ndarray) -> np.ndarray:
     return np.where(counts > trained, counts - trained, counts)
 
 
+def _most_held(method: Any) -> int:
+    router = getattr(method, "router", None)
+    return router.examples if router is not None and router.kind == "em" else 0
+
+
 def cost_of(cohort: Cohort, shared: Any, store: PrivateStore, client: np.ndarray) -> Cost:
     """What one round of this client (1,) costs, from a few batches of its work, which are forgotten."""
     message, local = cohort.method.send(shared, cohort.index(client)), cohort.method.local
@@ -128,7 +135,8 @@ def cost_of(cohort: Cohort, shared: Any, store: PrivateStore, client: np.ndarray
     again = None if (once.flops, once.steps) == (twice.flops, twice.steps) else trial.work(once.kept)
     server = sum(leaf.numel() * leaf.element_size() for leaf in tree.tensors(shared).values())
     down, up = tree.group_bytes(message), tree.group_bytes(once.upload)
-    return Cost(down, up, first.flops, first.steps, local.batch_size, server, local.steps, again)
+    most = _most_held(cohort.method)
+    return Cost(down, up, first.flops, first.steps, local.batch_size, server, local.steps, again, most)
 
 
 @dataclass(frozen=True)
@@ -186,6 +194,8 @@ class _Trial:
         method: Any = self.cohort.method
         local = replace(method.local, batch_size=batch_size or self.size, steps=steps)
         method = replace(method, local=replace(local, epochs=1) if steps else local)
+        if _most_held(method):
+            method = replace(method, router=replace(method.router, examples=0))
         x, y = self.cohort.train.of_client(int(self.client[0]))
         rows = torch.arange(examples, device=x.device) % len(y)
         clients = self.cohort.train.num_clients
