@@ -44,9 +44,7 @@ class Nodes:
     forms: Uploads
     seen: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # a test's last scores
     round: int = 0  # the last one that was begun
-    unscored: tuple[Any, np.ndarray] | None = (
-        None  # a state, and clients whose owners are to know how well it does
-    )
+    unscored: tuple[Any, np.ndarray] | None = None  # a state, and whose owners are to know how well it does
     fruitless: int = 0  # rounds in a row that were lost by what came, or was refused
 
     def sampled(self, members: np.ndarray, schedule: Schedule, round: int) -> np.ndarray:

@@ -19,8 +19,8 @@ took itself (`compare`), for what it sends begins where its cluster is, so that 
 later steps count less, for what a slot wants where its task's centre is already is to learn its examples by heart.
 Two slots of one client are different tasks and never share a cluster (`cannot_link`); the last round's centres are
 one of K-means' starts (`warm_start`); slots that sit a round out count in K-means for some rounds (`staleness`),
-and then as the centre that they stay with; a slot that has never trained serves the cluster that is nearest to
-what one local round makes of v⁰.
+and then as the centre that they stay with; a slot that has never trained serves the cluster whose centre lies in
+the direction from v⁰ that is nearest to that of its own first round.
 """
 
 from collections.abc import Iterable
