@@ -815,6 +815,7 @@ def test_vectors_of_another_tokenizer_are_no_vectors_of_this_one(passed, monkeyp
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_what_takes_long_is_told_while_a_run_is_watched(quiet, small, tmp_path, monkeypatch, capsys):
+    vectors_module.LOG.setLevel(0)  # whatever an earlier test's command has left
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(vectors_module, "SAID_EVERY", 0.0)
     with Watch("glue", 1, [], quiet):
