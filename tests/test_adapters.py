@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from umbel import tree
 from umbel.adapters import AdapterPlan, mix, with_paths
 from umbel.adapters.mixture import stack_rank
 from umbel.adapters.precondition import EPSILON, precondition
@@ -393,6 +394,24 @@ def test_stack_rank_is_the_sum_over_adapters(kernel):
     for k in range(2):
         expected = sum(probs[k, c] * product_of(a[k, c], b[k, c]) for c in range(3))
         assert_close(product_of(stacked_a[k], stacked_b[k]), expected)
+
+
+@pytest.mark.parametrize("received", ["by all", "by each"])
+def test_ranks_laid_out_are_stacked_without_a_copy(received):
+    module = nn.Sequential(nn.Linear(5, 4), nn.Conv2d(3, 4, (2, 3)), nn.Embedding(7, 3))
+    bank = AdapterPlan(2).bank(module)
+    adapters = bank.drawn(3, torch.Generator().manual_seed(0), 1.0)
+    adapters = tree.broadcast(adapters, 6)
+    if received == "by each":
+        adapters = {name: leaf.clone() for name, leaf in adapters.items()}
+    laid = bank.laid_out(adapters)
+    for name, leaf in laid.items():
+        assert torch.equal(leaf, adapters[name])
+        assert tree.is_broadcast(leaf) == (received == "by all"), "rows that are one take no memory"
+    for part in bank.low_rank:
+        b = laid[part.b_name].clone()
+        _, stacked = stack_rank(laid[part.a_name], b, None)
+        assert stacked.data_ptr() == b.data_ptr()
 
 
 @pytest.mark.parametrize("rank", [1, 2])

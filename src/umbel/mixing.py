@@ -36,7 +36,7 @@ def weighted_sum(weights: Tensor, values: Params) -> Params:
     values = {name: x.float() if x.dtype in HALF else x for name, x in values.items()}
     if weights.dim() == 1:
         return {name: torch.tensordot(weights.to(x.dtype), x, dims=1) for name, x in values.items()}
-    return {name: (as_leading(weights.to(x.dtype), x) * x).sum(0) for name, x in values.items()}
+    return {name: (as_leading(weights.to(x.dtype), x) * x).sum(0).contiguous() for name, x in values.items()}
 
 
 def total(contributions: Iterable[dict[str, Any]]) -> dict[str, Any]:

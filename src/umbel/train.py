@@ -107,10 +107,7 @@ def local_train(
         plain: groups that are stepped by SGD without momentum and weight decay (routers).
         project: takes the trained groups back, in place, to where they have to be, after each step.
     """
-    whole = torch.contiguous_format  # what AdamW's fused step takes for granted
-    groups: Groups = {
-        g: {n: leaf.clone(memory_format=whole) for n, leaf in params.items()} for g, params in start.items()
-    }
+    groups: Groups = {g: {n: leaf.clone() for n, leaf in params.items()} for g, params in start.items()}
     trained: Groups = {g: groups[g] for g in lr}
     leaves = [leaf.requires_grad_(True) for params in trained.values() for leaf in params.values()]
     names = [(group, name) for group, params in trained.items() for name in params]
@@ -228,6 +225,10 @@ class _Optimizer:
             kept = {g: params for g, params in trained.items() if g not in plain}
             self.moments = no_moments(kept) if moments is None else moments
             self.names = [f"{g}/{n}" for g, params in kept.items() for n in params]
+            leaves = {f"{g}/{n}": leaf for g, params in kept.items() for n, leaf in params.items()}
+            for name, memory in self.moments.items():
+                if (leaf := leaves.get(name.partition("/")[2])) is not None:
+                    self.moments[name] = _laid_as(leaf, memory)
 
     def step(
         self, grads: dict[int, Tensor], factors: dict[int, Factors], active: Tensor | None, share: float | Tensor
@@ -271,14 +272,15 @@ class _Optimizer:
         local, count = self.local, self.moments["t"]
         chosen = [i for i, adam in enumerate(self.adam) if adam]
         leaves, rates = [self.leaves[i] for i in chosen], [self.rates[i] for i in chosen]
+        # A leaf, its gradient and its moments lie alike in memory, along which the fused step goes.
+        grads = [_laid_as(leaf, grad) for leaf, grad in zip(leaves, grads, strict=True)]
         first, second = ([self.moments[f"{part}/{name}"] for name in self.names] for part in ("m", "v"))
-        grads = [grad.contiguous() for grad in grads]  # the fused step reads memory as if it were
         # PyTorch's own, in one pass over memory, where all clients are at the same step and rate.
         if active is None and isinstance(share, float) and bool((count == count[0]).all()):
             for rate in set(rates):
                 same = [k for k, other in enumerate(rates) if other == rate]
                 chosen_leaves, chosen_grads, m, v = (
-                    [values[k] for k in same] for values in (leaves, grads, first, second)
+                    [_in_memory(values[k]) for k in same] for values in (leaves, grads, first, second)
                 )
                 adamw(
                     chosen_leaves,
@@ -357,6 +359,16 @@ class _Noise:
             drawn = torch.stack([normal(leaf.shape[1:], draw) for draw in self.draws])
             leaf.add_(spread * drawn.to(leaf)).div_(as_leading(lot.to(leaf.dtype), leaf))
         return losses / real.sum(1).clamp(min=1), total
+
+
+def _laid_as(leaf: Tensor, values: Tensor) -> Tensor:
+    """The values, in memory as the leaf is."""
+    return values if values.stride() == leaf.stride() else torch.empty_like(leaf).copy_(values)
+
+
+def _in_memory(values: Tensor) -> Tensor:
+    """The same numbers in the order in which they lie."""
+    return values if values.is_contiguous() else values.as_strided((values.numel(),), (1,))
 
 
 def _at(share: float | Tensor, grad: Tensor) -> Tensor:

@@ -120,9 +120,9 @@ def group_bytes(state: Any) -> dict[str, int]:
 
 def finite_rows(state: Any) -> Tensor:
     """(K,) bool: the rows that hold neither NaN nor infinity in any tensor."""
-    leaves = [leaf.reshape(len(leaf), -1) for leaf in tensors(state).values() if leaf.is_floating_point()]
+    leaves = [leaf for leaf in tensors(state).values() if leaf.is_floating_point()]
     # A finite sum has finite terms and takes a twentieth of the time; only another one is looked at closely.
-    sums = torch.stack([leaf.sum(1).double() for leaf in leaves])
+    sums = torch.stack([leaf.unsqueeze(1).sum(tuple(range(1, leaf.dim() + 1))).double() for leaf in leaves])
     if bool(sums.isfinite().all()):
         return torch.ones(sums.shape[1], dtype=torch.bool, device=sums.device)
-    return torch.stack([leaf.isfinite().all(1) for leaf in leaves]).all(0)
+    return torch.stack([leaf.reshape(len(leaf), -1).isfinite().all(1) for leaf in leaves]).all(0)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from umbel.errors import RecipeError
 from umbel.model.stacked import GATE
-from umbel.tree import Params, wide
+from umbel.tree import Params, is_broadcast, wide
 
 Kind = Literal["linear", "conv", "embedding", "norm", "bias"]
 
@@ -173,6 +173,18 @@ class Bank:
                 uniform = torch.rand(tensors[bias].shape, generator=draw)
                 tensors[bias] = (2 * uniform - 1) * self.bias_start / prod(part.b_shape[1:]) ** 0.5
         return tensors
+
+    def laid_out(self, adapters: Params) -> Params:
+        """The same tensors (K, C, …), with the ranks of B outside its outputs in memory.
+
+        So the ranks of C adapters lie one after the other, as in A, and are stacked in training without a copy.
+        """
+        by_rank = dict(adapters)
+        for part in self.low_rank:
+            b = adapters[part.b_name]
+            one = b[:1] if is_broadcast(b) else b
+            by_rank[part.b_name] = one.transpose(2, 3).contiguous().transpose(2, 3).expand(b.shape)
+        return by_rank
 
     def dtype(self, module: nn.Module) -> torch.dtype:
         """The type of the adapters' numbers: the module's own, or float32 if that has fewer digits.

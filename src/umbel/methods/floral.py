@@ -341,10 +341,10 @@ class FLoRAL:
             return loss(mixed | groups["own"] | groups["stats"], batch)
 
         lr = {"base": local.lr, "own": local.lr, "adapters": local.lr * self.adapter_lr}
-        start = {"base": message.base, "own": private.own, "adapters": message.adapters, "stats": stats}
+        start = {"base": message.base, "own": private.own, "stats": stats}
         trained, mean_loss = local_train(
             objective,
-            start | {"router": {"logits": logits}},
+            start | {"adapters": bank.laid_out(message.adapters), "router": {"logits": logits}},
             data,
             local,
             lr | ({"router": router.lr} if router.kind == "gradient" else {}),

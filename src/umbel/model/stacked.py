@@ -235,14 +235,15 @@ class _Path(torch.autograd.Function):
         x, a, b, gate, hidden = ctx.saved_tensors
         _, for_x, for_a, for_b, for_gate = ctx.needs_input_grad
         own = grad.to(x.dtype)
-        to_gated = torch.bmm(b.mT, own.mT)  # (K, C·r, R)
-        to_hidden = _gated(to_gated, gate) if for_x or for_a else to_gated
+        to_hidden = torch.bmm(b.mT, own.mT)  # (K, C·r, R), for now without the gate
+        to_gate = (to_hidden * hidden).view(*gate.shape, -1).sum(2) if for_gate else None
+        to_hidden.view(*gate.shape, -1).mul_(gate.unsqueeze(2))
         return (
             grad,
             torch.bmm(to_hidden.mT, a) if for_x else None,
             torch.bmm(to_hidden, x) if for_a else None,
             torch.bmm(_gated(hidden, gate), own).mT if for_b else None,
-            (to_gated * hidden).view(*gate.shape, -1).sum(2) if for_gate else None,
+            to_gate,
         )
 
 
