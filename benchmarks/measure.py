@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from umbel.folder import machine
+from umbel.heap import keep_freed_memory
 
 
 def seconds_beside(work: dict[str, Callable[[], Any]], repeats: int = 5) -> dict[str, float]:
@@ -26,7 +27,8 @@ def seconds_beside(work: dict[str, Callable[[], Any]], repeats: int = 5) -> dict
 
 
 def arguments(about: str) -> argparse.Namespace:
-    """--out FILE and --threads N, the latter already set."""
+    """--out FILE and --threads N, the latter already set; memory is kept as the program `umbel` keeps it."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--threads", type=int, default=1, help="PyTorch's threads (default 1)")

@@ -31,7 +31,7 @@ every_module = pytest.mark.parametrize("module", PATHS)
 
 # A module imports from lines above its own only; a package's modules from lines above their own in the package.
 LAYERS = """
-    errors seeds tree flops untrusted
+    errors seeds tree flops untrusted heap
     ranges
     clients hazards
     weighting secure privacy

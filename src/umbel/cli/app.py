@@ -28,6 +28,7 @@ from umbel.cli.said import listing, told
 from umbel.cli.settings import print_settings, show_settings
 from umbel.cli.show import show_run
 from umbel.errors import RecipeError
+from umbel.heap import keep_freed_memory
 
 # Typer before 0.21, which Flower wants, writes "[required]" as Rich would have it even in plain help.
 typer.core.HAS_RICH = False
@@ -45,6 +46,7 @@ app.add_typer(deploy, name="deploy")
 
 def main() -> None:
     """The entry point."""
+    keep_freed_memory()
     app()
 
 
