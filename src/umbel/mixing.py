@@ -31,7 +31,8 @@ def moved(values: Params, received: Params, _weights: Tensor) -> Params:
 def weighted_sum(weights: Tensor, values: Params) -> Params:
     """Σ_k w_k x_k for x (K, …) with w (K,), or for each adapter c, Σ_k w_kc x_kc for x (K, C, …) with w (K, C).
 
-    Tensors of half precision come as float32: a sum over clients has more digits than they have.
+    Tensors of half precision come as float32: a sum over clients has more digits than they have. Sums for each
+    adapter lie in the order of their axes, as a checkpoint's do, however the clients' tensors lie (Bank.laid_out).
     """
     values = {name: x.float() if x.dtype in HALF else x for name, x in values.items()}
     if weights.dim() == 1:

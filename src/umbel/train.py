@@ -225,10 +225,10 @@ class _Optimizer:
             kept = {g: params for g, params in trained.items() if g not in plain}
             self.moments = no_moments(kept) if moments is None else moments
             self.names = [f"{g}/{n}" for g, params in kept.items() for n in params]
-            leaves = {f"{g}/{n}": leaf for g, params in kept.items() for n, leaf in params.items()}
-            for name, memory in self.moments.items():
-                if (leaf := leaves.get(name.partition("/")[2])) is not None:
-                    self.moments[name] = _laid_as(leaf, memory)
+            eased = [leaf for params in kept.values() for leaf in params.values()]
+            for name, leaf in zip(self.names, eased, strict=True):
+                for moment in (f"m/{name}", f"v/{name}"):
+                    self.moments[moment] = _laid_as(leaf, self.moments[moment])
 
     def step(
         self, grads: dict[int, Tensor], factors: dict[int, Factors], active: Tensor | None, share: float | Tensor
@@ -367,7 +367,7 @@ def _laid_as(leaf: Tensor, values: Tensor) -> Tensor:
 
 
 def _in_memory(values: Tensor) -> Tensor:
-    """The same numbers in the order in which they lie."""
+    """The same numbers, one after the other as they lie in memory, which has no gaps between them."""
     return values if values.is_contiguous() else values.as_strided((values.numel(),), (1,))
 
 
