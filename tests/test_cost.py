@@ -22,9 +22,11 @@ from umbel.recipe import find, load, read
 from umbel.rounds import held_out, participants, rounds, start
 from umbel.schedule import Schedule
 from umbel.tables import read_run, totals
-from umbel.train import counted_steps
+from umbel.train import counted_training
 
 LOCAL = umbel.LocalTraining(lr=0.1, batch_size=4, epochs=2)
+STEPS = umbel.LocalTraining(lr=0.1, batch_size=4, steps=7)
+ADAPTER = umbel.AdapterPlan(rank=1)
 SIZES = (3, 4, 9, 17, 30)
 
 
@@ -66,11 +68,37 @@ def test_a_few_batches_tell_what_a_round_of_any_client_takes(method):
     cohort, at, own, _ = begun(method)
     cost = cost_of(cohort, at.shared, at.store, np.array([1]))
     for client in range(len(SIZES)):
-        with counted_steps() as steps, FlopCounterMode(display=False) as flops:
+        with counted_training() as done, FlopCounterMode(display=False) as flops:
             cohort.update(at.shared, at.store, np.array([client]), 1)
         found = cost.of(own.train.count[[client]])
-        assert found["steps"] == steps[0]
+        assert found["steps"] == done.steps
         assert found["flops"] == pytest.approx(flops.get_total_flops())
+
+
+MODEL = 6 * 16 + 16 + 16 * 3 + 3  # the parameters of the task's model
+ADAPTER_SIZE = (6 + 16) + 16 + (16 + 3) + 3  # of rank 1: A, B and an update of the bias, by layer
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        (umbel.FedAvg(LOCAL), MODEL),
+        (umbel.FedAvg(STEPS), MODEL),
+        (umbel.FLoRAL(3, ADAPTER, local=LOCAL), MODEL + 3 * ADAPTER_SIZE),
+        (umbel.FLoRAL(3, ADAPTER, umbel.Router(kind="gradient"), LOCAL), MODEL + 3 * ADAPTER_SIZE + 3),
+        (umbel.Ensemble(3, local=LOCAL), 3 * MODEL),
+        (Ditto(LOCAL), 2 * MODEL),
+        (FedRep(LOCAL), MODEL),
+        (PFedMe(LOCAL), MODEL),
+        (FedIT(ADAPTER, LOCAL, freeze_base=True), ADAPTER_SIZE),
+        (Trust(ADAPTER, LOCAL, scheme="uniform", freeze_base=True), ADAPTER_SIZE),
+        (FedDPA(ADAPTER, gate="constant", local=LOCAL), 2 * ADAPTER_SIZE),  # both, from the second round on
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_numbers_that_a_client_trains_are_counted(method, parameters):
+    cohort, at, *_ = begun(method)
+    assert cost_of(cohort, at.shared, at.store, np.array([1])).parameters == parameters
 
 
 @pytest.mark.parametrize("examples", [0, 16, 64])
@@ -85,10 +113,6 @@ def test_losses_are_measured_on_no_more_examples_than_there_are(local, examples)
             with FlopCounterMode(display=False) as flops:
                 cohort.update(at.shared, at.store, np.array([client]), 1)
             assert cost.of(own.train.count[[client]])["flops"] == pytest.approx(flops.get_total_flops(), rel=0.02)
-
-
-ADAPTER = umbel.AdapterPlan(rank=1)
-STEPS = umbel.LocalTraining(lr=0.1, batch_size=4, steps=7)
 
 
 @pytest.mark.parametrize(
@@ -115,11 +139,11 @@ def test_what_is_told_of_fixed_steps_and_of_clients_that_come_again_is_what_is_d
         cost = cost_of(cohort, at.shared, at.store, np.array([1]))
         for client in range(3):
             counts, who = own.train.count[[client]], np.array([client])
-            with counted_steps() as steps, FlopCounterMode(display=False) as flops:
+            with counted_training() as done, FlopCounterMode(display=False) as flops:
                 _, kept = cohort.update(at.shared, at.store, who, 1)
             at.store.put(who, kept)
             found = cost.of(counts, trains(method, counts), None, np.array([came_before]))
-            assert found["steps"] == steps[0]
+            assert found["steps"] == done.steps
             assert found["flops"] == pytest.approx(
                 flops.get_total_flops(), rel=0.08
             )  # last batches, held-back tenths
@@ -202,9 +226,9 @@ def test_convolutions_and_backward_are_counted_as_pytorch_counts_them():
 
 def test_a_client_with_much_data_is_not_gone_through_to_be_counted():
     cohort, at, *_ = begun(umbel.FedAvg(replace(LOCAL, epochs=1)), task(sizes=(100_000, 5)), "looped")
-    with counted_steps() as steps:
+    with counted_training() as done:
         cost_of(cohort, at.shared, at.store, np.array([0]))
-    assert steps[0] <= 4
+    assert done.steps <= 4
 
 
 def test_counting_leaves_no_trace():

@@ -17,7 +17,7 @@ from umbel.onboarding import TUNING_EPOCHS, first_samples, onboard, onboard_clie
 from umbel.rounds import held_out, participants
 from umbel.runs import opened
 from umbel.schedule import Schedule
-from umbel.train import counted_steps
+from umbel.train import counted_training
 
 SAMPLES = (0, 1, 5, 20)
 
@@ -248,9 +248,9 @@ def test_a_client_of_ones_own_is_scored_by_samples(result):
 @pytest.mark.parametrize("local", [LOCAL, umbel.LocalTraining(lr=0.3, batch_size=8, steps=1)])
 def test_fine_tuning_is_of_epochs_whatever_a_round_has(local):
     run = trained(umbel.FedAvg(local))
-    with counted_steps() as steps:
+    with counted_training() as done:
         onboard(run, [40])
-    assert steps[0] == TUNING_EPOCHS * -(-30 // 8)
+    assert done.steps == TUNING_EPOCHS * -(-30 // 8)
 
 
 def test_a_server_that_knows_every_client_refuses_a_stranger():

@@ -12,7 +12,7 @@ from umbel.clients import Examples
 from umbel.cohort import Cohort, PrivateStore
 from umbel.flops import CountedFlops
 from umbel.methods.protocol import Method
-from umbel.train import counted_steps
+from umbel.train import counted_training
 
 COUNTED_BATCH = 64  # examples in a batch whose work is counted, at most
 
@@ -44,6 +44,7 @@ class Cost:
     local_steps: int = 0  # of a client for each of its slots; 0: whole epochs
     again: Work | None = None  # of a client that has been there before, where that is something else
     most_held: int = 0  # a router measures losses on so many examples at most; 0: on all
+    parameters: int = 0  # how many numbers a client trains: models, adapters, router; 0: not known
 
     @property
     def bytes_down(self) -> int:
@@ -136,7 +137,8 @@ def cost_of(cohort: Cohort, shared: Any, store: PrivateStore, client: np.ndarray
     server = sum(leaf.numel() * leaf.element_size() for leaf in tree.tensors(shared).values())
     down, up = tree.group_bytes(message), tree.group_bytes(once.upload)
     most = _most_held(cohort.method)
-    return Cost(down, up, first.flops, first.steps, local.batch_size, server, local.steps, again, most)
+    trained = max(once.parameters, twice.parameters)
+    return Cost(down, up, first.flops, first.steps, local.batch_size, server, local.steps, again, most, trained)
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class _Counted:
     held: int  # see `_held`
     flops: int
     steps: int
+    parameters: int
     upload: Any
     kept: Any
 
@@ -204,11 +207,11 @@ class _Trial:
         # Of protected examples lots are drawn by chance: here all are counted.
         cohort = replace(self.cohort, method=method, loss=loss, train=data, chunk=1, ledger=None)
         weight = np.array([float(examples)])
-        with counted_steps() as done, CountedFlops() as flops:
+        with counted_training() as done, CountedFlops() as flops:
             upload, kept = cohort.trained(self.message, private, self.client, 1, weight)
         count = np.array([examples])
         held = int(_held(count, trains(self.cohort.method, count))[0])
-        return _Counted(held, flops.total, done[0], upload, kept)
+        return _Counted(held, flops.total, done.steps, done.parameters, upload, kept)
 
     def _holding(self, trained: int) -> int:
         """The least number of examples of which so many are trained on."""

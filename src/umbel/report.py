@@ -164,8 +164,9 @@ def _sections(groups: Sequence[Group]) -> Iterator[str]:
             f"{what} against the bytes that a client has sent and received so far, and against the seconds of "
             "training so far, without evaluation. Seconds are of this machine and way of stacking. In the table "
             "all is of one client in one round, but for what the server holds between rounds and the time of all "
-            "the training; arithmetic is that of products and convolutions, forward and backward. What clients do "
-            "to be served (fine-tuning, a memory of examples, routes of who never trained) is not among it."
+            "the training. It trains so many parameters, of models, adapters and router; arithmetic is "
+            "that of products and convolutions, forward and backward. What clients do to be served (fine-tuning, "
+            "a memory of examples, routes of who never trained) is not among it."
         ),
         _travels(groups),
     )

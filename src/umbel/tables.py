@@ -53,6 +53,13 @@ class Run:
         return {way: cost[way] for way in ("up", "down") if isinstance(cost.get(way), dict)}
 
     @property
+    def parameters(self) -> int:
+        """How many numbers a client trains in a round: models, adapters and router; 0 if that is not known."""
+        cost = self.facts.get("cost")
+        found = cost.get("parameters") if isinstance(cost, dict) else None
+        return found if isinstance(found, int) else 0
+
+    @property
     def oracle(self) -> bool:
         """Whether it knew the clients' true groups, so that it is a reference and no contestant."""
         method = self.recipe.get("method", {}).get(self.label, {})
@@ -205,6 +212,8 @@ def totals(run: Run) -> dict[str, float]:
             figures[f"{key}_per_client_round"] = total(run.history, key) / rounds / clients
     sent = [figures[key] for key in ("bytes_up_per_client_round", "bytes_down_per_client_round") if key in figures]
     figures["bytes_per_client_round"] = sum(sent)
+    if run.parameters:
+        figures["parameters"] = run.parameters
     if _number(run.history[-1].get("epsilon")):
         figures["epsilon"] = run.history[-1]["epsilon"]
     if _number(run.history[-1].get("server_bytes")):
@@ -233,6 +242,7 @@ def cost_columns(groups: Sequence[Group]) -> list[Column]:
     """The columns of what it costs, of one client in one round but for the last two; see `columns`."""
     found = {key for group in groups for run in group.runs for key in totals(run)}
     candidates = [
+        Column("parameters", "parameters", -1, "count"),
         Column("bytes_up_per_client_round", "sent", -1, "bytes"),
         Column("bytes_down_per_client_round", "received", -1, "bytes"),
         Column("steps_per_client_round", "steps", -1, "count"),

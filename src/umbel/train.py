@@ -111,6 +111,8 @@ def local_train(
     trained: Groups = {g: groups[g] for g in lr}
     leaves = [leaf.requires_grad_(True) for params in trained.values() for leaf in params.values()]
     names = [(group, name) for group, params in trained.items() for name in params]
+    if (counter := _training.get()) is not None:
+        counter.parameters += sum(leaf[0].numel() for leaf in leaves)
     optimizer = _Optimizer(local, trained, lr, plain, groups.get(MOMENTS), len(data.clients))
     rate_at = _rates(local, data)
     total = torch.zeros(len(data.clients), device=data.examples.x.device)
@@ -182,24 +184,31 @@ def no_moments(groups: Groups) -> Params:
     return zeros | {"t": some.new_zeros(some.shape[:1], dtype=torch.float32)}  # counts what half cannot
 
 
-_steps: ContextVar[list[int] | None] = ContextVar("steps", default=None)
+@dataclass
+class Training:
+    """What was trained inside a block."""
+
+    steps: int = 0  # of the optimizer
+    parameters: int = 0  # that were trained: of the first client, all of its models, adapters and routers
+
+
+_training: ContextVar[Training | None] = ContextVar("training", default=None)
 
 
 @contextmanager
-def counted_steps() -> Iterator[list[int]]:
-    """Counts the optimizer steps inside the block, in the one entry of the list it gives."""
-    counter = [0]
-    token = _steps.set(counter)
+def counted_training() -> Iterator[Training]:
+    """Counts what is trained inside the block, in what it gives."""
+    token = _training.set(counter := Training())
     try:
         yield counter
     finally:
-        _steps.reset(token)
+        _training.reset(token)
 
 
 def count_step() -> None:
-    """Tells `counted_steps` of a step."""
-    if (counter := _steps.get()) is not None:
-        counter[0] += 1
+    """Tells `counted_training` of a step."""
+    if (counter := _training.get()) is not None:
+        counter.steps += 1
 
 
 class _Optimizer:

@@ -164,7 +164,8 @@ def print_grid(
     if note := _notes([group for found in groups for group in found]):
         print(note)
     costs = [(name, _costs(rows, found)) for name, found in zip(names, groups, strict=True)]
-    _print_columns("\nWhat a client sends and receives in a round, and all of a run's training", rows, costs)
+    title = "Parameters that a client trains, bytes that travel in its round, and all of a run's training"
+    _print_columns(f"\n{title}", rows, costs)
 
 
 def _print_columns(title: str, rows: Sequence[str], left: list[tuple[str, list["Text"]]]) -> None:
@@ -184,22 +185,16 @@ def _print_columns(title: str, rows: Sequence[str], left: list[tuple[str, list["
 
 
 def _costs(rows: Sequence[str], groups: Sequence["Group"]) -> list["Text"]:
-    """Bytes and seconds of each row's method, empty for methods that there is nothing of."""
+    """Parameters, bytes and seconds of each row's method, empty for methods that there is nothing of."""
     from umbel.tables import spread, written
 
+    shown = {"parameters": "count", "bytes_per_client_round": "bytes", "train_seconds": "seconds"}
     by_label = {group.label: group for group in groups}
     texts = []
     for label in rows:
-        found = by_label.get(label)
-        parts = (
-            []
-            if found is None
-            else [
-                written(spread(found, key), unit)
-                for key, unit in (("bytes_per_client_round", "bytes"), ("train_seconds", "seconds"))
-            ]
-        )
-        texts.append(_figure(", ".join(parts), False))
+        figures = {key: spread(by_label[label], key) for key in shown} if label in by_label else {}
+        parts = [written(figure, shown[key]) for key, figure in figures.items() if figure is not None]
+        texts.append(_figure(" · ".join(parts), False))
     return texts
 
 
