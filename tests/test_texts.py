@@ -1065,7 +1065,6 @@ READERS = {
     "multi30k": lambda: texts.captions("de"),
     "xquad_contexts": lambda: texts.paragraphs("de"),
     "wikitext2_valid": texts.articles,
-    "python_stdlib_code": texts.modules,
     "ag_news": texts.news,
     "shakespeare_by_role": texts.speeches,
     "glue": lambda: sentences("rte"),
@@ -1078,7 +1077,7 @@ def test_what_is_missing_is_named_and_what_to_do(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=rf"text/{name}.*UMBEL_DATA") as raised:
         READERS[name]()
-    on_hub = name not in ("python_stdlib_code", "shakespeare_by_role")
+    on_hub = name != "shakespeare_by_role"
     assert ("pip install umbel[hf]" in str(raised.value)) == on_hub
 
 
@@ -1088,7 +1087,39 @@ def test_a_hub_without_the_language_is_told(monkeypatch, tmp_path):
         texts.captions("cs")
 
 
+def test_modules_are_those_of_the_python_that_runs_where_the_folder_has_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("UMBEL_DATA", str(tmp_path))
+    library = tmp_path / "lib"
+    text = "x = 1  # é\n" * 200
+    for name in (
+        "b.py",
+        "a.py",
+        "_sysconfigdata_x.py",
+        "json/encoder.py",
+        "test/t.py",
+        "site-packages/s.py",
+        "a/b/c.py",
+    ):
+        path = library / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# {name}\n{text}", encoding="utf-8")
+    (library / "short.py").write_text("x = 1")
+    (library / "long.py").write_text("x = 1\n" * 11_000)
+    monkeypatch.setattr("sysconfig.get_path", lambda _name: str(library))
+    assert [one.text.split()[1] for one in texts.modules()] == ["a.py", "b.py", "json/encoder.py"]
+    monkeypatch.setattr("sysconfig.get_path", lambda _name: str(tmp_path / "none"))
+    with pytest.raises(DataError, match=r"python_stdlib_code.*UMBEL_DATA.*no sources of its library"):
+        texts.modules()
+
+
 # True texts.
+
+
+@pytest.mark.skipif(sys.version_info[:3] != (3, 11, 7), reason="the file has the modules of Python 3.11.7")
+def test_the_file_has_the_modules_of_the_python_that_runs(real_data, monkeypatch, tmp_path):
+    stored = texts.modules()
+    monkeypatch.setenv("UMBEL_DATA", str(tmp_path))
+    assert texts.modules() == stored
 
 
 def test_true_texts_are_as_many_as_told(real_data):
