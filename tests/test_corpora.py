@@ -1,5 +1,7 @@
 """The data sets of files, and the tasks that are made of them: who has what, and as whom they see it."""
 
+import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ import torch
 from PIL import Image
 
 from umbel.errors import DataError, RecipeError
-from umbel.tasks import CIFAR10, CIFAR100, MNIST, FEMNISTDigits, Shakespeare, corpora
+from umbel.tasks import CIFAR10, CIFAR100, MNIST, FEMNISTDigits, Shakespeare, corpora, texts
 from umbel.tasks.cifar import DEVIATION, MEAN
 
 READERS = {
@@ -67,6 +69,31 @@ def test_what_is_missing_is_named_and_what_to_do(name, tmp_path, monkeypatch):
     for told in (file, str(tmp_path / "nowhere"), "UMBEL_DATA"):
         assert told in str(raised.value)
     assert "pip install umbel[hf]" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("read", "files"),
+    [
+        (corpora.mnist, ["images/mnist_labels.npz", "images/mnist_x_test.npy.xz"]),
+        (corpora.cifar10, ["images/cifar10_test.webp", "images/cifar10_labels.npz"]),
+        (corpora.cifar100, ["images/cifar100_10k.webp"]),
+        (corpora.femnist_digits, ["images/femnist_digits12.npz"]),
+        (corpora.shakespeare_by_speech, ["text/shakespeare_by_role.parquet"]),
+        (texts.news, ["text/ag_news.parquet"]),
+        (texts.articles, ["text/wikitext2_test.txt.xz"]),
+    ],
+)
+def test_a_file_that_is_damaged_is_named(read, files, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for place, file in enumerate(files):
+        pointer, whole = b"version https://git-lfs.github.com/spec/v1\n", (tiny_data / file).read_bytes()
+        for wrong, content in {"pointer": pointer, "half": whole[: len(whole) // 2], "empty": b""}.items():
+            folder = tmp_path / f"{place}-{wrong}"
+            shutil.copytree(tiny_data, folder)
+            (folder / file).write_bytes(content)
+            monkeypatch.setenv("UMBEL_DATA", str(folder))
+            with pytest.raises(DataError, match=rf"{re.escape(file)} cannot be read, fetch it again"):
+                read()
 
 
 def test_the_folder_is_the_users_cache_if_none_is_named(tmp_path, monkeypatch):
@@ -294,6 +321,18 @@ def test_somebody_must_say_enough(tiny_data):
 
 
 # Settings.
+
+
+def test_labels_shift_to_ten_groups_and_pictures_turn_to_four(tiny_data):
+    task = MNIST("label_shift", num_groups=10, num_clients=20).load(0)
+    assert task.group.unique().tolist() == list(range(10))
+    with pytest.raises(RecipeError, match="1 to 10, for there are 10 labels"):
+        MNIST("label_shift", num_groups=11)
+
+
+def test_more_roles_than_there_are_are_refused(tiny_data):
+    with pytest.raises(RecipeError, match=r"num_clients = 5000, but \d+ roles say"):
+        Shakespeare(num_clients=5000, least_letters=240).load(0)
 
 
 @pytest.mark.parametrize(

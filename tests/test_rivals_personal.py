@@ -338,7 +338,7 @@ def test_pfedme_trains_beside_a_layer_that_nothing_goes_through():
         def forward(self, x):
             return self.used(x)
 
-    run = simulate(PFedMe(HALFWAY, inner_lr=0.1), Idle(), aims((1, 0.0)))
+    run = simulate(PFedMe(HALFWAY, strength=2.0, inner_lr=0.1), Idle(), aims((1, 0.0)))
     assert run[0].params["used.weight"].item() < 4
 
 
@@ -549,6 +549,11 @@ def test_knn_per_says_what_it_cannot_remember_before_it_trains():
         (Ditto, {"strength": -1.0}),
         (APFL, {"alpha": 1.5}),
         (PFedMe, {"inner_steps": 0}),
+        (FedProx, {"mu": 20.0, "local": LocalTraining(lr=0.1)}),
+        (Ditto, {"strength": 20.0, "local": LocalTraining(lr=0.1)}),
+        (Ditto, {"strength": 30.0, "local": LocalTraining(lr=0.1, momentum=0.5)}),
+        (PFedMe, {"strength": 400.0, "inner_lr": 0.001}),
+        (PFedMe, {"strength": 40.0}),
         (FedRep, {"head_epochs": 0}),
         (LocalAdapter, {"init_std": -1.0}),
         (KNNPer, {"share": 2.0}),
@@ -557,3 +562,22 @@ def test_knn_per_says_what_it_cannot_remember_before_it_trains():
 def test_settings_that_mean_nothing_are_refused(method, settings):
     with pytest.raises(RecipeError):
         method(**settings)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_a_spring_is_refused_from_where_it_no_longer_settles(momentum):
+    limit = 2 * (1 + momentum)
+    ends = []
+    for strength in (0.99 * limit, limit):
+        w = torch.tensor(1.0, requires_grad=True)
+        optimizer = torch.optim.SGD([w], lr=1.0, momentum=momentum)
+        for _ in range(3000):
+            optimizer.zero_grad()
+            (strength / 2 * w.square()).backward()
+            optimizer.step()
+        ends.append(abs(w.item()))
+    assert ends[0] < 1e-6 < ends[1]
+    Ditto(LocalTraining(lr=1.0, momentum=momentum), strength=0.99 * limit)
+    with pytest.raises(RecipeError, match=r"strength = .* with local\.lr = 1:.* below"):
+        Ditto(LocalTraining(lr=1.0, momentum=momentum), strength=limit)
+    Ditto(LocalTraining(lr=1.0, optimizer="adamw"), strength=100.0)

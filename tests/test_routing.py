@@ -255,6 +255,31 @@ def test_who_trains_one_by_one_is_measured_with_everyone(method, monkeypatch):
             assert_close(leaf, tree.tensors(own)[name])
 
 
+class Recurrent(nn.Module):
+    """A model whose clients cannot be stacked."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(3, 4, batch_first=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("method", [FLoRAL(2), Ensemble(2), IFCA(2)], ids=["floral", "ensemble", "ifca"])
+def test_a_model_that_cannot_be_stacked_is_measured_one_after_the_other(method):
+    draw = torch.Generator().manual_seed(0)
+    clients = [(torch.randn(6, 5, 3, generator=draw), torch.arange(6) % 2) for _ in range(4)]
+    examples = Examples.of(clients)
+    task = Task("sequences", Recurrent(), "cross_entropy", examples, examples, torch.tensor([0, 1, 0, 1]))
+    found = {
+        mode: run(task, method, schedule=Schedule(rounds=2), engine=Engine(mode)).figures
+        for mode in ("auto", "looped")
+    }
+    assert found["auto"]["loss"] == pytest.approx(found["looped"]["loss"], rel=1e-5)
+
+
 def test_bounded_losses_are_of_labels_only_and_a_loss_that_is_not_finite_stays_so():
     data = ClientData(Examples.of([(torch.ones(2, 1), torch.zeros(2, 1))]), np.arange(1), 0, 1)
     line = Loss(nn.Linear(1, 1, bias=False), "mse")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from umbel import tree
 from umbel.clients import ClientData
 from umbel.methods.fedavg import FedAvg, Message, Shared, Upload
-from umbel.methods.fedprox import proximal
+from umbel.methods.fedprox import check_spring, proximal
 from umbel.methods.protocol import Population
 from umbel.methods.settling import choose, settled
 from umbel.model.loss import Loss
@@ -42,6 +42,7 @@ class Ditto(FedAvg):
 
     def __post_init__(self) -> None:
         check_ranges(self, strength="[0, inf)")
+        check_spring("strength", self.strength, "local.lr", self.local.lr, self.local)
 
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
         shared, _ = super().init(module, population)

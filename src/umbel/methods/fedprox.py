@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from umbel.clients import Batch
+from umbel.errors import RecipeError
 from umbel.methods.fedavg import FedAvg, Message
 from umbel.methods.protocol import Refusals
 from umbel.model.loss import Loss
 from umbel.ranges import check_ranges
-from umbel.train import Groups, Objective
+from umbel.train import Groups, LocalTraining, Objective
 from umbel.tree import Params
 
 
@@ -29,6 +30,7 @@ class FedProx(FedAvg):
 
     def __post_init__(self) -> None:
         check_ranges(self, mu="[0, inf)")
+        check_spring("mu", self.mu, "local.lr", self.local.lr, self.local)
 
     def objective(self, loss: Loss, message: Message) -> Objective:
         """The client's loss and the spring."""
@@ -44,6 +46,22 @@ def proximal(objective: Objective, centre: Params, strength: float) -> Objective
         return objective(groups, batch, step) + strength / 2 * squared_distance(groups["params"], centre)
 
     return held
+
+
+def check_spring(name: str, strength: float, rate_name: str, rate: float, local: LocalTraining) -> None:
+    """Refuse a spring strength/2 ‖w − centre‖² that pulls w further past its centre at every step.
+
+    Gradient descent on it alone, with momentum β, converges while rate · strength < 2 (1 + β).
+
+    Raises:
+        RecipeError: the product is too large.
+    """
+    most = 2 * (1 + local.momentum)
+    if local.optimizer == "sgd" and rate * strength >= most:
+        raise RecipeError(
+            f"{name} = {strength:g} with {rate_name} = {rate:g}: every step along the spring would end further "
+            f"from its centre; lower one of them until their product is below {most:g}"
+        )
 
 
 def squared_distance(one: Params, other: Params) -> Tensor:

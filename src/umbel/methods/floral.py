@@ -543,8 +543,8 @@ class FLoRAL:
         routes, alive = shared.routes, shared.alive
         if self.prune_below and routes.settled(self.router):
             enough = routes.share[alive] >= self.prune_below
-            if bool(enough.any()):
-                alive = alive[enough]
+            enough[routes.share[alive].argmax()] = True  # the heaviest stays whatever it has
+            alive = alive[enough]
         if self.restart_below and routes.exploring(self.router):
             dead = torch.zeros_like(routes.share, dtype=torch.bool)
             dead[alive] = routes.share[alive] < self.restart_below

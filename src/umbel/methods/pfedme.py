@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from umbel import mixing, tree
 from umbel.clients import Batch, ClientData
 from umbel.methods.fedavg import FedAvg, Message, Shared, Upload
-from umbel.methods.fedprox import squared_distance
+from umbel.methods.fedprox import check_spring, squared_distance
 from umbel.methods.protocol import Population
 from umbel.methods.settling import choose, settled
 from umbel.model.loss import Loss
@@ -48,6 +48,8 @@ class PFedMe(FedAvg):
 
     def __post_init__(self) -> None:
         check_ranges(self, strength="(0, inf)", inner_lr="(0, inf)", inner_steps="[1, inf)")
+        check_spring("strength", self.strength, "local.lr", self.local.lr, self.local)
+        check_spring("strength", self.strength, "inner_lr", self.inner_lr, LocalTraining())
 
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
         shared, _ = super().init(module, population)

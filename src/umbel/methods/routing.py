@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from umbel.clients import Batch, ClientData
-from umbel.errors import RecipeError
+from umbel.errors import ModelError, RecipeError
 from umbel.methods.protocol import Population
 from umbel.mixing import UNUSED_SHARE
 from umbel.model.loss import FORWARD_EXAMPLES, Loss
@@ -296,7 +296,10 @@ def losses_of(
             if num_clients == 1 or private or images:
                 values = _one_by_one(loss, candidates, batch, private or {})
             else:
-                values = _at_once(loss, candidates, batch)
+                try:
+                    values = _at_once(loss, candidates, batch)
+                except ModelError:  # a layer that cannot be stacked
+                    values = _one_by_one(loss, candidates, batch, {})
             if bounded is not None and num_labels > 1:
                 own = (bounded > 0).unsqueeze(1).expand(batch.y.shape[:2]).reshape(-1, 1)
                 values = torch.where(own & values.isfinite(), -torch.expm1(-values), values)

@@ -9,6 +9,9 @@ A corpus is read once in a process and then shared: nobody may write to its tens
 import lzma
 import os
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -210,8 +213,9 @@ def _shakespeare_by_role(folder: Path) -> tuple[Role, ...]:
         from pyarrow import parquet
     except ImportError as error:
         raise DataError(f"{files[0]} needs pyarrow to be read: pip install umbel[data]") from error
-    columns = parquet.read_table(files[0]).to_pydict()
-    rows = sorted(zip(columns["play"], columns["ord"], columns["role"], columns["speech"], strict=True))
+    with readable(files[0]):
+        columns = parquet.read_table(files[0]).to_pydict()
+        rows = sorted(zip(columns["play"], columns["ord"], columns["role"], columns["speech"], strict=True))
     speeches: dict[str, list[str]] = {}
     for play, _, role, speech in rows:
         speeches.setdefault(f"{play}/{role}", []).append(speech)
@@ -228,19 +232,32 @@ def _paths(folder: Path, *names: str) -> list[Path]:
     return [folder / name for name in names]
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """For what reads a file that is there, but may be damaged, cut short, or the pointer to another one.
+
+    Raises:
+        DataError: it cannot be read, or lacks something.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, EOFError, lzma.LZMAError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} cannot be read, fetch it again ({type(error).__name__}: {error})") from error
+
+
 def _images(x: np.ndarray, y: np.ndarray) -> Images:
     return Images(torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y.astype(np.int64)))
 
 
 def _npy_xz(path: Path) -> np.ndarray:
-    with lzma.open(path) as file:
+    with readable(path), lzma.open(path) as file:
         return np.lib.format.read_array(cast(Any, file), allow_pickle=False)
 
 
 def _npz(path: Path, *names: str) -> list[np.ndarray]:
     """The named arrays of an npz file."""
     arrays = []
-    with zipfile.ZipFile(path) as archive:
+    with readable(path), zipfile.ZipFile(path) as archive:
         for name in names:
             with archive.open(f"{name}.npy") as file:
                 arrays.append(np.lib.format.read_array(file, allow_pickle=False))
@@ -251,9 +268,9 @@ def _sheet(path: Path) -> np.ndarray:
     """(N, 3, 32, 32) uint8: the tiles of a sheet, row by row."""
     from PIL import Image
 
-    with Image.open(path) as image:
+    with readable(path), Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"))
-    tiles = pixels.reshape(-1, 32, TILES, 32, 3).transpose(0, 2, 4, 1, 3)
+        tiles = pixels.reshape(-1, 32, TILES, 32, 3).transpose(0, 2, 4, 1, 3)
     return tiles.reshape(-1, 3, 32, 32)
 
 

@@ -30,8 +30,9 @@ class Grouping:
 
     def check(self) -> None:
         """Raises RecipeError if the settings make no task."""
-        if not 1 <= self.num_groups <= 4:
-            raise RecipeError("task: num_groups must be 1 to 4, for there are four quarter turns")
+        most, why = (4, "quarter turns") if self.variant == "rotate" else (10, "labels to shift")
+        if not 1 <= self.num_groups <= most:
+            raise RecipeError(f"task: num_groups must be 1 to {most}, for there are {most} {why}")
         if not self.num_groups <= self.num_clients <= 1000:
             raise RecipeError("task: num_clients must be at least num_groups and at most 1000")
         if not 0 < self.reduction <= 1:

@@ -49,6 +49,11 @@ class Shakespeare:
         chosen = [role for role in roles if len(role.text) >= self.least_letters]
         if not chosen:
             raise RecipeError(f"task: nobody says {self.least_letters} letters; lower least_letters")
+        if self.num_clients > len(chosen):
+            raise RecipeError(
+                f"task: num_clients = {self.num_clients}, but {len(chosen)} roles say {self.least_letters} "
+                f"letters; lower one of them (num_clients = 0 takes all)"
+            )
         chosen = sorted(chosen, key=lambda role: (-len(role.text), role.name))[: self.num_clients or None]
         train, test = split(Examples.of([_sequences(role, letters) for role in chosen]), self.test_fraction, seed)
         with seeded(seed, "model"):

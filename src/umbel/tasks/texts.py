@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from umbel.errors import DataError
-from umbel.tasks.corpora import data_folder, hub_split, shakespeare_by_speech
+from umbel.tasks.corpora import data_folder, hub_split, readable, shakespeare_by_speech
 
 CAPTION_LANGUAGES = ("cs", "de", "en", "fr")
 PARAGRAPH_LANGUAGES = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
@@ -101,13 +101,18 @@ def articles() -> tuple[Document, ...]:
     """
     files = [data_folder() / "text" / f"wikitext2_{split}.txt.xz" for split in ("valid", "test")]
     if all(file.is_file() for file in files):
-        text = "\n".join(lzma.decompress(file.read_bytes()).decode() for file in files)
+        text = "\n".join(_plain_text(file) for file in files)
     else:
         hub = Hub("Salesforce/wikitext", "wikitext-2-v1", ("validation", "test"))
         text = "".join(from_hub(hub, ["text"], _missing(files[0]))["text"])
     starts = [match.start() for match in _TITLE.finditer(text)]
     cut = zip(starts, [*starts[1:], len(text)], strict=True)
     return _documents("wikitext2", enumerate(text[start:end].strip() for start, end in cut))
+
+
+def _plain_text(file: Path) -> str:
+    with readable(file):
+        return lzma.decompress(file.read_bytes()).decode()
 
 
 def modules() -> tuple[Document, ...]:
@@ -198,8 +203,9 @@ def rows(
     except ImportError as error:
         raise DataError(f"{path} needs pyarrow to be read: pip install umbel[data]") from error
     filters = [(key, "==", value) for key, value in (only or {}).items()] or None
-    found: Columns = parquet.read_table(path, columns=list(columns), filters=filters).to_pydict()
-    return found
+    with readable(path):
+        found: Columns = parquet.read_table(path, columns=list(columns), filters=filters).to_pydict()
+        return {column: found[column] for column in columns}
 
 
 def from_hub(hub: Hub, columns: Sequence[str], missing: DataError) -> Columns:
