@@ -250,11 +250,16 @@ def tuning_lines(document: dict[str, Any]) -> list[str]:
     """What a search found: a table for each recipe, a row for each method, the best of it in bold."""
     lines: list[str] = []
     for cell in document.get("cells", [document]):
-        points = [score["settings"] for score in cell["methods"][0]["scores"]]
-        names = [" / ".join(f"{value:g}" for value in point.values()) for point in points]
-        settings = " / ".join(f"`{key}`" for key in cell["search"])
-        lines += [f"| {cell['recipe']}; {settings} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+        before: list[dict[str, Any]] = []
         for row in cell["methods"]:
+            points = [score["settings"] for score in row["scores"]]
+            if points != before:  # searched over something else than the one above
+                names = [" / ".join(f"{value:g}" for value in point.values()) for point in points]
+                settings = " / ".join(f"`{key}`" for key in points[0])
+                lines += [""] if before else []
+                lines += [f"| {cell['recipe']}; {settings} | {' | '.join(names)} |"]
+                lines += ["|---" * (len(names) + 1) + "|"]
+                before = points
             cells = [
                 "–"
                 if score["mean"] is None

@@ -558,7 +558,7 @@ SEARCH = (
 
 def test_a_search_tries_every_method_with_every_point_on_training_examples():
     found = json.loads(umbel("tune", *SEARCH, "--seeds", "100,101", "--json").stdout)
-    assert found["search"] == {"local.lr": [1e-9, 0.1, 0.2]}
+    assert [own["search"] for own in found["methods"]] == 2 * [{"local.lr": [1e-9, 0.1, 0.2]}]
     assert found["validation"] == 0.25
     assert [own["label"] for own in found["methods"]] == ["fedavg", "floral"]
     for own in found["methods"]:
@@ -634,6 +634,23 @@ local.lr = [1e30, 1e31]
     assert [cell["methods"][0]["chosen"] is None for cell in cells] == [True, False]
 
 
+def test_a_method_has_values_of_its_own_beside_everyones_or_instead():
+    own = ('--search.method.floral.router.kind=["em","gradient"]', "--search.method.local.local.lr=[0.1]")
+    few = ("--methods=fedavg,floral", "--rounds=1", "--task.num_clients=4", "--engine.mode=stacked", "-q")
+    shown = umbel("tune", "digits", *few, own[0], "--search.local.lr=[0.1,0.2]", "--json", "found.json").stdout
+    fedavg, floral = json.loads(Path("found.json").read_text())["methods"]
+    assert [score["settings"] for score in fedavg["scores"]] == [{"local.lr": 0.1}, {"local.lr": 0.2}]
+    assert floral["search"] == {"local.lr": [0.1, 0.2], "router.kind": ["em", "gradient"]}
+    assert len(floral["scores"]) == 4
+    assert shown.count("training examples, by local.lr\n") == 1
+    assert shown.count("training examples, by local.lr / router.kind\n") == 1
+    assert shown.count("The best, to be written into the recipe:") == 1
+    assert umbel("resume", "runs/tune-digits", "-q").stdout == shown
+    few = ("--methods=local", *few[1:])
+    assert "one point is no search" in error("tune", "digits", *few, own[1], "--search.local.lr=[0.1,0.2]")
+    umbel("tune", "digits", "--methods=local", *few[1:], "--search.method.local.local.lr=[0.1,0.3]")
+
+
 def test_only_a_search_takes_what_is_to_be_searched():
     assert "--search.local.lr" in error("run", "digits", "--method", "fedavg", "--search.local.lr=[0.1,1]")
     assert "--search.local.lr" in error("compare", "digits", "--search.local.lr=[0.1,1]")
@@ -648,7 +665,10 @@ def test_reading_a_recipe_forms_no_grid():
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ((), "digits has no [search] table"),
+        ((), "digits has no values to try for local, in a table [search] or [search.method.local]"),
+        (("--search.method.floral.guard=[0,1]", "--methods=fedavg"), "no values to try for fedavg"),
+        (("--search.method.florall.guard=[0,1]",), "search.method.florall: there is no such method here"),
+        (("--search.method.local.local.lr=0.1",), "search.method.local.local.lr: a list of values to try"),
         (("--search.local.lr=0.1",), "search.local.lr: a list of values to try"),
         (("--search.local.lr=[]",), "search.local.lr: a list of values to try"),
         (("--search.local.lr=[0.1]",), "search: one point is no search; give local.lr two values or more"),

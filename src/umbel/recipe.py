@@ -16,6 +16,8 @@ A recipe file describes one task and any number of ways to train on it:
     floral = [93.1, 0.4]
     [search]                     # the values that `umbel tune` tries, each with each, for every method alike
     local.lr = [0.05, 0.1, 0.2]
+    [search.method.floral]       # and for one of them beside, or instead
+    guard = [0.0, 0.02]
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -145,7 +147,7 @@ def read(table: Table, label: str) -> Recipe:
     schedule_keys = {f.name for f in fields(Schedule)}
     _no_strangers(table, schedule_keys | {"task", "engine", "method", "local", "paper", "search"}, "")
     check_tables(table)
-    published(table), searched(table)  # are checked, but decide nothing
+    published(table), searched(table, label)  # are checked, but decide nothing
     method_table = _method_table(table, label)
     arranged = _merged(
         {key: table.get(key, {}) for key in ARRANGED}, {key: method_table.pop(key, {}) for key in ARRANGED}
@@ -182,20 +184,34 @@ def published(table: Table) -> dict[str, tuple[float, float | None]]:
     return found
 
 
-def searched(table: Table) -> dict[str, list[Any]]:
-    """The values of [search] that are to be tried, by the dotted name of a method's setting.
+def searched(table: Table, label: str) -> dict[str, list[Any]]:
+    """The values that are to be tried for a method, by the dotted name of its setting.
+
+    They are those of [search], which are every method's, and of [search.method.LABEL], which come before them.
 
     Raises:
-        RecipeError: a setting has no list of values, or is not one to be searched; or no setting has two values.
+        RecipeError: a setting has no list of values, or is not one to be searched; or a label is no
+            method's.
     """
-    grid = dict(_leaves(table.get("search", {}), ""))
-    for key, values in grid.items():
-        if key in ("like", "name"):
-            raise RecipeError(f"search.{key}: methods are compared, not searched; name them with --methods")
-        if not isinstance(values, list) or not values or any(values.count(value) > 1 for value in values):
-            raise RecipeError(f"search.{key}: a list of values to try, each once, is wanted (it is {values!r})")
-    if grid and all(len(values) == 1 for values in grid.values()):
-        raise RecipeError(f"search: one point is no search; give {next(iter(grid))} two values or more")
+    common = dict(table.get("search", {}))
+    own = common.pop("method", {})
+    if not isinstance(own, dict):
+        raise RecipeError(f"search.method: tables such as [search.method.floral] are wanted, got {own!r}")
+    for name in own:
+        if name not in labels(table) and name not in METHODS:
+            raise RecipeError(f"search.method.{name}: there is no such method here; {meant(name, labels(table))}")
+    grid: dict[str, list[Any]] = {}
+    for where, part in (("search", common), (f"search.method.{label}", own.get(label, {}))):
+        if not isinstance(part, dict):
+            raise RecipeError(f"{where}: a table of settings is wanted, got {part!r}")
+        for key, values in _leaves(part, ""):
+            if key in ("like", "name"):
+                raise RecipeError(f"{where}.{key}: methods are compared, not searched; name them with --methods")
+            if not isinstance(values, list) or not values or any(values.count(value) > 1 for value in values):
+                raise RecipeError(
+                    f"{where}.{key}: a list of values to try, each once, is wanted (it is {values!r})"
+                )
+            grid[key] = values
     return grid
 
 

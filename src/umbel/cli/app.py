@@ -225,13 +225,16 @@ def tune(
 ) -> None:
     """Search settings on training examples, alike for every method.
 
-    The values to try are in the recipe's [search] table, or given as --search.SETTING=[…]; each with each.
+    The values to try are in the recipe's [search] table, or given as --search.SETTING=[…]; each with each. A table
+    [search.method.ditto], or --search.method.ditto.SETTING=[…], has values for that method alone.
     Test examples are not looked at: a quarter of each client's training examples stands in for them (validation).
     The table says which point is best for each method, and whether it lies at the edge of what was tried.
 
     Example: umbel tune table1/mnist_ls_5 --methods fedavg,floral
 
     Example: umbel tune digits --search.local.lr=[0.05,0.1,0.2] --seeds 100,101,102
+
+    Example: umbel tune rivals --methods ditto --search.method.ditto.strength=[0.1,1]
     """
     with told():
         from umbel.cli import comparing, tuning

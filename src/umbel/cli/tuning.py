@@ -19,6 +19,8 @@ from umbel.cli.said import STDOUT, print_json, told
 from umbel.errors import RecipeError
 
 if TYPE_CHECKING:
+    from rich.table import Table as Grid
+
     from umbel.recipe import Table
     from umbel.tables import Column, Group, Spread
 
@@ -32,16 +34,20 @@ class Found:
     """How well one method did at every point."""
 
     label: str
+    grid: "dict[str, list[Any]]"  # the values of each setting
     points: "list[Table]"  # settings by dotted name
     scores: "list[Spread | None]"  # None where not every seed's run came to its end with a finite score
     chosen: int | None  # the best mean's place; the first of them where several are best
 
-    def edges(self, grid: "dict[str, list[Any]]") -> list[str]:
+    @property
+    def edges(self) -> list[str]:
         """The settings whose chosen value is the smallest or largest of three or more numbers tried."""
         if self.chosen is None:
             return []
         best = self.points[self.chosen]
-        numbers = {key: tried for key, tried in grid.items() if len(tried) > 2 and all(map(_is_number, tried))}
+        numbers = {
+            key: tried for key, tried in self.grid.items() if len(tried) > 2 and all(map(_is_number, tried))
+        }
         return [key for key, tried in numbers.items() if best[key] in (min(tried), max(tried))]
 
 
@@ -94,7 +100,7 @@ def _spread_out(asked: Asked) -> Asked:
             "validation = 0 would search on test examples; leave it out, or give a share of training ones"
         )
     variants: dict[str, dict[str, Any]] = {}
-    for label, point in product(asked.labels, _points(asked)):
+    for label, point in [(name, settings) for name in asked.labels for settings in _points(asked, name)]:
         own = variants[_variant(label, point)] = {"like": label}
         for key, value in point.items():
             put(own, key, value)
@@ -108,19 +114,22 @@ def _spread_out(asked: Asked) -> Asked:
     return replace(asked, labels=list(variants), table=table)
 
 
-def _points(asked: Asked) -> "list[Table]":
-    """The points of the grid, each the settings of a method by dotted name, in the order of the values.
+def _points(asked: Asked, label: str) -> "list[Table]":
+    """The points of a method's grid, each its settings by dotted name, in the order of the values.
 
     Raises:
         RecipeError: there are none, or too many.
     """
     from umbel.recipe import searched
 
-    grid = searched(asked.table)
+    grid = searched(asked.table, label)
     if not grid:
         raise RecipeError(
-            f"{asked.recipe} has no [search] table of values to try; give them as --search.local.lr=[0.03,0.1,0.3]"
+            f"{asked.recipe} has no values to try for {label}, in a table [search] or [search.method.{label}]; "
+            f"give them as --search.local.lr=[0.03,0.1,0.3], or name other methods with --methods"
         )
+    if all(len(values) == 1 for values in grid.values()):
+        raise RecipeError(f"search: one point is no search; give {next(iter(grid))} two values or more")
     count = 1
     for key, values in grid.items():
         count *= len(values)
@@ -144,27 +153,29 @@ def _told_of(asked: Asked, groups: "Sequence[Group]", printed: bool) -> dict[str
     from umbel.recipe import searched
     from umbel.tables import Column, columns
 
-    grid, points = searched(asked.table), _points(asked)
     column = next(iter(columns(groups)), Column("loss", "loss", -1, ""))  # no run may have a score
     methods = dict.fromkeys(_method_of(asked, label) for label in asked.labels)
-    found = [_found(label, points, groups, column, asked.seeds) for label in methods]
+    found = [
+        _found(label, searched(asked.table, label), _points(asked, label), groups, column, asked.seeds)
+        for label in methods
+    ]
     if printed:
-        _print(asked, found, column, grid)
+        _print(asked, found, column)
     return {
         "recipe": asked.recipe,
         "seeds": asked.seeds,
         "validation": asked.table["validation"],
         "figure": column.key,
-        "search": grid,
         "methods": [
             {
                 "label": own.label,
+                "search": own.grid,
                 "scores": [
                     {"settings": point, **(vars(score) if score is not None else {"mean": None})}
                     for point, score in zip(own.points, own.scores, strict=True)
                 ],
                 "chosen": None if own.chosen is None else own.points[own.chosen],
-                "at_the_edge": own.edges(grid),
+                "at_the_edge": own.edges,
             }
             for own in found
         ],
@@ -172,12 +183,17 @@ def _told_of(asked: Asked, groups: "Sequence[Group]", printed: bool) -> dict[str
 
 
 def _found(
-    label: str, points: "list[Table]", groups: "Sequence[Group]", column: "Column", seeds: Sequence[int]
+    label: str,
+    grid: "dict[str, list[Any]]",
+    points: "list[Table]",
+    groups: "Sequence[Group]",
+    column: "Column",
+    seeds: Sequence[int],
 ) -> Found:
     by_label = {group.label: group for group in groups}
     scores = [_score(by_label.get(_variant(label, point)), column, seeds) for point in points]
     means = {place: column.better * score.mean for place, score in enumerate(scores) if score is not None}
-    return Found(label, points, scores, max(means, key=lambda place: means[place]) if means else None)
+    return Found(label, grid, points, scores, max(means, key=lambda place: means[place]) if means else None)
 
 
 def _score(group: "Group | None", column: "Column", seeds: Sequence[int]) -> "Spread | None":
@@ -190,12 +206,29 @@ def _score(group: "Group | None", column: "Column", seeds: Sequence[int]) -> "Sp
     return found if found is not None and len(found.values) == len(seeds) else None
 
 
-def _print(asked: Asked, found: Sequence[Found], column: "Column", grid: "dict[str, list[Any]]") -> None:
+def _print(asked: Asked, found: Sequence[Found], column: "Column") -> None:
+    """A table for all methods that are searched alike, and the best settings of all."""
+    from umbel.cli.said import print_table
+
+    seeds = ", ".join(map(str, asked.seeds))
+    share = f"{100 * asked.table['validation']:g} % of each client's training examples"
+    unit = ", %" if column.unit == "%" else ""
+    alike: list[list[Found]] = []
+    for own in found:
+        fitting = next((others for others in alike if others[0].grid == own.grid), None)
+        alike.append([own]) if fitting is None else fitting.append(own)
+    for place, some in enumerate(alike):
+        title = f"{asked.recipe}, seeds {seeds}: {column.title}{unit}, on {share}, by {' / '.join(some[0].grid)}"
+        last = place == len(alike) - 1
+        print_table(title, _table(some, column), "\n".join(_advice(found)) if last else "")
+
+
+def _table(found: Sequence[Found], column: "Column") -> "Grid":
+    """How well methods did at the points of one grid: a row for each method, or for each of many points."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    from umbel.cli.said import print_table
     from umbel.tables import written
 
     names = [" / ".join(str(value) for value in point.values()) for point in found[0].points]
@@ -208,7 +241,7 @@ def _print(asked: Asked, found: Sequence[Found], column: "Column", grid: "dict[s
     }
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1))
     across = len(names) <= MOST_COLUMNS
-    table.add_column("method" if across else " / ".join(grid), no_wrap=True)
+    table.add_column("method" if across else " / ".join(found[0].grid), no_wrap=True)
     for heading in names if across else cells:
         table.add_column(heading, justify="right")
     if across:
@@ -217,14 +250,10 @@ def _print(asked: Asked, found: Sequence[Found], column: "Column", grid: "dict[s
     else:
         for place, name in enumerate(names):
             table.add_row(name, *(texts[place] for texts in cells.values()))
-    seeds = ", ".join(map(str, asked.seeds))
-    share = f"{100 * asked.table['validation']:g} % of each client's training examples"
-    unit = ", %" if column.unit == "%" else ""
-    title = f"{asked.recipe}, seeds {seeds}: {column.title}{unit}, on {share}, by {' / '.join(grid)}"
-    print_table(title, table, "\n".join(_advice(found, grid)))
+    return table
 
 
-def _advice(found: Sequence[Found], grid: "dict[str, list[Any]]") -> list[str]:
+def _advice(found: Sequence[Found]) -> list[str]:
     """The best settings as lines of a recipe."""
     lines = []
     if any(score is None for own in found for score in own.scores):
@@ -233,7 +262,7 @@ def _advice(found: Sequence[Found], grid: "dict[str, list[Any]]") -> list[str]:
     for own in found:
         lines += ["", f"[method.{own.label}]" + ("   # nothing: no run has a score" if own.chosen is None else "")]
         for key, value in (own.points[own.chosen] if own.chosen is not None else {}).items():
-            edge = "   # at the edge of what was tried" if key in own.edges(grid) else ""
+            edge = "   # at the edge of what was tried" if key in own.edges else ""
             lines.append(f"{key} = {_toml(value)}{edge}")
     return lines
 
