@@ -651,6 +651,34 @@ def test_a_method_has_values_of_its_own_beside_everyones_or_instead():
     umbel("tune", "digits", "--methods=local", *few[1:], "--search.method.local.local.lr=[0.1,0.3]")
 
 
+QUICK = ("--rounds=1", "--task.num_clients=4", "--engine.mode=stacked", "-q")
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("--method.router.lr=5", r"lr is read with kind = 'gradient', and kind is 'em'"),
+        ("--method.router.kind=gradient --method.router.examples=8", r"examples is read with kind = 'em'"),
+        ("--method.server.momentum=0.1", r"momentum is read with kind = 'momentum', and kind is 'sgd'"),
+        ("--local.beta1=0.2", r"beta1 is read with optimizer = 'adamw', and optimizer is 'sgd'"),
+        ("--method.local.final=0.5", r"final is read with decay = 'cosine'"),
+        ("--weighting.eta=9", r"eta is read with rule = 'rea', and rule is 'examples'"),
+        ("--method.weighting.a=0.1", r"a is read with rule = 'feddisco'"),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_told(setting, says):
+    shown = umbel("run", "digits", "--method", "floral", *setting.split(), *QUICK)
+    assert re.search(rf"warning: --\S+ changes nothing: {says}", shown.stderr)
+
+
+def test_settings_that_are_read_are_told_nothing_about():
+    given = ("--method.floral.router.lr=0.2", "--local.momentum=0.5", "--weighting.rule=rea", "--weighting.eta=2")
+    both = ("compare", "digits", "--methods", "floral,floral-paper", "--seeds=0", *QUICK)
+    assert "changes nothing" not in umbel(*both, *given).stderr  # floral-paper is like floral, by gradients
+    alone = umbel("compare", "digits", "--methods", "floral", "--seeds=0", *QUICK, given[0], "--out=alone")
+    assert "--method.floral.router.lr changes nothing" in alone.stderr
+
+
 def test_only_a_search_takes_what_is_to_be_searched():
     assert "--search.local.lr" in error("run", "digits", "--method", "fedavg", "--search.local.lr=[0.1,1]")
     assert "--search.local.lr" in error("compare", "digits", "--search.local.lr=[0.1,1]")

@@ -24,9 +24,10 @@ from umbel.cli.options import (
     numbers_of,
     of_method,
 )
-from umbel.cli.said import listing, told
+from umbel.cli.said import listing, say, told
 from umbel.cli.settings import print_settings, show_settings
 from umbel.cli.show import show_run
+from umbel.cli.unread import unread
 from umbel.errors import RecipeError
 from umbel.heap import keep_freed_memory
 
@@ -170,6 +171,8 @@ def run(
         label = chosen_label(method, load(path))
         overrides = of_method(ctx.args, load(path), label) + ([] if seed is None else [f"seed={seed}"])
         what = read(load(path, overrides), label)
+        for why in unread(overrides, load(path), {label: what}):
+            say(f"warning: {why}")
         folder = out or Path("runs") / f"{title_of(path).replace('/', '-')}-{run_name(label, what.schedule.seed)}"
         check_free(folder)
     with told(folder):

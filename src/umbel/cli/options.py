@@ -129,7 +129,7 @@ def split_overrides(
 
 def of_method(overrides: Sequence[str], table: dict[str, Any], label: str) -> list[str]:
     """The overrides with "method.x.y=…" as "method.LABEL.x.y=…", unless x is the label or what it is `like`."""
-    own = _lineage(table, label)
+    own = lineage(table, label)
 
     def rewritten(override: str) -> str:
         key, _, value = override.partition("=")
@@ -163,7 +163,7 @@ def numbers_of(option: str, text: str) -> list[int]:
 
 def check_reach(overrides: Sequence[str], tables: Sequence[dict[str, Any]], chosen: Sequence[str]) -> None:
     """Refuses settings of a method that is not compared, which would change nothing."""
-    reached = {name for table in tables for label in chosen for name in _lineage(table, label)}
+    reached = {name for table in tables for label in chosen for name in lineage(table, label)}
     for override in overrides:
         key, _, _ = override.partition("=")
         first, *rest = key.split(".")
@@ -176,7 +176,7 @@ def check_reach(overrides: Sequence[str], tables: Sequence[dict[str, Any]], chos
             raise RecipeError("--seed: a comparison has several; use --seeds")
 
 
-def _lineage(table: dict[str, Any], label: str) -> list[str]:
+def lineage(table: dict[str, Any], label: str) -> list[str]:
     """The label, and those whose settings it takes over."""
     found = [label]
     while True:
