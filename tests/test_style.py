@@ -59,7 +59,7 @@ LAYERS = """
 INSIDE = {
     "secure": "settings secrets messages \n fixed_point client \n server \n exchange",
     "privacy": "settings \n accounting clipping",
-    "cli": "said \n options watch show settings \n jobs onboarding exporting deploying \n comparing \n tuning \n"
+    "cli": "said \n options watch show settings \n jobs onboarding exporting deploying unread \n comparing \n tuning \n"
     "app",
     "adapters": "places bank \n lora_layers lora_folders precondition \n mixture plan \n products \n averaging",
     "methods": "protocol server gate \n routing lora settling \n similarity trusting \n"
