@@ -59,8 +59,8 @@ LAYERS = """
 INSIDE = {
     "secure": "settings secrets messages \n fixed_point client \n server \n exchange",
     "privacy": "settings \n accounting clipping",
-    "cli": "said \n options watch show settings \n jobs onboarding exporting deploying unread \n comparing \n tuning \n"
-    "app",
+    "cli": "said \n options watch show settings \n jobs onboarding exporting deploying unread \n comparing \n"
+    "tuning \n app",
     "adapters": "places bank \n lora_layers lora_folders precondition \n mixture plan \n products \n averaging",
     "methods": "protocol server gate \n routing lora settling \n similarity trusting \n"
     "fedavg local floral ensemble fedit feddpa fl_tac threshold_clustering trust \n"
