@@ -677,6 +677,8 @@ def test_settings_that_are_read_are_told_nothing_about():
     assert "changes nothing" not in umbel(*both, *given).stderr  # floral-paper is like floral, by gradients
     alone = umbel("compare", "digits", "--methods", "floral", "--seeds=0", *QUICK, given[0], "--out=alone")
     assert "--method.floral.router.lr changes nothing" in alone.stderr
+    search = ("tune", "digits", "--methods", "floral", '--search.router.kind=["em","gradient"]', *QUICK)
+    assert "changes nothing" not in umbel(*search, given[0]).stderr  # one of the two routers reads it
 
 
 def test_only_a_search_takes_what_is_to_be_searched():

@@ -168,10 +168,11 @@ def run(
         from umbel.tables import run_name
 
         path = find(recipe)
-        label = chosen_label(method, load(path))
-        overrides = of_method(ctx.args, load(path), label) + ([] if seed is None else [f"seed={seed}"])
+        plain = load(path)
+        label = chosen_label(method, plain)
+        overrides = of_method(ctx.args, plain, label) + ([] if seed is None else [f"seed={seed}"])
         what = read(load(path, overrides), label)
-        for why in unread(overrides, load(path), {label: what}):
+        for why in unread(overrides, plain, {label: what}):
             say(f"warning: {why}")
         folder = out or Path("runs") / f"{title_of(path).replace('/', '-')}-{run_name(label, what.schedule.seed)}"
         check_free(folder)
@@ -208,8 +209,12 @@ def compare(
     """
     with told():
         from umbel.cli import comparing
+        from umbel.recipe import read
 
         asked = comparing.asked_for(recipes, ctx.args, methods, numbers_of("seeds", seeds))
+        for own in asked:
+            for why in unread(ctx.args, own.table, {label: read(own.table, label) for label in own.labels}):
+                say(f"warning: {why}")
         folder = out or comparing.default_folder(asked)
         cells = comparing.begin(folder, asked)
     comparing.go(folder, cells, workers, as_json, quiet)

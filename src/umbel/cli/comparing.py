@@ -19,7 +19,6 @@ from umbel.cli.jobs import Job, errors_of
 from umbel.cli.options import check_reach
 from umbel.cli.said import STDOUT, print_json, say, told
 from umbel.cli.show import comparison_document, grid_document, print_comparison, print_grid
-from umbel.cli.unread import unread
 from umbel.errors import RecipeError, RunFolderError
 
 if TYPE_CHECKING:
@@ -62,9 +61,8 @@ def asked_for(
             continue
         table = load(path, overrides)
         table.setdefault("engine", {}).setdefault("threads", 1)  # however many runs share the machine
-        # What is wrong with the last method is said before the first one runs.
-        for why in unread(overrides, own, {label: read(table, label) for label in mine}):
-            say(f"warning: {why}")
+        for label in mine:
+            read(table, label)  # what is wrong with the last method is said before the first one runs
         unique = title if titles.count(title) == 1 else path.with_suffix("").as_posix()
         asked.append(Asked(unique, mine, seeds, table))
     return asked

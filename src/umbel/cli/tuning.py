@@ -150,15 +150,11 @@ def _method_of(asked: Asked, label: str) -> str:
 
 def _told_of(asked: Asked, groups: "Sequence[Group]", printed: bool) -> dict[str, Any]:
     """One recipe's search as a document; its table is printed if asked for."""
-    from umbel.recipe import searched
     from umbel.tables import Column, columns
 
     column = next(iter(columns(groups)), Column("loss", "loss", -1, ""))  # no run may have a score
     methods = dict.fromkeys(_method_of(asked, label) for label in asked.labels)
-    found = [
-        _found(label, searched(asked.table, label), _points(asked, label), groups, column, asked.seeds)
-        for label in methods
-    ]
+    found = [_found(asked, label, groups, column) for label in methods]
     if printed:
         _print(asked, found, column)
     return {
@@ -182,18 +178,14 @@ def _told_of(asked: Asked, groups: "Sequence[Group]", printed: bool) -> dict[str
     }
 
 
-def _found(
-    label: str,
-    grid: "dict[str, list[Any]]",
-    points: "list[Table]",
-    groups: "Sequence[Group]",
-    column: "Column",
-    seeds: Sequence[int],
-) -> Found:
-    by_label = {group.label: group for group in groups}
-    scores = [_score(by_label.get(_variant(label, point)), column, seeds) for point in points]
+def _found(asked: Asked, label: str, groups: "Sequence[Group]", column: "Column") -> Found:
+    from umbel.recipe import searched
+
+    by_label, points = {group.label: group for group in groups}, _points(asked, label)
+    scores = [_score(by_label.get(_variant(label, point)), column, asked.seeds) for point in points]
     means = {place: column.better * score.mean for place, score in enumerate(scores) if score is not None}
-    return Found(label, grid, points, scores, max(means, key=lambda place: means[place]) if means else None)
+    best = max(means, key=lambda place: means[place]) if means else None
+    return Found(label, searched(asked.table, label), points, scores, best)
 
 
 def _score(group: "Group | None", column: "Column", seeds: Sequence[int]) -> "Spread | None":

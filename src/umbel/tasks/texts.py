@@ -101,7 +101,7 @@ def articles() -> tuple[Document, ...]:
     """
     files = [data_folder() / "text" / f"wikitext2_{split}.txt.xz" for split in ("valid", "test")]
     if all(file.is_file() for file in files):
-        text = "\n".join(_plain_text(file) for file in files)
+        text = "\n".join(_unpacked(file) for file in files)
     else:
         hub = Hub("Salesforce/wikitext", "wikitext-2-v1", ("validation", "test"))
         text = "".join(from_hub(hub, ["text"], _missing(files[0]))["text"])
@@ -110,7 +110,7 @@ def articles() -> tuple[Document, ...]:
     return _documents("wikitext2", enumerate(text[start:end].strip() for start, end in cut))
 
 
-def _plain_text(file: Path) -> str:
+def _unpacked(file: Path) -> str:
     with readable(file):
         return lzma.decompress(file.read_bytes()).decode()
 
@@ -132,15 +132,10 @@ def modules() -> tuple[Document, ...]:
 def _own_library(path: Path) -> list[str]:
     """The file's texts, from the standard library of the Python that runs."""
     library = Path(sysconfig.get_path("stdlib"))
-    found = {file.relative_to(library).as_posix(): file for file in library.glob("*.py")}
-    found |= {
-        file.relative_to(library).as_posix(): file
-        for file in library.glob("*/*.py")
-        if file.parent.name not in _NO_LIBRARY and file.parent.name.isidentifier()
-    }
-    texts = [
-        found[name].read_text(errors="replace") for name in sorted(found) if not name.startswith("_sysconfigdata")
-    ]
+    folders = (own for own in library.glob("*") if own.name.isidentifier() and own.name not in _NO_LIBRARY)
+    files = [file for folder in (library, *folders) for file in folder.glob("*.py")]
+    files = [file for file in files if not file.name.startswith("_sysconfigdata")]
+    texts = [file.read_text(errors="replace") for file in sorted(files, key=Path.as_posix)]
     if not texts:
         raise DataError(f"{_missing(path)}; this Python has no sources of its library at {library}")
     return [text for text in texts if 2000 <= len(text) <= 60_000]
