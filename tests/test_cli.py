@@ -671,6 +671,31 @@ def test_a_setting_that_nothing_reads_is_told(setting, says):
     assert re.search(rf"warning: --\S+ changes nothing: {says}", shown.stderr)
 
 
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("--method.alone.mode=paper", r"mode is read with scheme = 'weights' or 'validation' or 'predictions'"),
+        ("--method.alone.top_k=3", "top_k is read with scheme = .*'uniform' or 'oracle', and scheme is 'none'"),
+        ("--method.alone.top=3", "top is read with scheme = 'predictions'"),
+        ("--weighting.rule=uniform", "here every client's trust decides how much another counts"),
+    ],
+)
+def test_what_trust_does_not_read_is_told(setting, says):
+    shown = umbel("compare", "trust", "--methods", "alone", "--seeds=0", setting, *QUICK)
+    assert re.search(rf"warning: --\S+ changes nothing: {says}", shown.stderr)
+    heard = umbel(
+        "compare",
+        "trust",
+        "--methods",
+        "trust-weights",
+        "--seeds=0",
+        "--method.alone.top_k=3",
+        *QUICK,
+        "--out=heard",
+    )
+    assert "changes nothing" not in heard.stderr
+
+
 def test_settings_that_are_read_are_told_nothing_about():
     given = ("--method.floral.router.lr=0.2", "--local.momentum=0.5", "--weighting.rule=rea", "--weighting.eta=2")
     both = ("compare", "digits", "--methods", "floral,floral-paper", "--seeds=0", *QUICK)

@@ -130,12 +130,18 @@ def test_without_files_the_hub_is_asked(name, hub, columns, shape, tmp_path, mon
         assert images.y.tolist() == list(range(len(x[split])))
 
 
-def test_a_hub_that_cannot_be_reached_is_told(tmp_path, monkeypatch):
+class DatasetsError(Exception):
+    """As `datasets` has it, which is no ValueError."""
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no route to host"), DatasetsError("no route to host")])
+def test_a_hub_that_cannot_be_reached_is_told(error, tmp_path, monkeypatch):
     def load_dataset(asked, config, split):
-        raise ConnectionError("no route to host")
+        raise error
 
     monkeypatch.setenv("UMBEL_DATA", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    known = SimpleNamespace(load_dataset=load_dataset, exceptions=SimpleNamespace(DatasetsError=DatasetsError))
+    monkeypatch.setitem(sys.modules, "datasets", known)
     with pytest.raises(DataError, match=r"UMBEL_DATA.*no route to host"):
         corpora.mnist()
 

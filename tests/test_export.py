@@ -29,11 +29,12 @@ from umbel.exporting import FILES, IN_MEMORY, _public_name, export, truncated
 from umbel.methods import METHODS, KNNPer
 from umbel.model.copies import copied
 from umbel.model.loss import Loss
-from umbel.model.pretrained import of_transformers
+from umbel.model.pretrained import Pixels, of_transformers
 from umbel.model.stacked import stackable
 from umbel.seeds import seeded
 from umbel.serving import models_of, personal_logits
 from umbel.tasks import TASKS
+from umbel.tasks.cifar_vit import Enlarging
 
 transformers.logging.set_verbosity_error()
 pytestmark = [
@@ -274,6 +275,29 @@ def test_the_card_says_how_a_head_on_pairs_is_used(tmp_path):
         assert_close(known["logits"], result.personal_model(1)(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("seen", [(8, 8), (4, 4)])
+def test_the_card_says_what_becomes_of_images(seen, tmp_path):
+    made, kind = model_of("vit")
+    own = of_transformers(made, kind) if seen == (4, 4) else Enlarging(of_transformers(made, kind).model, kind)
+    small = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    own.pixels = Pixels((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), (4, 4), (8, 8))
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in own.pixels[:2])
+    x = (small - mean) / deviation
+    if seen == (4, 4):  # as a base that takes them as they are
+        own.pixels = own.pixels._replace(given=(8, 8))
+        small = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        x = (small - mean) / deviation
+    result = run(task_of(own, [(x, torch.arange(6) % 3)] * 2), floral({"target_modules": ".*q.*"}), rounds=2)
+    list(export(result, [tmp_path / "own"], [1]))
+    card = (tmp_path / "own" / "README.md").read_text()
+    assert ("enlarged to 8 × 8" in card) == (seen == (8, 8))
+    code = "\n".join(line.strip() for line in card.splitlines() if line.startswith("    "))
+    known = {"base_model": model_of("vit")[0].eval(), "folder": tmp_path / "own", "images": small, "torch": torch}
+    with torch.no_grad():
+        exec(code, known)
+        assert_close(known["logits"], result.personal_model(1)(x), rtol=1e-5, atol=1e-5)
+
+
 def test_the_card_says_which_outputs_are_to_be_compared(tmp_path):
     made, kind = model_of("bert")
     x = inputs(kind, 8)
@@ -497,6 +521,11 @@ def test_clients_and_ranks_that_are_not_there_are_refused(tmp_path):
         export(result, [tmp_path / "a"], [3])
     with pytest.raises(RecipeError, match="rank = -1"):
         export(result, [tmp_path / "a"], [0], rank=-1)
+    with pytest.raises(RunFolderError, match="1 models want as many folders, got 2"):
+        export(result, [tmp_path / "a", tmp_path / "b"], [0])
+    with pytest.raises(RunFolderError, match="a is named twice"):
+        export(result, [tmp_path / "a", tmp_path / "a"], [0, 1])
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_module_of_ones_own_is_exported(tmp_path):
@@ -642,6 +671,57 @@ def test_folders_that_do_not_fit_name_the_layer(theirs, ours, said, tmp_path):
     plan = AdapterPlan(peft=LORA | ours, seeds=(str(tmp_path / "first"),))
     with pytest.raises(RecipeError, match=said):
         plan.bank(task("bert").model)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"rank_pattern": {"(": 3}}, r"query: adapter_config\.json has a rank_pattern that is none"),
+        ({"alpha_pattern": [3]}, r"query: adapter_config\.json has alpha_pattern = \[3\], and a table is wanted"),
+    ],
+)
+def test_folders_with_patterns_that_are_none_are_refused(told, said, tmp_path):
+    saved(tmp_path / "first", {"target_modules": ["query"]})
+    file = tmp_path / "first" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    with pytest.raises(RecipeError, match=said):
+        AdapterPlan(peft=LORA | {"target_modules": ["query"]}, seeds=(str(tmp_path / "first"),)).bank(
+            task("bert").model
+        )
+
+
+def test_a_folder_made_for_another_base_is_told(tmp_path, caplog):
+    saved(tmp_path / "first", {"target_modules": ["query"]})
+    file = tmp_path / "first" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "org/tiny"}))
+    made, kind = model_of("bert")
+    plan = AdapterPlan(peft=LORA | {"target_modules": ["query"]}, seeds=(str(tmp_path / "first"),))
+    plan.bank(of_transformers(made, kind, "somewhere/tiny"))
+    assert not caplog.records
+    plan.bank(of_transformers(made, kind, "org/other"))
+    assert "first is an adapter of org/tiny, and this base is org/other" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"target_modules": ["query", "q_porj"]},
+            r"target_modules: q_porj is the name of no layer; .*query, .*value",
+        ),
+        ({"target_modules": ["q_porj"]}, r"layers of Bert\w+ are called .*query, .*value"),
+        ({"target_modules": ".*q_porj"}, r"layers of Bert\w+ are called .*query, .*value"),
+        ({"target_modules": ["query"], "exclude_modules": ["keys"]}, r"exclude_modules: keys is the name of no"),
+        (
+            {"target_modules": ["query"], "rank_pattern": {"quary": 3}},
+            r"rank_pattern: quary matches no .*encoder.*query",
+        ),
+        ({"target_modules": ["query"], "alpha_pattern": {"key": 3}}, r"alpha_pattern: key matches no adapted"),
+    ],
+)
+def test_names_of_no_layer_are_refused(settings, said):
+    with pytest.raises(ModelError, match=said):
+        AdapterPlan(peft=LORA | settings).bank(task("bert").model)
 
 
 def test_other_bases_folders_no_folders_and_too_many_are_refused(tmp_path):

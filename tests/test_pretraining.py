@@ -227,6 +227,13 @@ def test_the_command_writes_to_the_users_cache_and_tells_where(small, tmp_path, 
     assert "step 2 of 2" in told.err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told_before_any_work(tmp_path, capsys):
+    assert main(["vit", "--steps", "2", "--device", "cuda", "--out", str(tmp_path / "out")]) == 1
+    assert "--device cuda, but PyTorch sees no CUDA device here" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("UMBEL_DATA", str(tmp_path))
     assert main(["gpt2", "--steps", "2", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 1

@@ -61,7 +61,7 @@ INSIDE = {
     "privacy": "settings \n accounting clipping",
     "cli": "said \n options watch show settings \n jobs onboarding exporting deploying unread \n comparing \n"
     "tuning \n app",
-    "adapters": "places bank \n lora_layers lora_folders precondition \n mixture plan \n products \n averaging",
+    "adapters": "places bank \n lora_layers precondition \n lora_folders \n mixture plan \n products \n averaging",
     "methods": "protocol server gate \n routing lora settling \n similarity trusting \n"
     "fedavg local floral ensemble fedit feddpa fl_tac threshold_clustering trust \n"
     "ffa_lora fedsa_lora flexlora fedem ifca fedprox finetune apfl partial local_adapter knnper \n"

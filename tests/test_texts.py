@@ -1009,6 +1009,7 @@ def test_images_are_scaled_and_enlarged_as_the_base_wants(tiny_data, tmp_path):
     assert task.model(task.train.x[:2]).shape == (2, 10)
     trained = [name for name, leaf in task.model.named_parameters() if leaf.requires_grad]
     assert trained == ["model.classifier.weight", "model.classifier.bias"]
+    assert task.model.pixels == ((0.5,) * 3, (0.5,) * 3, (32, 32), (48, 48))
 
 
 # The hub.
@@ -1163,6 +1164,11 @@ def test_the_true_test_parts_share_nothing_with_training(seed, real_data):
         seen, asked = ({plainly(p) for own in of.values() for p, _ in own} for of in flan_feddpa.by_task(part))
         assert min(len(seen), len(asked)) > 1000
         assert seen.isdisjoint(asked)
+        known, told = (
+            {line for prompt in prompts for line in prompt.splitlines() if len(line) > 200}
+            for prompts in ([p for own in of.values() for p, _ in own] for of in flan_feddpa.by_task(part))
+        )
+        assert known.isdisjoint(told)
 
 
 @pytest.mark.parametrize(
@@ -1222,5 +1228,39 @@ def test_a_base_whose_weights_are_not_whole_is_refused(tmp_path):
         ModelError, match=r"bert.pooler.dense.bias, .*frozen random numbers; take pooling = 'mean'"
     ):
         load_pretrained(str(tmp_path / "no pooler"), "text", num_labels=2)
-    with pytest.raises(ModelError, match=r"bert.encoder.*intermediate.*; name a base whose weights are whole"):
-        load_pretrained(str(tmp_path / "wider"), "text", num_labels=2)
+    for labels in (2, 0):
+        with pytest.raises(ModelError, match=r"bert.encoder.*intermediate.*; name a base whose weights are whole"):
+            load_pretrained(str(tmp_path / "wider"), "text", num_labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", b"no tensors at all"),
+        ("model.safetensors", b""),
+        ("config.json", b'{"model_type": "gpt2", "n_embd": "eight"}'),
+        ("config.json", b"[]"),
+        ("config.json", b"{"),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b'{"version": 3, "model": []}'),
+    ],
+)
+def test_a_damaged_base_is_told_by_its_folder(file, content, small, tmp_path):
+    base = small_texts.write_base(tmp_path / "base")
+    (tmp_path / "base" / file).write_bytes(content)
+    with pytest.raises(DataError, match=r"task\.base = .*base.*: there is no .* in .*base"):
+        CodeVsProse(**SMALL | {"base": base}).load(0)
+
+
+def test_a_text_longer_than_the_base_reads_is_told(small):
+    with pytest.raises(DataError, match=r"cannot read a text of 300 tokens .*made for 256: lower task\.length"):
+        CodeVsProse(**SMALL | {"length": 300, "tokens_per_client": 0, "public_windows": 0}).load(0)
+
+
+def test_ids_of_another_bases_tokenizer_are_told(small, tmp_path):
+    base = small_texts.write_base(tmp_path / "base")
+    fewer = load_pretrained(base, "causal_lm").model
+    fewer.resize_token_embeddings(90)
+    fewer.save_pretrained(base)
+    with pytest.raises(DataError, match=r"base has embeddings of 90 tokens, and a text has the id \d+"):
+        CodeVsProse(**SMALL | {"base": base}).load(0)

@@ -217,6 +217,31 @@ def test_what_all_have_begun_with_makes_nobody_alike():
     assert_close(torch.from_numpy(inner_products(bank, begun, one, {}, "unit_product")), unit @ unit.T)
 
 
+def test_small_updates_of_a_large_seed_are_told_apart():
+    bank, drawn_factors = drawn(net(), AdapterPlan(2, ("linear",)), 6)
+    start = {name: leaf[:1] for name, leaf in drawn_factors.items()}
+    adapters = {name: start[name] + 1e-4 * leaf for name, leaf in drawn_factors.items()}
+    dense = []
+    for part in bank.low_rank:
+        made = adapters[part.b_name].double() @ adapters[part.a_name].double()
+        dense.append((made - start[part.b_name].double() @ start[part.a_name].double()).flatten(1))
+    unit = nn.functional.normalize(torch.cat(dense, 1))
+    assert_close(product_cosines(bank, adapters, start), unit @ unit.T, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("scheme", "rounds", "told"), [("uniform", 3, 1), ("uniform", 4, 0), ("none", 3, 0)])
+def test_a_run_that_ends_before_the_first_mixing_is_told(scheme, rounds, told, caplog):
+    Trust(PLAN, STEPS, scheme, begin=4).init(net(), Population(3, 0, num_rounds=rounds))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == told
+    assert all("rounds = 3 and the first mixing is after round 4" in one for one in said)
+
+
+def test_a_threshold_that_is_no_number_is_refused():
+    with pytest.raises(RecipeError, match="threshold = nan"):
+        Trust(PLAN, STEPS, threshold=float("nan"))
+
+
 @pytest.mark.parametrize("numbers", [1, 2**25])
 def test_divergences_are_those_of_a_loop(numbers, monkeypatch):
     monkeypatch.setattr(similarity, "NUMBERS", numbers)

@@ -31,7 +31,7 @@ from umbel.folder import save_tensors, write, write_json
 from umbel.methods import METHODS
 from umbel.methods.gate import Gated
 from umbel.model.dropout import KEY
-from umbel.model.pretrained import Pooling
+from umbel.model.pretrained import Pixels, Pooling
 from umbel.recipe import name_of
 from umbel.runs import Result
 from umbel.tasks.bases import place_of
@@ -80,6 +80,19 @@ _TASKS_OWN = """\
 Its outputs are the labels of several tasks, {each} in a row for each, and were trained to tell those of one task
 apart: compare an input's outputs for its own task with each other, and with no others.
 """
+_OF_IMAGES = """\
+
+It was trained on images of {given[0]} × {given[1]} pixels{enlarged}.
+With `images` (N, {channels}, {given[0]}, {given[1]}) in [0, 1]:
+
+    mean, deviation = torch.tensor({mean}), torch.tensor({deviation})
+    x = (images - mean[:, None, None]) / deviation[:, None, None]
+{enlarge}\
+    logits = model(pixel_values=x).logits
+"""
+_ENLARGE = """\
+    x = torch.nn.functional.interpolate(x, size={seen}, mode="bilinear")
+"""
 _CLASSIFIERS = ("classifier", "score")  # that PEFT looks for in a SEQ_CLS model
 
 
@@ -114,6 +127,7 @@ class _Base:
     task_type: str | None
     pooling: Pooling  # what the head of a text sees
     head: str  # the name of one that sees means; empty for others
+    pixels: Pixels | None  # what became of images before
 
 
 @dataclass(frozen=True)
@@ -167,6 +181,7 @@ def export_each(
     """
     base = _base(result)
     _check_numbers(result, clients, rank)
+    _check_folders(folders, len(clients) if adapter is None else 1)
     for folder in folders:
         _check_place(folder, overwrite)
     models = _clients(result, clients) if adapter is None else iter([_adapter(result, adapter)])
@@ -180,6 +195,15 @@ def export_each(
             yield Exported(folder, max(ranks), files.full_rank, files.errors, base.name)
 
     return written()
+
+
+def _check_folders(folders: Sequence[Path], wanted: int) -> None:
+    """Raises RunFolderError unless there are as many folders as models, each another one."""
+    if len(folders) != wanted:
+        raise RunFolderError(f"{wanted} models want as many folders, got {len(folders)}")
+    twice = [folder for folder, count in Counter(folder.absolute() for folder in folders).items() if count > 1]
+    if twice:
+        raise RunFolderError(f"{twice[0]} is named twice, and a folder has one model; name another")
 
 
 def _check_place(folder: Path, overwrite: bool) -> None:
@@ -237,7 +261,8 @@ def _base(result: Result) -> _Base:
     task_type = _TASK_TYPES.get(str(getattr(module, "kind", "")))
     pooling: Pooling = getattr(module, "pooling", "own")
     head = str(getattr(module, "head", ""))
-    return _Base(prefix, inner, layers, paths, name, task_type, pooling, head)
+    pixels: Pixels | None = getattr(module, "pixels", None)
+    return _Base(prefix, inner, layers, paths, name, task_type, pooling, head, pixels)
 
 
 def _public_name(base: str) -> str | None:
@@ -455,7 +480,18 @@ def _card(name: str, result: Result, base: _Base, files: _Files, identity: str) 
     before, after = {"own": ("", ""), "mean": ("", _POOLED), "pairs": (_WIDENED, _OF_PAIRS)}[base.pooling]
     if not base.name:
         lines.append(_NAMELESS)
-    return "\n".join(lines) + "\n" + (before + _LOADED + after).format(head=base.head)
+    of_images = "" if base.pixels is None else _of_images(base.pixels)
+    return "\n".join(lines) + "\n" + (before + _LOADED + after).format(head=base.head) + of_images
+
+
+def _of_images(pixels: Pixels) -> str:
+    enlarged = pixels.seen != pixels.given
+    return _OF_IMAGES.format(
+        **pixels._asdict(),
+        channels=len(pixels.mean),
+        enlarged=f", enlarged to {pixels.seen[0]} × {pixels.seen[1]}" if enlarged else "",
+        enlarge=_ENLARGE.format(seen=pixels.seen) if enlarged else "",
+    )
 
 
 def _place(folder: Path, files: _Files, card: str, overwrite: bool) -> None:

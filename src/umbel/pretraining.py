@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = told.out or models_folder() / name
     size = VIT if told.kind == "vit" else SIZES[told.size]
     batch = told.batch or (256 if told.kind == "vit" else 64)
+    if told.device == "cuda" and not torch.cuda.is_available():
+        sys.stderr.write("--device cuda, but PyTorch sees no CUDA device here; leave it out, or say cpu\n")
+        return 1
     device = torch.device(told.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         state = pretrain(

@@ -68,7 +68,8 @@ def personal_logits(models: Models | Result, x: Tensor, clients: Tensor) -> Tens
         clients: (B,) whole numbers, whose row each is.
 
     Raises:
-        DataError: a row's client has no model here, or there are not as many clients as rows.
+        DataError: a row's client has no model here, there are not as many clients as rows, or texts have ids or a
+            length that the base does not know.
     """
     if len(clients) != len(x) or clients.dim() != 1:
         raise DataError(f"{len(x)} rows want as many clients, got {tuple(clients.shape)}")
@@ -89,8 +90,11 @@ def personal_logits(models: Models | Result, x: Tensor, clients: Tensor) -> Tens
     column = torch.arange(len(x), device=x.device) - first[owner[order]]  # of each sorted row, among its client's
     grid = order[first].unsqueeze(1).repeat(1, int(counts.max()))  # (K, M) rows; a client's first one is padding
     grid[owner[order], column] = order
-    with torch.no_grad():
-        answers = _answers(models.loss, params, x[grid])
+    try:
+        with torch.no_grad():
+            answers = _answers(models.loss, params, x[grid])
+    except IndexError as error:
+        raise DataError(f"x: the base has no embedding for a token id, or for so long a text ({error})") from error
     logits = answers.new_empty(len(x), *answers.shape[2:])
     logits[order] = answers[owner[order], column]
     return logits

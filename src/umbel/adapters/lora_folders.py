@@ -4,6 +4,7 @@ A folder's layer multiplies B·A by its own α / r (α / √r with use_rslora), 
 equal, B is taken times (α / r) / s.
 """
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -14,23 +15,30 @@ from typing import Any
 from torch import Tensor
 
 from umbel.adapters.bank import LowRank
+from umbel.adapters.lora_layers import is_of_pattern
 from umbel.errors import RecipeError
 from umbel.tree import Params
 from umbel.untrusted import table_of, tensors_of
 
+LOG = logging.getLogger(__name__)
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<path>.+)\.(?P<which>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)")
 
 
-def seed_of(parts: Sequence[LowRank], folder: str) -> Params:
+def seed_of(parts: Sequence[LowRank], folder: str, base: str = "") -> Params:
     """A folder's factors by these parts' names: A (r', in, *kernel) and B (out, r', *ones), r' at most the part's.
 
     Between the bank's layers they make the very products that they make in the folder's. Heads in it are not read.
+    A folder that says it was made for another base than the one of that name is taken, with a warning: whether the
+    one was made of the other, nobody can tell from here.
 
     Raises:
         RecipeError: the folder is none of PEFT's LoRA, or does not fit; the layer is named.
     """
     config, layers = _read(Path(folder).expanduser())
+    own = str(config.get("base_model_name_or_path") or "")
+    if own and base and Path(own).name.casefold() != Path(base).name.casefold():
+        LOG.warning("adapter.seeds: %s is an adapter of %s, and this base is %s", folder, own, base)
     prefix = _check_layers(parts, folder, layers)
     factors: Params = {}
     for part in parts:
@@ -112,14 +120,25 @@ def _scaling(config: dict[str, Any], path: str, rank: int, where: str) -> float:
     for setting in ("use_dora", "lora_bias", "alora_invocation_tokens", "kasa_config", "monteclora_config"):
         if config.get(setting):
             raise RecipeError(f"{where}: {setting} makes it more than two factors; it cannot seed a bank")
-    patterns = {key: config.get(f"{key}_pattern") or {} for key in ("rank", "alpha")}
-
-    def own(key: str, common: Any) -> Any:
-        return next((v for k, v in patterns[key].items() if re.match(rf"(.*\.)?({k})$", path)), common)
-
-    said, alpha = own("rank", config.get("r")), own("alpha", config.get("lora_alpha"))
+    said = _own(config, "rank_pattern", path, config.get("r"), where)
+    alpha = _own(config, "alpha_pattern", path, config.get("lora_alpha"), where)
     if said != rank or not isinstance(alpha, int | float):
         raise RecipeError(
             f"{where}: adapter_config.json says rank {said} and alpha {alpha}, but A has {rank} rows"
         )
     return float(alpha / (sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _own(config: dict[str, Any], key: str, path: str, common: Any, where: str) -> Any:
+    """What the pattern of that key says of the layer, as PEFT reads it; `common` if it says nothing.
+
+    Raises:
+        RecipeError: it is no table, or one of its keys is no pattern.
+    """
+    patterns = config.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise RecipeError(f"{where}: adapter_config.json has {key} = {patterns!r}, and a table is wanted")
+    try:
+        return next((value for name, value in patterns.items() if is_of_pattern(name, path)), common)
+    except re.error as error:
+        raise RecipeError(f"{where}: adapter_config.json has a {key} that is none: {error}") from None

@@ -7,7 +7,7 @@ put a LoRA on will do, quantised ones too, for the base itself is not touched.
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any
@@ -171,10 +171,12 @@ def with_lora(module: nn.Module, table: Mapping[str, Any]) -> nn.Module:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # which PEFT then does
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # paths tie nothing
+            warnings.filterwarnings("ignore", "You have passed exclude_modules|The following .*_pattern keys")
             warnings.filterwarnings("ignore", "LoRA adapter added to ConvNd layer with groups")  # refused below
             inject_adapter_in_model(config, inner, NAME)
     except (ValueError, TypeError, re.error) as error:
-        raise ModelError(f"adapter.peft: {error}") from None
+        raise ModelError(f"adapter.peft: {error}; {_known(inner_of(module)[1])}") from None
+    _check_names(inner_of(module)[1], lora_layers(inner), config)
     for path, layer in lora_layers(inner).items():
         if path in trained:
             raise ModelError(
@@ -193,6 +195,40 @@ def with_lora(module: nn.Module, table: Mapping[str, Any]) -> nn.Module:
     for name, leaf in inner.named_parameters():  # PEFT has frozen the head too
         leaf.requires_grad_(requires.get(name, "lora_" in name))
     return adapted
+
+
+def is_of_pattern(pattern: str, path: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern speaks of the layer, as PEFT reads it."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def _check_names(before: nn.Module, layers: Iterable[str], config: Any) -> None:
+    """Raises ModelError if a name or pattern in the settings matches nothing, over which PEFT says nothing."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key):
+            if not any(is_of_pattern(pattern, path) for path in layers):
+                raise ModelError(
+                    f"adapter.peft.{key}: {pattern} matches no adapted layer; there are {_listed(layers)}"
+                )
+    paths = [path for path, _ in before.named_modules()]
+    for key in ("target_modules", "exclude_modules"):
+        names = getattr(config, key) or ()
+        for name in () if isinstance(names, str) else sorted(names):
+            if not any(f".{path}".endswith(f".{name}") for path in paths):
+                raise ModelError(f"adapter.peft.{key}: {name} is the name of no layer; {_known(before)}")
+
+
+def _known(before: nn.Module) -> str:
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (nn.Linear, Conv1D, nn.Embedding, nn.modules.conv._ConvNd)
+    found = {path.rpartition(".")[2] for path, layer in before.named_modules() if isinstance(layer, kinds)}
+    return f"the layers of {type(before).__name__} are called {_listed(found - {''})}"
+
+
+def _listed(names: Iterable[str], most: int = 12) -> str:
+    known = sorted(names)
+    return ", ".join(known[:most]) + (f" and {len(known) - most} more" if len(known) > most else "") or "none"
 
 
 def _check_layer(path: str, layer: Any) -> None:

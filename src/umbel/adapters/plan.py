@@ -115,7 +115,7 @@ class AdapterPlan:
     def _of_peft(self, module: nn.Module) -> Bank:
         """The updates that PEFT would make. Raises RecipeError where a folder of `seeds` does not fit."""
         parts = parts_of(module, self.peft)
-        seeds = tuple(seed_of(parts, folder) for folder in self.seeds)
+        seeds = tuple(seed_of(parts, folder, getattr(module, "base", "")) for folder in self.seeds)
         return Bank(parts, (), gain=1.0, peft=self.peft, seeds=seeds)
 
     def _low_rank(

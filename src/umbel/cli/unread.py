@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from umbel.recipe import Recipe
 
 Values = tuple[str, ...]
+COMPARED: Values = ("weights", "validation", "predictions")
+WHOM = ("threshold", "top_k", "topology", "self_weight", "staleness", "begin", "every", "mix")
 ADAPTIVE: Values = ("adam", "yogi")
 # By class: another setting, and for each setting the values of that one with which it is read.
 READ_WITH: dict[str, list[tuple[str, dict[str, Values]]]] = {
@@ -23,6 +25,15 @@ READ_WITH: dict[str, list[tuple[str, dict[str, Values]]]] = {
     "LocalTraining": [
         ("optimizer", dict.fromkeys(("beta1", "beta2", "eps"), ("adamw",))),
         ("decay", {"final": ("cosine",)}),
+    ],
+    "Trust": [
+        ("scheme", dict.fromkeys(("temperature", "mode"), COMPARED)),
+        ("scheme", {"top": ("predictions",)}),
+        ("scheme", dict.fromkeys(WHOM, (*COMPARED, "uniform", "oracle"))),
+    ],
+    "FedDPA": [
+        ("variant", {"local_weight": ("T",)}),
+        ("gate", dict.fromkeys(("samples", "published_gate"), ("instance",))),
     ],
     "Weighting": [("rule", dict.fromkeys(("a", "b"), ("feddisco",))), ("rule", {"eta": ("rea",)})],
 }
@@ -56,6 +67,8 @@ def _of(key: str, recipe: "Recipe") -> tuple[bool, str]:
         path = path[2:]
     if path and hasattr(recipe.schedule, path[0]):
         own = recipe.schedule
+    if path[:1] == ["weighting"] and getattr(recipe.method, "mixes_clients", False):
+        return True, "here every client's trust decides how much another counts"
     for part in path:
         own = getattr(own, part, None)
     if not hasattr(own, last):

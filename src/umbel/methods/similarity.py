@@ -39,10 +39,10 @@ def product_cosines(bank: Bank, adapters: Params, start: Params | None = None) -
 
     ⟨B_i A_i, B_j A_j⟩ = Σ over r × r entries of (A_i A_jᵀ) ∘ (B_iᵀ B_j), so no product is formed: O(r d) a pair.
     An update of zero is like nothing, itself included. With a `start` (1, …), which all have in common, an update
-    is what has been added to its product.
+    is what has been added to its product; then all is in float64, for a small difference of large numbers is left.
     """
     if start is not None:
-        adapters = {name: torch.cat([start[name].to(leaf), leaf]) for name, leaf in adapters.items()}
+        adapters = {name: torch.cat([start[name].to(leaf), leaf]).double() for name, leaf in adapters.items()}
     num_clients = len(next(iter(adapters.values())))
     gram = next(iter(adapters.values())).new_zeros(num_clients, num_clients)
     for part in bank.low_rank:

@@ -13,6 +13,7 @@ https://arxiv.org/abs/2404.09753
 training, and mixes for itself when it next comes, or is served. Departures: docs/methods.md.
 """
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -37,6 +38,7 @@ from umbel.seeds import generator
 from umbel.train import MOMENTS, Groups, LocalTraining, local_train, no_moments
 from umbel.tree import Params, state
 
+LOG = logging.getLogger(__name__)
 ALIKE = 0.1  # nats, the least T of divergences: models that are hardly this far apart differ by chance
 TRAINED = ("base", "adapter", "head")  # the first two are φ, with "stats", BatchNorm's running statistics
 
@@ -143,7 +145,7 @@ class Trust:
 
     def __post_init__(self) -> None:
         check_ranges(self, temperature="[0, inf]", self_weight="[0, 1]", trust_fraction="[0, 1)")
-        check_ranges(self, top_k="[0, inf)", staleness="[0, inf)", top="[0, inf)")
+        check_ranges(self, threshold="[-inf, inf]", top_k="[0, inf)", staleness="[0, inf)", top="[0, inf)")
         check_ranges(self, begin="[1, inf)", every="[1, inf)")
         if self.mode == "paper" and (self.temperature or self.top != Trust.top):
             raise RecipeError(
@@ -175,6 +177,13 @@ class Trust:
 
     def init(self, module: nn.Module, population: Population) -> tuple[Shared, Private]:
         num_clients, bank = population.num_clients, self.bank(module)
+        if self.scheme != "none" and population.num_rounds < self.begin:
+            LOG.warning(
+                "trust: nothing is ever mixed, for there are rounds = %s and the first mixing is after round %s; "
+                "raise rounds, or lower begin",
+                population.num_rounds,
+                self.begin,
+            )
         linked = trusting.linked_of(self.scheme, self.topology, population)
         public, predictions = None, {}
         if self.scheme == "predictions":

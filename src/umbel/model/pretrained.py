@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from umbel.errors import ModelError
+from umbel.errors import DataError, ModelError
 from umbel.tree import HALF
 
 PIECE_PRODUCTS = 5e8  # multiplications that a pass through the model has to save if it is one more, on a CPU
@@ -40,6 +40,15 @@ class Piece(NamedTuple):
     x: Tensor  # (k, b, T') these, without places where all of them are padding
 
 
+class Pixels(NamedTuple):
+    """What a task does with images, whose pixels are in [0, 1], before the model sees them."""
+
+    mean: tuple[float, ...]  # of each channel, which is taken away
+    deviation: tuple[float, ...]  # and by which is divided
+    given: tuple[int, int]  # height and width
+    seen: tuple[int, int]  # what they are enlarged to
+
+
 class Pretrained(nn.Module):
     """A transformers model that answers one tensor with logits.
 
@@ -53,6 +62,7 @@ class Pretrained(nn.Module):
         num_products: multiplications for a token, about.
         separator: the id that ends the first text of a pair, for a base with token_type_ids, and where the texts
             of a pair are read apart; −1 for others.
+        pixels: what becomes of images before; None where nothing is known of it.
     """
 
     rows_apart = True  # model/stacked.py
@@ -70,6 +80,27 @@ class Pretrained(nn.Module):
             raise ModelError(f"{base or type(model).__name__}: its config has no pad_token_id; give it one first")
         self.pad_id = -1 if pad is None else int(pad)
         self.separator = -1
+        self.pixels: Pixels | None = None
+
+    def check_ids(self, x: Tensor) -> None:
+        """Raises DataError if a token id of texts x (N, T) has no embedding here, or the longest text no place."""
+        base: Any = self.model
+        name, words = self.base or type(base).__name__, base.get_input_embeddings().weight.shape[0]
+        if int(x.max()) >= words or int(x.min()) < 0:
+            raise DataError(
+                f"{name} has embeddings of {words:,} tokens, and a text has the id {int(x.max())}: they are of "
+                f"another tokenizer; take the one that belongs to the base"
+            )
+        longest = x[(x != self.pad_id).sum(1).argmax()].unsqueeze(0)
+        try:
+            with torch.no_grad():
+                self(longest)
+        except (IndexError, RuntimeError) as error:
+            most = getattr(base.config, "max_position_embeddings", None)
+            raise DataError(
+                f"{name} cannot read a text of {x.shape[1]} tokens ({error}); it has been made for "
+                f"{most or 'fewer'}: lower task.length"
+            ) from error
 
     def separate(self, separator: int) -> None:
         """From now on what follows this id is a second text, if that makes a difference.

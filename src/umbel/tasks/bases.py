@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from umbel.errors import DataError, ModelError
 from umbel.model.pretrained import Kind, Pooling, Pretrained, heads_of, of_transformers
@@ -68,6 +69,7 @@ def load_pretrained(
     }
     # Weights as safetensors only: any other file of weights is a pickle.
     settings: dict[str, Any] = {"dtype": getattr(torch, precision), "use_safetensors": True, **NO_CODE}
+    settings["ignore_mismatched_sizes"] = True  # a head's are drawn; of others `_check_whole` tells
     try:
         config = transformers.AutoConfig.from_pretrained(place_of(base), **NO_CODE)
         for name in _NO_DROPOUT:
@@ -75,7 +77,6 @@ def load_pretrained(
                 setattr(config, name, 0.0)
         if num_labels:
             config.num_labels = num_labels
-            settings["ignore_mismatched_sizes"] = True
         if kind == "text" and config.pad_token_id is None:
             config.pad_token_id = _padding(config.eos_token_id, base)
         if bits:
@@ -84,7 +85,7 @@ def load_pretrained(
             model, read = autos[kind].from_pretrained(
                 place_of(base), config=config, output_loading_info=True, **settings
             )
-    except (OSError, ValueError) as error:
+    except unreadable() as error:
         raise not_there(base, f"{kind} model", error) from None
     _check_whole(base, kind, model, read, pooling)
     return of_transformers(model, kind, base, pooling)
@@ -129,6 +130,14 @@ def place_of(base: str) -> str:
         if (folder / "config.json").is_file():
             return str(folder)
     return base
+
+
+def unreadable() -> tuple[type[Exception], ...]:
+    """What transformers raises over files that are missing, damaged, or of something else."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    told = OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError
+    return (*told, SafetensorError, StrictDataclassError)
 
 
 def not_there(base: str, what: str, error: Exception) -> DataError:

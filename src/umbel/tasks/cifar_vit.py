@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from umbel.clients import Examples
 from umbel.errors import RecipeError
-from umbel.model.pretrained import Pretrained
+from umbel.model.pretrained import Pixels, Pretrained
 from umbel.ranges import check_ranges
 from umbel.seeds import generator
 from umbel.tasks.bases import Precision, load_pretrained, place_of
@@ -27,6 +27,8 @@ from umbel.tasks.corpora import Images, cifar10, cifar100
 from umbel.tasks.partition import deal
 from umbel.tasks.slots import Holders, Labelled, Slots
 from umbel.tasks.task import Task
+
+SIZE = 32, 32
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class CIFARViT:
 
     def load(self, seed: int) -> Task:
         num_labels = 110 if self.variant == "tasks" else 10
-        model = enlarging(load_pretrained(self.base, "image", num_labels, seed, self.precision))
+        constants = _constants(self.base)
+        model = for_cifar(load_pretrained(self.base, "image", num_labels, seed, self.precision), *constants)
         ten = cifar10()
         trained = self._some(divided(ten.train)[1], seed, "cifar10")
         if self.variant == "classes":
@@ -63,7 +66,7 @@ class CIFARViT:
             hundred = cifar100()
             train = _joined(trained, self._some(hundred.train, seed, "cifar100"))
             slots = self._holders.of(train, _joined(ten.test, hundred.test), seed)
-        constants, dtype = _constants(self.base), next(model.parameters()).dtype
+        dtype = next(model.parameters()).dtype
         shown = [replace(own, x=_scaled(own.x, *constants).to(dtype)) for own in (slots.train, slots.test)]
         owner = slots.owner if self.variant == "tasks" else None
         name = f"cifar_vit/{self.variant}"
@@ -105,11 +108,14 @@ class Enlarging(Pretrained):
         return super().forward(functional.interpolate(x, size=_image_size(self), mode="bilinear"))
 
 
-def enlarging(model: Pretrained) -> Pretrained:
-    """The model for images of 32 × 32 pixels."""
-    if _image_size(model) in (32, [32, 32], (32, 32)):
-        return model
-    return Enlarging(model.model, model.kind, model.base)
+def for_cifar(model: Pretrained, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Pretrained:
+    """The model for images of 32 × 32 pixels, which the task scales by these constants of each channel."""
+    size = _image_size(model)
+    height, width = (size, size) if isinstance(size, int) else size
+    if (height, width) != SIZE:
+        model = Enlarging(model.model, model.kind, model.base)
+    model.pixels = Pixels(mean, deviation, SIZE, (height, width))
+    return model
 
 
 def _image_size(model: Pretrained) -> Any:

@@ -147,7 +147,7 @@ def hub_split(name: str, config: str | None, split: str, missing: DataError) -> 
         raise DataError(f"{missing}, or pip install umbel[hf] to get {name} from the Hugging Face hub") from None
     try:
         return datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{missing}; nor can {name} be had from the Hugging Face hub: {error}") from error
 
 

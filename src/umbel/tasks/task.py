@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from umbel.clients import Augment, Examples
 from umbel.errors import DataError
 from umbel.model.loss import IGNORED, LOSSES, LossName
+from umbel.model.pretrained import Pretrained
 from umbel.seeds import generator
 
 
@@ -50,6 +51,7 @@ class Task:
         if self.train.num_clients != tested:
             raise DataError(f"{self.train.num_clients} clients have training data, {tested} test data")
         self._check_types()
+        self._check_ids()
         if self.loss == "cross_entropy":
             self._check_labels()
 
@@ -67,6 +69,13 @@ class Task:
                 raise DataError(
                     f"{split}: labels are {examples.y.dtype}; cross_entropy needs torch.long, y.long()"
                 )
+
+    def _check_ids(self) -> None:
+        if not isinstance(self.model, Pretrained) or self.model.kind == "image":
+            return
+        parts = (self.train.x, self.test.x) if self.public is None else (self.train.x, self.test.x, self.public)
+        for x in parts:
+            self.model.check_ids(x)
 
     def _check_labels(self) -> None:
         num_labels = self._answers()

@@ -59,6 +59,7 @@ def vectors(
     missing = [text for text, key in keys.items() if key not in known]
     if missing:
         ids = tokenizer.padded(missing, [], length, model.pad_id)
+        model.check_ids(ids)
         fresh = torch.tensor([list(keys[text]) for text in missing], dtype=torch.uint8)
         made = {"keys": fresh, "vectors": _passed(model, ids)}
         kept = {name: torch.cat([kept[name], own]) for name, own in made.items()} if kept else made
