@@ -591,7 +591,7 @@ def opposite(num_clients=8):
     return Task("opposite", module, "mse", examples(12), examples(20), group)
 
 
-PRUNING = FLoRAL(4, AdapterPlan(1), EM, LocalTraining(lr=0.1, batch_size=6), prune_below=0.1)
+PRUNING = FLoRAL(4, AdapterPlan(1), EM, LocalTraining(lr=0.1, batch_size=6), prune_below=0.1, restart_below=0.0)
 STACKED = Engine(mode="stacked", chunk=3)
 
 
@@ -796,7 +796,7 @@ def test_adapters_of_a_pretrained_model_start_close_to_it():
         assert asked.b_std(shared.bank) == 0.6
 
 
-RESTARTING = FLoRAL(4, PLAN, EM, STEPS, init_std=0.1, restart_below=0.01)
+RESTARTING = FLoRAL(4, PLAN, EM, STEPS, init_std=0.1, restart_below=0.04)
 
 
 @pytest.mark.parametrize("averaging", ["factor", "delta"])
@@ -813,6 +813,26 @@ def test_a_dead_adapter_becomes_one_near_the_heaviest(averaging):
     assert after.routes.share[2] == 0.25
     assert after.routes.balance[2] == 0
     assert torch.equal(after.routes.share[[0, 1, 3]], plain.routes.share[[0, 1, 3]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "share", "restarted"),
+    [
+        ({}, 0.2, True),  # of an even share
+        ({}, 0.4, False),
+        ({"restart_below": 0.5}, 0.4, True),
+        ({"restart_below": 0.0}, 0.0, False),
+        ({"router": GRADIENT}, 0.0, False),
+        ({"router": Router(explore=0.0)}, 0.0, False),
+        ({"send_top": 4}, 0.0, False),
+    ],
+)
+def test_an_adapter_that_too_few_use_starts_anew(settings, share, restarted):
+    method = FLoRAL(4, PLAN, **{"router": EM, "local": STEPS} | settings)
+    shared, _, upload, _ = worked(method, 0)
+    routed = torch.tensor([[1.0, 1.0, share, 2.0 - share]]).repeat(4, 1)
+    after = method.server_update(shared, iter([replace(upload, route_examples=routed)]))
+    assert (abs(float(after.routes.share[2]) - 0.25) < 1e-6) == restarted
 
 
 def test_restarts_are_of_the_runs_seed():
@@ -957,12 +977,9 @@ def test_a_module_with_nothing_to_train_is_refused_by_methods_without_adapters()
         ({"prune_below": 1.0}, "prune_below"),
         ({"prune_below": -0.1}, "prune_below"),
         ({"restart_below": 1.0}, "restart_below"),
-        ({"restart_below": 0.25, "num_adapters": 4}, "even share"),
-        ({"restart_below": 0.1, "router": Router("oracle")}, "em router"),
         ({"prune_below": 0.1, "router": Router("oracle")}, "learned routes"),
         ({"prune_below": 0.1, "router": Router(explore=0.0)}, "explore above 0"),
         ({"prune_below": 0.1, "router": Router(explore=0.5)}, "below 0.5"),
-        ({"restart_below": 0.1, "router": Router(explore=0.0)}, "explore above 0"),
         ({"send_top": -1}, "send_top"),
         ({"explore_rank": 4, "ranks": (0.5,)}, "explore_rank"),
         ({"explore_rank": 4, "adapter": AdapterPlan(peft={"r": 2})}, "adapter.peft"),

@@ -129,11 +129,6 @@ def test_what_does_not_go_together_is_refused(method, plan, says):
         run(given(plain(), [8] * 8), method, schedule=Schedule(rounds=20, clients_per_round=6, **plan))
 
 
-def test_adapters_that_nobody_sends_yet_are_not_restarted():
-    with pytest.raises(RecipeError, match="send_top"):
-        FLoRAL(4, send_top=1, restart_below=0.05)
-
-
 def test_what_a_protected_round_costs_depends_on_no_draw():
     task = given(plain(), [40] * 4)
     found = []

@@ -1,6 +1,7 @@
 """Settings of the command line that nothing reads, because of what another setting is."""
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from umbel.cli.options import lineage
@@ -8,7 +9,7 @@ from umbel.cli.options import lineage
 if TYPE_CHECKING:
     from umbel.recipe import Recipe
 
-Values = tuple[str, ...]
+Values = tuple[Any, ...]
 COMPARED: Values = ("weights", "validation", "predictions")
 WHOM = ("threshold", "top_k", "topology", "self_weight", "staleness", "begin", "every", "mix")
 ADAPTIVE: Values = ("adam", "yogi")
@@ -18,6 +19,7 @@ READ_WITH: dict[str, list[tuple[str, dict[str, Values]]]] = {
         ("kind", dict.fromkeys(("temperature", "examples"), ("em",))),
         ("kind", dict.fromkeys(("lr", "noise", "noise_rounds"), ("gradient",))),
     ],
+    "FLoRAL": [("router.kind", {"restart_below": ("em",)}), ("send_top", {"restart_below": (0,)})],
     "ServerOptimizer": [
         ("kind", {"momentum": ("momentum",)}),
         ("kind", dict.fromkeys(("beta1", "beta2", "eps", "bias_correction"), ADAPTIVE)),
@@ -74,7 +76,7 @@ def _of(key: str, recipe: "Recipe") -> tuple[bool, str]:
     if not hasattr(own, last):
         return False, ""
     for switch, read in READ_WITH.get(type(own).__name__, ()):
-        value = getattr(own, switch)
+        value = attrgetter(switch)(own)
         if last in read and value not in read[last]:
             wanted = " or ".join(repr(one) for one in read[last])
             return True, f"{last} is read with {switch} = {wanted}, and {switch} is {value!r}"

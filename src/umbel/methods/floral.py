@@ -139,7 +139,7 @@ class FLoRAL:
     layer_routers: bool = False  # θ for every adapted layer; with router.kind = "gradient"
     send_top: int = 0  # how many adapters a client uploads, the heaviest; 0: all
     prune_below: float = 0.0  # once routes have settled, adapters with a smaller share of examples are dropped
-    restart_below: float = 0.0  # while routes are explored, adapters with a smaller share start anew
+    restart_below: float = 0.25  # of an even share: adapters with less start anew while em explores; 0: never
     explore_rank: int | float = (
         0  # of adapters while routes are explored, then cut to adapter.rank; 0: that all along
     )
@@ -152,21 +152,6 @@ class FLoRAL:
         check_ranges(self, prune_below="[0, 1)", restart_below="[0, 1)", explore_rank="[0, inf)")
         if self.init_std < 0 and self.init_std != -1:
             raise RecipeError(f"init_std = {self.init_std}, but it must be at least 0, or −1 for the layer's own")
-        if self.restart_below and (self.router.kind != "em" or not self.router.explore):
-            raise RecipeError(
-                "floral: restart_below needs the em router, for others would avoid the new adapter, and "
-                "router.explore above 0, the share of the run in which adapters are restarted"
-            )
-        if self.restart_below and self.send_top:
-            raise RecipeError(
-                "floral: restart_below does not go with send_top: adapters that nobody sends back yet would be "
-                "restarted as if nobody wanted them"
-            )
-        if self.restart_below * self.num_adapters >= 1:
-            raise RecipeError(
-                f"floral: restart_below = {self.restart_below}, but it must be less than an even share, "
-                f"1 / num_adapters = {1 / self.num_adapters:.3g}, or adapters that are in use would start anew"
-            )
         if self.prune_below and (self.router.kind == "oracle" or not 0 < self.router.explore < 0.5):
             raise RecipeError(
                 "floral: prune_below needs learned routes and router.explore above 0 and below 0.5: routes are "
@@ -545,10 +530,11 @@ class FLoRAL:
             enough = routes.share[alive] >= self.prune_below
             enough[routes.share[alive].argmax()] = True  # the heaviest stays whatever it has
             alive = alive[enough]
-        if self.restart_below and routes.exploring(self.router):
+        # Other routers would avoid the new adapter; with send_top nobody may have sent it back yet.
+        if self.router.kind == "em" and not self.send_top and routes.exploring(self.router):
             dead = torch.zeros_like(routes.share, dtype=torch.bool)
-            dead[alive] = routes.share[alive] < self.restart_below
-            shared = self._restarted(shared, dead)
+            dead[alive] = routes.share[alive] * self.num_adapters < self.restart_below
+            shared = self._restarted(shared, dead) if bool(dead.any()) else shared
         return replace(shared, alive=alive)
 
     def _restarted(self, shared: Shared, dead: Tensor) -> Shared:
