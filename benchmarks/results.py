@@ -546,6 +546,16 @@ def main() -> None:
         "4 hidden groups; floral has C = 4, floral-8 and floral-16 more than needed. floral-paper is the paper's router",
         "and start (B = 0, noise never annealed, preconditioned), with Algorithm 1's server step; the published code draws extra biases wide as well.",
         "",
+        "## digits: few visits, 5 of 40 clients a round for 60 rounds",
+        "",
+    ]
+    for variant in ("label_shift", "rotate", "both"):
+        lines += [f"`{variant}`", "", *accuracy_table(read(f"results/digits_few_{variant}.json"))]
+    lines += [
+        "A client comes seven or eight times, and two or three of these while routes are explored. `floral`, `floral-8` and `floral-12` have four,",
+        "eight and twelve adapters for four groups, and start adapters anew that too few use (`restart_below`, on by default);",
+        "the rows `no-restarts` do not, as all stored runs before commit 6d32ed5.",
+        "",
         "## synthetic_linear: population MSE after 2,000 rounds",
         "",
         *loss_table(read("results/synthetic_linear.json")),

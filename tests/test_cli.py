@@ -446,9 +446,11 @@ def test_several_recipes_are_a_table_with_a_column_each_and_the_published_figure
     assert "both, %" in head
     fedavg = next(line for line in table.splitlines() if line.startswith(" fedavg"))
     assert fedavg.count("(91.2 ± 0.5)") == 2
-    scores, _, costs = table.partition("Parameters that a client trains")
+    scores, _, costs = table.partition("What a client trains (parameters)")
     assert "fedavg" in scores
-    assert [line.count("4,810 · 38.5 kB · ") for line in costs.splitlines() if line.startswith(" fedavg")] == [2]
+    sent, computed = (line for line in costs.splitlines() if line.startswith(" fedavg"))
+    assert sent.count("4,810 · 19.2 kB · 19.2 kB · ") == 2
+    assert computed.count("FLOP · ") == 2
     assert "(80.0)" in table
     document = json.loads(Path("all.json").read_text())
     assert [cell["recipe"] for cell in document["cells"]] == ["rotate", "both"]

@@ -417,9 +417,10 @@ def test_fed_bns_norm_layers_are_never_sent(norms, layer, stay):
     assert bool(kept.stats) == (layer == "batch")
 
 
-def test_fed_bn_without_norm_layers_is_fed_avg_bit_for_bit():
+def test_fed_bn_without_norm_layers_is_fed_avg_bit_for_bit_and_says_so(caplog):
     one, other = (simulate(method, net(), regression(), 3)[0] for method in (FedBN(STEPS), FedAvg(STEPS)))
     assert equal(one.params, other.params)
+    assert "fedbn: Sequential is a model without BatchNorm; norms = 'all' counts others, so that" in caplog.text
 
 
 # The local adapter.

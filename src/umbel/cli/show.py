@@ -20,6 +20,21 @@ if TYPE_CHECKING:
 EARLY = 3  # rounds of which a document says how well clusters agree with groups
 WORTH_A_LINE = 0.01  # of what a client sends: smaller groups of tensors are numbers beside the model
 
+# What several recipes' costs are, a title and the figures that a column has, each with its unit.
+COSTS = {
+    "What a client trains (parameters), sends and receives in its round, and all of a run's training": {
+        "parameters": "count",
+        "bytes_up_per_client_round": "bytes",
+        "bytes_down_per_client_round": "bytes",
+        "train_seconds": "seconds",
+    },
+    "A client's steps and arithmetic in its round, and what the server holds": {
+        "steps_per_client_round": "count",
+        "flops_per_client_round": "FLOP",
+        "server_bytes": "bytes",
+    },
+}
+
 
 def show_run(folder: Path, label: str, seed: int, result: "Result", json: str | None) -> None:
     """The run's end: a table, or one JSON document."""
@@ -163,9 +178,9 @@ def print_grid(
     _print_columns(title, rows, scores)
     if note := _notes([group for found in groups for group in found]):
         print(note)
-    costs = [(name, _costs(rows, found)) for name, found in zip(names, groups, strict=True)]
-    title = "Parameters that a client trains, bytes that travel in its round, and all of a run's training"
-    _print_columns(f"\n{title}", rows, costs)
+    for title, shown in COSTS.items():
+        costs = [(name, _costs(rows, found, shown)) for name, found in zip(names, groups, strict=True)]
+        _print_columns(f"\n{title}", rows, costs)
 
 
 def _print_columns(title: str, rows: Sequence[str], left: list[tuple[str, list["Text"]]]) -> None:
@@ -184,11 +199,10 @@ def _print_columns(title: str, rows: Sequence[str], left: list[tuple[str, list["
         title = ""
 
 
-def _costs(rows: Sequence[str], groups: Sequence["Group"]) -> list["Text"]:
-    """Parameters, bytes and seconds of each row's method, empty for methods that there is nothing of."""
+def _costs(rows: Sequence[str], groups: Sequence["Group"], shown: dict[str, str]) -> list["Text"]:
+    """Some costs of each row's method, with their units, empty for methods that there is nothing of."""
     from umbel.tables import spread, written
 
-    shown = {"parameters": "count", "bytes_per_client_round": "bytes", "train_seconds": "seconds"}
     by_label = {group.label: group for group in groups}
     texts = []
     for label in rows:

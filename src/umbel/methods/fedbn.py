@@ -7,9 +7,10 @@ https://arxiv.org/abs/2102.07623
     client               SGD on f_k in both at once, from the server's u and its own b_k
     server               u as FedAvg's w; b_k is never sent
 
-On a model without such layers this is FedAvg.
+On a model without such layers this is FedAvg, and the log says so.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from umbel.methods.partial import Partial
 
+LOG = logging.getLogger(__name__)
 BATCH = (nn.modules.batchnorm._BatchNorm,)
 ALL = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -29,4 +31,11 @@ class FedBN(Partial):
         """The tensors of the norm layers."""
         kinds = BATCH if self.norms == "batch" else ALL
         paths = {path for path, layer in module.named_modules() if isinstance(layer, kinds)}
+        if not paths:
+            told = (
+                "a model without BatchNorm; norms = 'all' counts others"
+                if self.norms == "batch"
+                else "one without norms"
+            )
+            LOG.warning("fedbn: %s is %s, so that this is fedavg", type(module).__name__, told)
         return {name for name in names if name.rpartition(".")[0] in paths}
