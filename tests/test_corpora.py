@@ -170,6 +170,15 @@ def test_the_hubs_writers_are_those_who_wrote_most_digits(tmp_path, monkeypatch)
     expected = [row for row, (name, place) in enumerate(who) if place and name > "f0002"]
     assert written.images.x[:, 0, 0, 0].tolist() == expected
     assert written.images.y.tolist() == [(who[row][1] - 1) % 10 for row in expected]
+    assert corpora.femnist_digits(13).writer.bincount().tolist() == list(range(2, 15))
+    assert corpora.femnist_digits(2).writer.bincount().tolist() == [13, 14]
+
+
+def test_more_writers_than_the_folder_has_are_asked_of_the_hub(tiny_data, monkeypatch):
+    assert FEMNISTDigits(num_writers=2).load(0).num_clients == 2
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"has 12 writers of FEMNIST, not 13, or pip install umbel\[hf\]"):
+        corpora.femnist_digits(13)
 
 
 def test_the_hubs_windows_of_shakespeare_are_put_together(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from torch import Tensor
 from umbel.errors import DataError
 
 TILES = 100  # images in a row of a sheet
-WRITERS = 12  # of FEMNIST
+WRITERS = 12  # of FEMNIST, in the folder
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,15 @@ def cifar100() -> Corpus:
     return _cifar100(data_folder())
 
 
-def femnist_digits() -> WrittenImages:
-    """Digits of FEMNIST (Caldas et al. 2018), 1 × 28 × 28, by 12 writers; paper is white, 255.
+def femnist_digits(num_writers: int = WRITERS) -> WrittenImages:
+    """Digits of FEMNIST (Caldas et al. 2018), 1 × 28 × 28, by those who wrote most; paper is white, 255.
 
-    The folder has 5,997 images; of the hub's 3,597 writers they are those who wrote most digits.
+    The folder has 5,997 images of 12 writers; more, up to 3,597, are to be had from the hub only.
 
     Raises:
         DataError: it is neither in the folder nor to be had from the hub.
     """
-    return _femnist_digits(data_folder())
+    return _femnist_digits(data_folder(), num_writers)
 
 
 def shakespeare_by_role() -> tuple[Role, ...]:
@@ -189,13 +189,24 @@ def _cifar100(folder: Path) -> Corpus:
 
 
 @lru_cache(maxsize=1)
-def _femnist_digits(folder: Path) -> WrittenImages:
+def _femnist_digits(folder: Path, num_writers: int) -> WrittenImages:
     try:
         files = _paths(folder, "images/femnist_digits12.npz")
+        if num_writers > WRITERS:
+            raise DataError(f"the data folder {folder} has {WRITERS} writers of FEMNIST, not {num_writers}")
     except DataError as missing:
-        return _femnist_from_hub(missing)
+        return _femnist_from_hub(num_writers, missing)
     x, y, writer = _npz(files[0], "x", "y", "client")
-    return WrittenImages(_images(x[:, None], y), torch.from_numpy(writer.astype(np.int64)))
+    places, own = _busiest(writer, num_writers)
+    return WrittenImages(_images(x[places, None], y[places]), own)
+
+
+def _busiest(writer: np.ndarray, num_writers: int) -> tuple[np.ndarray, Tensor]:
+    """Where the images of those with most are, and whose each is, by number in the order of the names."""
+    names, count = np.unique(writer, return_counts=True)
+    chosen = np.sort(names[np.argsort(-count, kind="stable")[:num_writers]])
+    places = np.flatnonzero(np.isin(writer, chosen))
+    return places, torch.from_numpy(np.searchsorted(chosen, writer[places]).astype(np.int64))
 
 
 @lru_cache(maxsize=1)
@@ -284,15 +295,13 @@ def _from_hub(name: str, image: str, label: str, missing: DataError) -> Corpus:
     return Corpus(*parts)
 
 
-def _femnist_from_hub(missing: DataError) -> WrittenImages:
+def _femnist_from_hub(num_writers: int, missing: DataError) -> WrittenImages:
     rows = hub_split("flwrlabs/femnist", None, "train", missing)
     character, writer = np.asarray(list(rows["character"])), np.asarray(list(rows["writer_id"]))
-    digit = character < 10  # "0" to "9" come before the letters
-    names, count = np.unique(writer[digit], return_counts=True)
-    chosen = np.sort(names[np.argsort(-count, kind="stable")[:WRITERS]])
-    places = np.flatnonzero(digit & np.isin(writer, chosen))
+    digits = np.flatnonzero(character < 10)  # "0" to "9" come before the letters
+    among, own = _busiest(writer[digits], num_writers)
+    places = digits[among]
     x = np.stack([np.asarray(picture.convert("L")) for picture in rows.select(places.tolist())["image"]])
-    own = torch.from_numpy(np.searchsorted(chosen, writer[places]).astype(np.int64))
     return WrittenImages(_images(x[:, None], character[places]), own)
 
 
