@@ -720,8 +720,8 @@ def main() -> None:
             "results/floral_options.json",
             [
                 "`error` trains as `floral` does and measures what averaging factors gets wrong: .04, .06 and .14 % of the products' mean at the",
-                "end, by seed. `restarted` is `floral` to the last digit, for no adapter's share came near 2 % while routes were explored, so that",
-                "restarts are not put to the test here. `ranks` has clients of the whole rank, 3/4 and half of it in every group; before commit ab30f6c they",
+                "end, by seed. `no-restarts` is `floral` to the last digit: where clients are seen every round no adapter comes near a quarter of an even",
+                "share (few visits, above, are another matter). `ranks` has clients of the whole rank, 3/4 and half of it in every group; before commit ab30f6c they",
                 "alternated as the groups do, so that every group had one rank, and the row said 90.0.",
             ],
         ),
@@ -730,7 +730,7 @@ def main() -> None:
             "results/batch_norm.json",
             [
                 "`floral` and `floral-norm` have statistics of each client's own, `floral-norm` adapters for γ and β too, which do not",
-                "help here; averaged statistics (`floral-federated`) cost 12 points, for clients' images are turned differently.",
+                "help here; averaged statistics (`floral-federated`) cost 10 points, for clients' images are turned differently.",
                 "Rates were searched for each method on training examples (`umbel tune batch_norm --seeds 100,101`; not stored here).",
             ],
         ),

@@ -285,6 +285,7 @@ def losses_of(
     sums = some.new_zeros(num_clients * num_labels, num_candidates, dtype=kind)
     counts = some.new_zeros(num_clients * num_labels, dtype=kind)
     first = torch.arange(num_clients, device=some.device).unsqueeze(1) * num_labels
+    together = num_clients > 1 and not private
     with torch.no_grad():
         for batch in data.in_order(data.fitting(FORWARD_EXAMPLES)):
             label = batch.y if num_labels > 1 else 0
@@ -292,14 +293,14 @@ def losses_of(
             weight = (
                 torch.ones_like(place, dtype=kind) if batch.weight is None else batch.weight.to(kind).flatten()
             )
-            images = batch.x.dim() == 5  # of which many models at once are slower than one after the other
-            if num_clients == 1 or private or images:
-                values = _one_by_one(loss, candidates, batch, private or {})
-            else:
+            values = None
+            if together and batch.x.dim() != 5:  # of images many models at once are slower than one by one
                 try:
                     values = _at_once(loss, candidates, batch)
                 except ModelError:  # a layer that cannot be stacked
-                    values = _one_by_one(loss, candidates, batch, {})
+                    together = False
+            if values is None:
+                values = _one_by_one(loss, candidates, batch, private or {})
             if bounded is not None and num_labels > 1:
                 own = (bounded > 0).unsqueeze(1).expand(batch.y.shape[:2]).reshape(-1, 1)
                 values = torch.where(own & values.isfinite(), -torch.expm1(-values), values)
