@@ -172,12 +172,14 @@ def test_the_hubs_writers_are_those_who_wrote_most_digits(tmp_path, monkeypatch)
     assert written.images.y.tolist() == [(who[row][1] - 1) % 10 for row in expected]
     assert corpora.femnist_digits(13).writer.bincount().tolist() == list(range(2, 15))
     assert corpora.femnist_digits(2).writer.bincount().tolist() == [13, 14]
+    with pytest.raises(DataError, match="FEMNIST has 14 writers of digits; lower num_writers = 15"):
+        corpora.femnist_digits(15)
 
 
 def test_more_writers_than_the_folder_has_are_asked_of_the_hub(tiny_data, monkeypatch):
     assert FEMNISTDigits(num_writers=2).load(0).num_clients == 2
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"has 12 writers of FEMNIST, not 13, or pip install umbel\[hf\]"):
+    with pytest.raises(DataError, match=r"take num_writers = 12, or pip install umbel\[hf\]"):
         corpora.femnist_digits(13)
 
 

@@ -711,7 +711,6 @@ def test_a_folder_made_for_another_base_is_told(tmp_path, caplog):
         ),
         ({"target_modules": ["q_porj"]}, r"layers of Bert\w+ are called .*query, .*value"),
         ({"target_modules": ".*q_porj"}, r"layers of Bert\w+ are called .*query, .*value"),
-        ({"target_modules": ["query"], "exclude_modules": ["keys"]}, r"exclude_modules: keys is the name of no"),
         (
             {"target_modules": ["query"], "rank_pattern": {"quary": 3}},
             r"rank_pattern: quary matches no .*encoder.*query",
@@ -801,6 +800,9 @@ def test_rows_of_nobody_are_refused():
             personal_logits(models, x, whose)
     with pytest.raises(DataError, match="client 7: the run has"):
         personal_logits(result, x, torch.tensor([0, 7]))
+    for rows, said in ((x.repeat(1, 9), "cannot read a text of .* tokens"), (x + 99, "a text has the id")):
+        with pytest.raises(DataError, match=said):
+            personal_logits(models, rows, torch.tensor([0, 1]))
     with pytest.raises(DataError, match="no rows"):
         personal_logits(models, x[:0], torch.zeros(0, dtype=torch.long))
     with pytest.raises(DataError, match="no clients"):

@@ -846,9 +846,27 @@ def test_restarts_are_of_the_runs_seed():
     assert not torch.equal(another.adapters[name][2], after.adapters[name][2])
 
 
-def test_without_spread_it_becomes_the_heaviest():
-    _, after, _ = dying(replace(RESTARTING, init_std=0.0))
-    assert all(torch.equal(leaf[2], leaf[1]) for leaf in after.adapters.values())
+def test_without_spread_none_starts_anew_for_a_copy_would_stay_one():
+    _, after, plain = dying(replace(RESTARTING, init_std=0.0))
+    assert all(torch.equal(leaf, plain.adapters[name]) for name, leaf in after.adapters.items())
+    assert after.routes.share[2] == 0
+
+
+def test_the_heaviest_and_seeds_never_start_anew():
+    shared, _, upload, _ = worked(RESTARTING, 1)
+    routed = torch.tensor([[1e-3, 4e-3, 0.0, 1e-3]]).repeat(4, 1)  # as noise on the sums may have it
+    after = RESTARTING.server_update(shared, iter([replace(upload, route_examples=routed)]))
+    assert after.routes.share[1] < 0.01
+    dead = torch.tensor([[0.0, 5.0, 0.0, 1.0]]).repeat(4, 1)
+    seeded = replace(shared, bank=replace(shared.bank, seeds=({},)))
+    after = RESTARTING.server_update(seeded, iter([replace(upload, route_examples=dead)]))
+    assert (after.routes.share[0], after.routes.share[2]) == (0, 0.25)
+
+
+def test_fewer_clients_than_adapters_start_none_anew():
+    shared, _ = RESTARTING.init(net(), Population(3, 0))
+    assert not RESTARTING._restarts(shared)
+    assert RESTARTING._restarts(RESTARTING.init(net(), Population(4, 0))[0])
 
 
 def test_a_restarted_adapter_has_no_momentum_of_its_former_life():

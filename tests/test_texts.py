@@ -304,7 +304,7 @@ def test_settings_that_make_no_task_are_refused_by_name(recipe, told):
 
 def test_a_base_without_a_tokenizer_is_told(small, tmp_path):
     small_texts.write_vit(tmp_path / "vit")
-    with pytest.raises(DataError, match=r"there is no tokenizer in .*vit"):
+    with pytest.raises(DataError, match=r"no tokenizer can be read from .*vit"):
         Tokenizer(str(tmp_path / "vit"))
     with pytest.raises(DataError, match=r"'nowhere': no such folder here, .*\(UMBEL_DATA\).* no tokenizer"):
         Tokenizer("nowhere")
@@ -1243,18 +1243,30 @@ def test_a_base_whose_weights_are_not_whole_is_refused(tmp_path):
         ("config.json", b"{"),
         ("tokenizer.json", b"{}"),
         ("tokenizer.json", b'{"version": 3, "model": []}'),
+        ("config.json", b'{"model_type": "gpt2", "n_head": 0}'),
     ],
 )
 def test_a_damaged_base_is_told_by_its_folder(file, content, small, tmp_path):
     base = small_texts.write_base(tmp_path / "base")
     (tmp_path / "base" / file).write_bytes(content)
-    with pytest.raises(DataError, match=r"task\.base = .*base.*: there is no .* in .*base"):
+    with pytest.raises(DataError, match=r"task\.base = .*base.*: no .* can be read from .*base"):
         CodeVsProse(**SMALL | {"base": base}).load(0)
 
 
 def test_a_text_longer_than_the_base_reads_is_told(small):
     with pytest.raises(DataError, match=r"cannot read a text of 300 tokens .*made for 256: lower task\.length"):
         CodeVsProse(**SMALL | {"length": 300, "tokens_per_client": 0, "public_windows": 0}).load(0)
+
+
+def test_texts_that_are_padded_beyond_what_the_base_reads_are_no_trouble():
+    bert = small_bert(max_position_embeddings=8)
+    short = torch.full((4, 40), bert.pad_id)
+    short[:, :3] = 5
+    task_of(bert, [(short, torch.arange(4) % 2)])
+    bert.check_ids(short[:0])
+    for wrong in (-3, 16):
+        with pytest.raises(DataError, match=f"embeddings of 16 tokens, and a text has the id {wrong}"):
+            bert.check_ids(torch.where(short == 5, wrong, short))
 
 
 def test_ids_of_another_bases_tokenizer_are_told(small, tmp_path):

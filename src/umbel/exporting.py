@@ -201,7 +201,7 @@ def _check_folders(folders: Sequence[Path], wanted: int) -> None:
     """Raises RunFolderError unless there are as many folders as models, each another one."""
     if len(folders) != wanted:
         raise RunFolderError(f"{wanted} models want as many folders, got {len(folders)}")
-    twice = [folder for folder, count in Counter(folder.absolute() for folder in folders).items() if count > 1]
+    twice = [folder for folder, count in Counter(folder.resolve() for folder in folders).items() if count > 1]
     if twice:
         raise RunFolderError(f"{twice[0]} is named twice, and a folder has one model; name another")
 

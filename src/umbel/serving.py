@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from umbel.errors import DataError, ModelError
 from umbel.model.loss import Loss
+from umbel.model.pretrained import Pretrained
 from umbel.runs import Result
 from umbel.tree import Params, is_broadcast
 
@@ -93,8 +94,10 @@ def personal_logits(models: Models | Result, x: Tensor, clients: Tensor) -> Tens
     try:
         with torch.no_grad():
             answers = _answers(models.loss, params, x[grid])
-    except IndexError as error:
-        raise DataError(f"x: the base has no embedding for a token id, or for so long a text ({error})") from error
+    except (IndexError, RuntimeError):
+        if isinstance(models.loss.module, Pretrained) and models.loss.module.kind != "image":
+            models.loss.module.check_ids(x)  # which says what is wrong with it, if that is it
+        raise
     logits = answers.new_empty(len(x), *answers.shape[2:])
     logits[order] = answers[owner[order], column]
     return logits

@@ -8,6 +8,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def seed_of(parts: Sequence[LowRank], folder: str, base: str = "") -> Params:
     config, layers = _read(Path(folder).expanduser())
     own = str(config.get("base_model_name_or_path") or "")
     if own and base and Path(own).name.casefold() != Path(base).name.casefold():
-        LOG.warning("adapter.seeds: %s is an adapter of %s, and this base is %s", folder, own, base)
+        _warn_once(folder, own, base)
     prefix = _check_layers(parts, folder, layers)
     factors: Params = {}
     for part in parts:
@@ -49,6 +50,11 @@ def seed_of(parts: Sequence[LowRank], folder: str, base: str = "") -> Params:
         scaling = _scaling(config, path, len(a), where) / part.scaling
         factors |= {part.a_name: a.float(), part.b_name: (b.double() * scaling).float()}
     return factors
+
+
+@cache
+def _warn_once(folder: str, own: str, base: str) -> None:
+    LOG.warning("adapter.seeds: %s is an adapter of %s, and this base is %s", folder, own, base)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]]:

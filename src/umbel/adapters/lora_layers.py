@@ -175,7 +175,7 @@ def with_lora(module: nn.Module, table: Mapping[str, Any]) -> nn.Module:
             warnings.filterwarnings("ignore", "LoRA adapter added to ConvNd layer with groups")  # refused below
             inject_adapter_in_model(config, inner, NAME)
     except (ValueError, TypeError, re.error) as error:
-        raise ModelError(f"adapter.peft: {error}; {_known(inner_of(module)[1])}") from None
+        raise ModelError(f"adapter.peft: {str(error).rstrip('. ')}; {_known(inner_of(module)[1])}") from None
     _check_names(inner_of(module)[1], lora_layers(inner), config)
     for path, layer in lora_layers(inner).items():
         if path in trained:
@@ -211,11 +211,10 @@ def _check_names(before: nn.Module, layers: Iterable[str], config: Any) -> None:
                     f"adapter.peft.{key}: {pattern} matches no adapted layer; there are {_listed(layers)}"
                 )
     paths = [path for path, _ in before.named_modules()]
-    for key in ("target_modules", "exclude_modules"):
-        names = getattr(config, key) or ()
-        for name in () if isinstance(names, str) else sorted(names):
-            if not any(f".{path}".endswith(f".{name}") for path in paths):
-                raise ModelError(f"adapter.peft.{key}: {name} is the name of no layer; {_known(before)}")
+    names = config.target_modules or ()
+    for name in () if isinstance(names, str) else sorted(names):
+        if not any(f".{path}".endswith(f".{name}") for path in paths):
+            raise ModelError(f"adapter.peft.target_modules: {name} is the name of no layer; {_known(before)}")
 
 
 def _known(before: nn.Module) -> str:

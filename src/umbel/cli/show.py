@@ -207,8 +207,8 @@ def _costs(rows: Sequence[str], groups: Sequence["Group"], shown: dict[str, str]
     texts = []
     for label in rows:
         figures = {key: spread(by_label[label], key) for key in shown} if label in by_label else {}
-        parts = [written(figure, shown[key]) for key, figure in figures.items() if figure is not None]
-        texts.append(_figure(" · ".join(parts), False))
+        parts = ["–" if figure is None else written(figure, shown[key]) for key, figure in figures.items()]
+        texts.append(_figure(" · ".join(parts) if any(figures.values()) else "", False))
     return texts
 
 

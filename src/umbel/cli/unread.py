@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 Values = tuple[Any, ...]
 COMPARED: Values = ("weights", "validation", "predictions")
-WHOM = ("threshold", "top_k", "topology", "self_weight", "staleness", "begin", "every", "mix")
+WHOM = ("threshold", "top_k", "topology", "self_weight", "staleness", "begin", "every")
 ADAPTIVE: Values = ("adam", "yogi")
 # By class: another setting, and for each setting the values of that one with which it is read.
 READ_WITH: dict[str, list[tuple[str, dict[str, Values]]]] = {
@@ -35,7 +35,7 @@ READ_WITH: dict[str, list[tuple[str, dict[str, Values]]]] = {
     ],
     "FedDPA": [
         ("variant", {"local_weight": ("T",)}),
-        ("gate", dict.fromkeys(("samples", "published_gate"), ("instance",))),
+        ("gate", {"samples": ("instance",)}),
     ],
     "Weighting": [("rule", dict.fromkeys(("a", "b"), ("feddisco",))), ("rule", {"eta": ("rea",)})],
 }

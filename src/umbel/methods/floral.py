@@ -530,12 +530,22 @@ class FLoRAL:
             enough = routes.share[alive] >= self.prune_below
             enough[routes.share[alive].argmax()] = True  # the heaviest stays whatever it has
             alive = alive[enough]
-        # Other routers would avoid the new adapter; with send_top nobody may have sent it back yet.
-        if self.router.kind == "em" and not self.send_top and routes.exploring(self.router):
+        if self._restarts(shared) and routes.exploring(self.router):
             dead = torch.zeros_like(routes.share, dtype=torch.bool)
             dead[alive] = routes.share[alive] * self.num_adapters < self.restart_below
+            dead[routes.share.argmax()] = False  # all are low if noise on the sums has it so
+            dead[: len(shared.bank.seeds)] = False  # what somebody chose as a start is nobody's spare one
             shared = self._restarted(shared, dead) if bool(dead.any()) else shared
         return replace(shared, alive=alive)
+
+    def _restarts(self, shared: Shared) -> bool:
+        """Whether adapters may start anew.
+
+        Not with other routers, which would avoid the new one; with send_top nobody may have sent it back yet.
+        Fewer clients than adapters cannot fill them, and without a spread a copy would stay one.
+        """
+        enough = bool(shared.routes.members >= self.num_adapters) and self.b_std(shared.bank) > 0
+        return self.router.kind == "em" and not self.send_top and enough
 
     def _restarted(self, shared: Shared, dead: Tensor) -> Shared:
         """With the `dead` (C,) adapters as copies of the heaviest, turned a little, and nothing of their past.

@@ -84,21 +84,28 @@ class Pretrained(nn.Module):
 
     def check_ids(self, x: Tensor) -> None:
         """Raises DataError if a token id of texts x (N, T) has no embedding here, or the longest text no place."""
+        if not x.numel():
+            return
         base: Any = self.model
-        name, words = self.base or type(base).__name__, base.get_input_embeddings().weight.shape[0]
+        name = self.base or type(base).__name__
+        try:
+            words = int(base.get_input_embeddings().weight.shape[0])
+        except (NotImplementedError, AttributeError):  # a model that looks tokens up in another way
+            words = int(x.max()) + 1
         if int(x.max()) >= words or int(x.min()) < 0:
+            wrong = int(x.min() if x.min() < 0 else x.max())
             raise DataError(
-                f"{name} has embeddings of {words:,} tokens, and a text has the id {int(x.max())}: they are of "
-                f"another tokenizer; take the one that belongs to the base"
+                f"{name} has embeddings of {words:,} tokens, and a text has the id {wrong}: they are of another "
+                f"tokenizer; take the one that belongs to the base"
             )
-        longest = x[(x != self.pad_id).sum(1).argmax()].unsqueeze(0)
+        longest = self.shortened(x[(x != self.pad_id).sum(1).argmax()].unsqueeze(0))
         try:
             with torch.no_grad():
                 self(longest)
         except (IndexError, RuntimeError) as error:
             most = getattr(base.config, "max_position_embeddings", None)
             raise DataError(
-                f"{name} cannot read a text of {x.shape[1]} tokens ({error}); it has been made for "
+                f"{name} cannot read a text of {longest.shape[1]} tokens ({error}); it has been made for "
                 f"{most or 'fewer'}: lower task.length"
             ) from error
 

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 
-from umbel.errors import DataError, ModelError
+from umbel.errors import DataError, ModelError, UmbelError
 from umbel.model.pretrained import Kind, Pooling, Pretrained, heads_of, of_transformers
 from umbel.seeds import seeded
 from umbel.tasks.corpora import data_folder
@@ -85,7 +84,9 @@ def load_pretrained(
             model, read = autos[kind].from_pretrained(
                 place_of(base), config=config, output_loading_info=True, **settings
             )
-    except unreadable() as error:
+    except (UmbelError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever transformers raises over damaged files, or those of something else
         raise not_there(base, f"{kind} model", error) from None
     _check_whole(base, kind, model, read, pooling)
     return of_transformers(model, kind, base, pooling)
@@ -132,19 +133,11 @@ def place_of(base: str) -> str:
     return base
 
 
-def unreadable() -> tuple[type[Exception], ...]:
-    """What transformers raises over files that are missing, damaged, or of something else."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    told = OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError
-    return (*told, SafetensorError, StrictDataclassError)
-
-
 def not_there(base: str, what: str, error: Exception) -> DataError:
     """What to say where `what`, the base's model or tokenizer, could not be read."""
     told = str(error).splitlines()[0] if str(error) else type(error).__name__
     if (place := place_of(base)) != base or Path(base).is_dir():
-        return DataError(f"task.base = {base!r}: there is no {what} in {place} ({told}); save one there")
+        return DataError(f"task.base = {base!r}: no {what} can be read from {place} ({told}); save one there")
     return DataError(
         f"task.base = {base!r}: no such folder here, in {data_folder()} (UMBEL_DATA) or in {models_folder()}, and "
         f"no {what} of that name could be had from the hub ({told}); name another base, or put it there"

@@ -56,8 +56,9 @@ class CIFARViT:
 
     def load(self, seed: int) -> Task:
         num_labels = 110 if self.variant == "tasks" else 10
+        model = load_pretrained(self.base, "image", num_labels, seed, self.precision)
         constants = _constants(self.base)
-        model = for_cifar(load_pretrained(self.base, "image", num_labels, seed, self.precision), *constants)
+        model = for_cifar(model, *constants)
         ten = cifar10()
         trained = self._some(divided(ten.train)[1], seed, "cifar10")
         if self.variant == "classes":
@@ -111,7 +112,7 @@ class Enlarging(Pretrained):
 def for_cifar(model: Pretrained, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Pretrained:
     """The model for images of 32 × 32 pixels, which the task scales by these constants of each channel."""
     size = _image_size(model)
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = (size, size) if isinstance(size, int) else size.values() if isinstance(size, dict) else size
     if (height, width) != SIZE:
         model = Enlarging(model.model, model.kind, model.base)
     model.pixels = Pixels(mean, deviation, SIZE, (height, width))

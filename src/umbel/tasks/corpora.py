@@ -193,7 +193,9 @@ def _femnist_digits(folder: Path, num_writers: int) -> WrittenImages:
     try:
         files = _paths(folder, "images/femnist_digits12.npz")
         if num_writers > WRITERS:
-            raise DataError(f"the data folder {folder} has {WRITERS} writers of FEMNIST, not {num_writers}")
+            raise DataError(
+                f"the data folder {folder} has {WRITERS} writers of FEMNIST: take num_writers = {WRITERS}"
+            )
     except DataError as missing:
         return _femnist_from_hub(num_writers, missing)
     x, y, writer = _npz(files[0], "x", "y", "client")
@@ -299,6 +301,8 @@ def _femnist_from_hub(num_writers: int, missing: DataError) -> WrittenImages:
     rows = hub_split("flwrlabs/femnist", None, "train", missing)
     character, writer = np.asarray(list(rows["character"])), np.asarray(list(rows["writer_id"]))
     digits = np.flatnonzero(character < 10)  # "0" to "9" come before the letters
+    if (known := len(np.unique(writer[digits]))) < num_writers:
+        raise DataError(f"FEMNIST has {known} writers of digits; lower num_writers = {num_writers}")
     among, own = _busiest(writer[digits], num_writers)
     places = digits[among]
     x = np.stack([np.asarray(picture.convert("L")) for picture in rows.select(places.tolist())["image"]])

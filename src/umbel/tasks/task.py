@@ -105,7 +105,9 @@ class Task:
         modes = {layer: layer.training for layer in self.model.modules()}
         self.model.eval()
         with torch.no_grad():
-            count = int(self.model(self.train.x[:1]).shape[-1])
+            x = self.train.x[:1]
+            x = self.model.shortened(x) if isinstance(self.model, Pretrained) else x
+            count = int(self.model(x).shape[-1])
         for layer, mode in modes.items():
             layer.training = mode
         return count

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from umbel.model.loss import IGNORED
-from umbel.tasks.bases import NO_CODE, not_there, place_of, unreadable
+from umbel.tasks.bases import NO_CODE, not_there, place_of
 
 
 class Tokenizer:
@@ -24,7 +24,7 @@ class Tokenizer:
 
         try:
             self._own: Any = transformers.AutoTokenizer.from_pretrained(place_of(base), **NO_CODE)
-        except unreadable() as error:
+        except Exception as error:  # see load_pretrained
             raise not_there(base, "tokenizer", error) from None
         begin = self._own.bos_token_id
         self.begin: list[int] = (
