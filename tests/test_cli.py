@@ -486,10 +486,10 @@ def test_columns_that_do_not_fit_make_a_further_table(monkeypatch):
     from umbel.cli import show
 
     args = two_recipes()
-    monkeypatch.setattr(show, "room", lambda: 45)
+    monkeypatch.setattr(show, "room", lambda: 58)
     heads = [line for line in umbel(*args, "-q").stdout.splitlines() if "method" in line]
-    assert len(heads) == 4  # of scores and of costs
-    assert [head.split()[1].rstrip(",") for head in heads] == ["rotate", "both"] * 2
+    assert len(heads) == 6  # of scores, of what travels and of what is computed
+    assert [head.split()[1].rstrip(",") for head in heads] == ["rotate", "both"] * 3
 
 
 def test_the_command_that_was_meant_is_named_once():
