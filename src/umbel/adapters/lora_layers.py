@@ -171,7 +171,7 @@ def with_lora(module: nn.Module, table: Mapping[str, Any]) -> nn.Module:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # which PEFT then does
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # paths tie nothing
-            warnings.filterwarnings("ignore", "You have passed exclude_modules|The following .*_pattern keys")
+            warnings.filterwarnings("ignore", "The following .*_pattern keys")  # refused below
             warnings.filterwarnings("ignore", "LoRA adapter added to ConvNd layer with groups")  # refused below
             inject_adapter_in_model(config, inner, NAME)
     except (ValueError, TypeError, re.error) as error:
@@ -203,7 +203,7 @@ def is_of_pattern(pattern: str, path: str) -> bool:
 
 
 def _check_names(before: nn.Module, layers: Iterable[str], config: Any) -> None:
-    """Raises ModelError if a name or pattern in the settings matches nothing, over which PEFT says nothing."""
+    """Raises ModelError if a name or pattern in the settings matches nothing, which PEFT lets pass."""
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, key):
             if not any(is_of_pattern(pattern, path) for path in layers):

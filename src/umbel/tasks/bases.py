@@ -1,6 +1,8 @@
 """Pretrained models by the name of a folder or of the Hugging Face hub: what a task fine-tunes."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,7 +71,7 @@ def load_pretrained(
     # Weights as safetensors only: any other file of weights is a pickle.
     settings: dict[str, Any] = {"dtype": getattr(torch, precision), "use_safetensors": True, **NO_CODE}
     settings["ignore_mismatched_sizes"] = True  # a head's are drawn; of others `_check_whole` tells
-    try:
+    with reading(base, f"{kind} model"):
         config = transformers.AutoConfig.from_pretrained(place_of(base), **NO_CODE)
         for name in _NO_DROPOUT:
             if hasattr(config, name):
@@ -84,10 +86,6 @@ def load_pretrained(
             model, read = autos[kind].from_pretrained(
                 place_of(base), config=config, output_loading_info=True, **settings
             )
-    except (UmbelError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever transformers raises over damaged files, or those of something else
-        raise not_there(base, f"{kind} model", error) from None
     _check_whole(base, kind, model, read, pooling)
     return of_transformers(model, kind, base, pooling)
 
@@ -133,8 +131,22 @@ def place_of(base: str) -> str:
     return base
 
 
-def not_there(base: str, what: str, error: Exception) -> DataError:
-    """What to say where `what`, the base's model or tokenizer, could not be read."""
+@contextmanager
+def reading(base: str, what: str) -> Iterator[None]:
+    """For what reads `what`, the base's model or tokenizer.
+
+    Raises:
+        DataError: it could not be read, whatever transformers raises over files that are damaged or none.
+    """
+    try:
+        yield
+    except (UmbelError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise _not_there(base, what, error) from None
+
+
+def _not_there(base: str, what: str, error: Exception) -> DataError:
     told = str(error).splitlines()[0] if str(error) else type(error).__name__
     if (place := place_of(base)) != base or Path(base).is_dir():
         return DataError(f"task.base = {base!r}: no {what} can be read from {place} ({told}); save one there")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from umbel.model.loss import IGNORED
-from umbel.tasks.bases import NO_CODE, not_there, place_of
+from umbel.tasks.bases import NO_CODE, place_of, reading
 
 
 class Tokenizer:
@@ -22,10 +22,8 @@ class Tokenizer:
     def __init__(self, base: str) -> None:
         import transformers
 
-        try:
+        with reading(base, "tokenizer"):
             self._own: Any = transformers.AutoTokenizer.from_pretrained(place_of(base), **NO_CODE)
-        except Exception as error:  # see load_pretrained
-            raise not_there(base, "tokenizer", error) from None
         begin = self._own.bos_token_id
         self.begin: list[int] = (
             [] if begin is None or begin not in self._own("a")["input_ids"][:1] else [int(begin)]
